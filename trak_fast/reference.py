@@ -59,10 +59,10 @@ def normal_table() -> NDArray[np.float32]:
     z = np.array([quantile((u + 0.5) / 65536) for u in range(65536)])
     z = (z - z[::-1]) / 2  # exactly antisymmetric
     z /= np.sqrt(np.mean(z**2))
-    # To float32 and from there to bfloat16 (8 significant bits), ties to even both times. Rounding once would change one
-    # pair of entries, u = 8593 and 56942: the golden values were made with two roundings, and they are the definition.
+    # To float32 and from there to bfloat16 (8 significant bits), ties to even both times. Rounding once would change
+    # one pair of entries (u = 8593, 56942); the golden values, which are the definition, were made with two.
     mantissa, exponent = np.frexp(z.astype(np.float32))
-    table = np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8).astype(np.float32)
+    table: NDArray[np.float32] = np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8).astype(np.float32)
     table.setflags(write=False)
     return table
 
@@ -104,12 +104,13 @@ def matrix(proj_type: str, seed: int, stream: int, rows: ArrayLike, cols: ArrayL
         bit = np.uint64(16) * (j % np.uint64(2)) + np.uint64(2) * slice_of_16 + half_of_slice
         word = words[:, 4 * call_of_column + v.astype(np.intp)]
         negative = (word >> bit.astype(np.uint32)) & np.uint32(1)
-        return np.where(negative, np.float32(-1), np.float32(1))
+        return 1 - 2 * negative.astype(np.float32)
 
     v = np.uint64(2) * (j % np.uint64(32) // np.uint64(16)) + j % np.uint64(16) // np.uint64(8)
     word = words[:, 4 * call_of_column + v.astype(np.intp)]
     u = (word >> (np.uint64(16) * (j % np.uint64(2))).astype(np.uint32)) & np.uint32(0xFFFF)
-    return normal_table()[u]
+    entries: NDArray[np.float32] = normal_table()[u]
+    return entries
 
 
 def project(
