@@ -97,6 +97,7 @@ def matrix(proj_type: str, seed: int, stream: int, rows: ArrayLike, cols: ArrayL
     counter[..., 3] = stream
     words = philox4x32(counter, (seed % 2**32, seed >> 32)).reshape(i.size, -1)
 
+    entries: NDArray[np.float32]
     if proj_type == "rademacher":
         v = j % np.uint64(512) // np.uint64(128)
         slice_of_16 = j % np.uint64(128) // np.uint64(16)
@@ -104,12 +105,13 @@ def matrix(proj_type: str, seed: int, stream: int, rows: ArrayLike, cols: ArrayL
         bit = np.uint64(16) * (j % np.uint64(2)) + np.uint64(2) * slice_of_16 + half_of_slice
         word = words[:, 4 * call_of_column + v.astype(np.intp)]
         negative = (word >> bit.astype(np.uint32)) & np.uint32(1)
-        return 1 - 2 * negative.astype(np.float32)
-
-    v = np.uint64(2) * (j % np.uint64(32) // np.uint64(16)) + j % np.uint64(16) // np.uint64(8)
-    word = words[:, 4 * call_of_column + v.astype(np.intp)]
-    u = (word >> (np.uint64(16) * (j % np.uint64(2))).astype(np.uint32)) & np.uint32(0xFFFF)
-    entries: NDArray[np.float32] = normal_table()[u]
+        entries = 1 - 2 * negative.astype(np.float32)
+    else:
+        v = np.uint64(2) * (j % np.uint64(32) // np.uint64(16)) + j % np.uint64(16) // np.uint64(8)
+        word = words[:, 4 * call_of_column + v.astype(np.intp)]
+        shift = np.uint64(16) * (j % np.uint64(2))
+        u = (word >> shift.astype(np.uint32)) & np.uint32(0xFFFF)
+        entries = normal_table()[u]
     return entries
 
 
