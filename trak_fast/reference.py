@@ -95,7 +95,7 @@ def matrix(proj_type: str, seed: int, stream: int, rows: ArrayLike, cols: ArrayL
     counter[..., 1] = i[:, None]
     counter[..., 2] = t | np.uint64(TAGS[proj_type] << 8) | (block >> np.uint64(32)) << np.uint64(16)
     counter[..., 3] = stream
-    words = philox4x32(counter, (seed % 2**32, seed >> 32)).reshape(i.size, -1)
+    words = philox4x32(counter, (seed % 2**32, seed >> 32)).reshape(i.size, 4 * t.size)
 
     entries: NDArray[np.float32]
     if proj_type == "rademacher":
