@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from .tasks import Task
+
+
+def _unfused_attention() -> AbstractContextManager[Any]:
+    """Selects the attention that vmap can batch: the fused ones fall back to a loop over samples, with a warning."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch 2.2
+        return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def select_parameters(model: nn.Module, grad_wrt: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
@@ -100,7 +110,8 @@ class FunctionalGradientComputer:
         def output(selected: dict[str, Tensor], sample: tuple[Tensor, ...]) -> Tensor:
             return self.task.get_output(self.model, {**self.fixed, **selected}, self.buffers, *sample)
 
-        grads = vmap(grad(output), in_dims=(None, 0))(self.selected, tuple(batch))
+        with _unfused_attention():
+            grads = vmap(grad(output), in_dims=(None, 0))(self.selected, tuple(batch))
         return {name: grads[name] for name in self.selected}
 
     def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,91 @@
+"""Metrics against SciPy's Spearman correlation and against counting."""
+
+import warnings
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from trak_fast.metrics import lds, mislabel_detection
+
+
+def test_lds_is_the_rank_correlation_of_predicted_and_real_outputs() -> None:
+    rng = np.random.default_rng(0)
+    scores, masks = rng.standard_normal((30, 5)), rng.random((12, 30)) < 0.5
+    outputs = np.round(rng.standard_normal((12, 5)), 1)  # rounded, so that there are ties
+    result = lds(scores.astype(np.float32), masks, outputs)
+    for target in range(5):
+        predicted = [scores[mask, target].astype(np.float32).astype(np.float64).sum() for mask in masks]
+        # a rank correlation is a ratio of sums of at most 12 half-integers: exact but for the last divisions
+        assert result.per_target[target] == pytest.approx(spearmanr(predicted, outputs[:, target]).statistic, abs=1e-14)
+    assert result.mean == pytest.approx(sum(result.per_target) / 5, abs=1e-15)
+
+
+def test_lds_of_true_and_reversed_scores_is_1_and_minus_1() -> None:
+    rng = np.random.default_rng(1)
+    scores, masks = rng.standard_normal((20, 3)), rng.random((9, 20)) < 0.5
+    outputs = np.exp(masks @ scores)  # any increasing function
+    assert lds(scores, masks, outputs).per_target == pytest.approx(1, abs=1e-14)
+    assert lds(-scores, masks, outputs).mean == pytest.approx(-1, abs=1e-14)
+
+
+def test_lds_of_constant_targets_is_0_without_a_warning() -> None:
+    rng = np.random.default_rng(2)
+    scores, masks, outputs = rng.standard_normal((20, 3)), rng.random((9, 20)) < 0.5, rng.standard_normal((9, 3))
+    scores[:, 0], outputs[:, 1] = 0, 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = lds(scores, masks, outputs)
+    assert result.per_target[:2].tolist() == [0, 0]
+    assert result.mean == pytest.approx(result.per_target[2] / 3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "masks", "outputs", "error", "message"),
+    [
+        (np.zeros((4, 2)), np.zeros((3, 4)), np.zeros((3, 2)), TypeError, "masks must be bool, not float64"),
+        (np.zeros((4, 2)), np.zeros((3, 5), bool), np.zeros((3, 2)), ValueError, r"do not fit: \(4, 2\), \(3, 5\)"),
+        (np.zeros((4, 2)), np.zeros((3, 4), bool), np.zeros((3, 1)), ValueError, "do not fit"),
+        (np.zeros((4, 2)), np.zeros((1, 4), bool), np.zeros((1, 2)), ValueError, "at least 2 subsets"),
+        (np.zeros(4), np.zeros((3, 4), bool), np.zeros((3, 1)), ValueError, "scores must have 2 dimensions"),
+        (np.full((4, 2), np.nan), np.zeros((3, 4), bool), np.zeros((3, 2)), ValueError, "scores must be finite"),
+        (np.zeros((4, 2)), np.zeros((3, 4), bool), np.full((3, 2), np.inf), ValueError, "outputs must be finite"),
+    ],
+)
+def test_lds_refuses_what_does_not_fit(
+    scores: NDArray, masks: NDArray, outputs: NDArray, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        lds(scores, masks, outputs)
+
+
+def test_detection_counts_what_a_reader_of_the_ranking_finds() -> None:
+    rng = np.random.default_rng(3)
+    ranking, flags = rng.integers(0, 8, 40).astype(float), rng.random(40) < 0.3
+    result = mislabel_detection(ranking, flags)
+    order = sorted(range(40), key=lambda i: (-ranking[i], i))
+    for budget in range(41):
+        found = sum(flags[i] for i in order[:budget])
+        assert result.recall[budget] == pytest.approx(found / flags.sum(), abs=1e-15)
+        if budget:
+            assert result.precision(budget) == pytest.approx(found / budget, abs=1e-15)
+    pairs = [(a > b) + (a == b) / 2 for a in ranking[flags] for b in ranking[~flags]]
+    assert result.auc == pytest.approx(sum(pairs) / len(pairs), abs=1e-15)
+    for budget in (0, 41):
+        with pytest.raises(ValueError, match=r"budget must be in \[1, 40\]"):
+            result.precision(budget)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ([True, False], ValueError, r"same shape, not \(3,\) and \(2,\)"),
+        ([1, 0, 0], TypeError, "flags must be bool"),
+        ([True] * 3, ValueError, "3 of 3"),
+        ([False] * 3, ValueError, "0 of 3"),
+    ],
+)
+def test_detection_refuses_flags_that_do_not_fit(flags: list, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mislabel_detection([1.0, 2.0, 3.0], flags)

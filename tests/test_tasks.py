@@ -1,0 +1,130 @@
+"""Tasks against the definitions of f and Q, in decimal arithmetic of many digits."""
+
+from decimal import Decimal, localcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trak_fast.tasks import ImageClassification, Task, TextClassification, margin, resolve_task
+
+
+def exact(logits: Tensor, label: int) -> tuple[float, float]:
+    """log p/(1 − p) and 1 − p by the definition of softmax."""
+    with localcontext() as context:
+        context.prec = 100
+        context.Emin, context.Emax = -999999, 999999
+        powers = [Decimal(x).exp() for x in logits.double().tolist()]
+        others = sum(powers[:label] + powers[label + 1 :])
+        return float((powers[label] / others).ln()), float(others / sum(powers))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-2000, 2000, width=32), min_size=2, max_size=8),
+    st.integers(0, 7),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+)
+def test_margin_and_weighting_are_the_definitions(values: list[float], label: int, dtype: torch.dtype) -> None:
+    label %= len(values)
+    logits = torch.tensor([values], dtype=dtype)
+    f, q = exact(logits[0], label)
+    result = margin(logits, torch.tensor([label]))
+    eps = torch.finfo(result.dtype).eps
+    # logsumexp of C terms: C + 3 roundings of numbers up to max|logit| + log C; then one subtraction
+    error = (len(values) + 4) * eps * (2 * logits.abs().max().item() + 3)
+    assert result.dtype == torch.promote_types(dtype, torch.float32)
+    assert abs(result.item() - f) <= error
+    weighting = ImageClassification().get_out_to_loss_grad(nn.Identity(), {}, {}, [logits, torch.tensor([label])])
+    # σ(−f) changes by a factor of at most exp(error); results below the smallest normal number may be flushed to 0
+    assert abs(weighting.item() - q) <= 1.01 * (error + 8 * eps) * q + torch.finfo(result.dtype).tiny
+
+
+def test_gradient_of_the_margin_is_exact_where_p_rounds_to_0_or_1() -> None:
+    logits = torch.tensor([[1e4, 1.0, 2.0], [-1e4, 1.0, 2.0]], requires_grad=True)
+    margin(logits, torch.tensor([0, 0])).sum().backward()
+    others = torch.softmax(torch.tensor([1.0, 2.0], dtype=torch.float64), 0)
+    expected = torch.cat([torch.ones(1), -others]).expand(2, 3)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=1e-6, atol=0)
+
+
+class Bag(nn.Module):
+    """A sequence classifier with Hugging Face's arguments."""
+
+    def __init__(self, wrapped: bool) -> None:
+        super().__init__()
+        self.words, self.types, self.wrapped = nn.Embedding(11, 4), nn.Embedding(2, 4), wrapped
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor | SimpleNamespace:
+        logits = ((self.words(input_ids) + self.types(token_type_ids)) * attention_mask.unsqueeze(-1)).sum(1)
+        return SimpleNamespace(logits=logits) if self.wrapped else logits
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_text_batches_reach_the_model_by_name(wrapped: bool) -> None:
+    model = Bag(wrapped).double()
+    ids, types = torch.randint(11, (3, 5)), torch.randint(2, (3, 5))
+    mask, labels = torch.tensor([[1, 1, 1, 1, 0]] * 3), torch.tensor([0, 3, 1])
+    weights = dict(model.named_parameters())
+    # one word of another type and one masked out: swapped arguments change the sums
+    logits = (model.words(ids[:, :4]) + model.types(types[:, :4])).sum(1)
+    p = torch.softmax(logits, 1)[torch.arange(3), labels]
+    task = TextClassification()
+    for i in range(3):
+        f = task.get_output(model, weights, {}, ids[i], types[i], mask[i], labels[i])
+        assert f.shape == ()
+        torch.testing.assert_close(f, torch.log(p[i] / (1 - p[i])), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        task.get_out_to_loss_grad(model, weights, {}, [ids, types, mask, labels]), (1 - p).detach(), rtol=1e-12, atol=0
+    )
+
+
+def test_text_batch_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"input_ids, token_type_ids, attention_mask, labels\), 4 tensors, not 2"):
+        TextClassification().get_out_to_loss_grad(Bag(False), {}, {}, [torch.zeros(1, 2), torch.zeros(1)])
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "error", "message"),
+    [
+        (torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), ValueError, r"C >= 2, not \(3, 1\)"),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.long), ValueError, r"\(B, C\)"),
+        (torch.zeros(3, 2), torch.zeros(3), TypeError, "integers, not torch.float32"),
+        (torch.zeros(3, 2), torch.zeros(3, dtype=torch.bool), TypeError, "integers, not torch.bool"),
+    ],
+)
+def test_bad_logits_and_labels_are_refused(
+    logits: Tensor, labels: Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        margin(logits, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_labels_of_any_integer_type_mean_the_same(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
+    expected = torch.tensor([4.0, 1.0]) - torch.tensor([[1.0, 2.0], [2.0, 4.0]]).logsumexp(1)
+    torch.testing.assert_close(margin(logits, torch.tensor([2, 0], dtype=dtype)), expected)
+
+
+def test_tasks_are_found_by_name_or_taken_as_they_are() -> None:
+    class Own:
+        def get_output(self) -> None: ...
+
+        def get_out_to_loss_grad(self) -> None: ...
+
+    own = Own()
+    assert isinstance(resolve_task("image_classification"), ImageClassification)
+    assert isinstance(resolve_task("text_classification"), TextClassification)
+    assert resolve_task(own) is own  # type: ignore[arg-type,comparison-overlap]
+    with pytest.raises(ValueError, match="'image_classification', 'text_classification', or a Task, not 'clip'"):
+        resolve_task("clip")
+    for wrong in (ImageClassification, object()):
+        with pytest.raises(TypeError, match="get_output and get_out_to_loss_grad"):
+            resolve_task(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="abstract"):
+        Task()  # type: ignore[abstract]
