@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_explicit_inverse(n: int, k: int, ridge: float) 
 @pytest.mark.usefixtures("block_bytes")
 @pytest.mark.parametrize(("n", "k"), [(40, 9), (9, 40)])
 def test_gram_matrix_is_exact_for_float32_features(n: int, k: int) -> None:
-    # integers up to 2^24 times ±2^20, whose products and sums float64 holds exactly; float32 products would not, and
+    # 22-bit integers times 2^20: float64 holds their products and sums exactly, float32 would round the products, and
     # float16 would overflow
     rng = np.random.default_rng(0)
     integers = rng.integers(-(2**22), 2**22, (n, k))

@@ -188,14 +188,18 @@ class Rows:
             raise RuntimeError(f"{len(missing)} of {len(self.done)} {what}: {numbers}")
 
 
-def _open(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.memmap:
+def _read(path: Path) -> np.memmap:
     try:
-        array = open_memmap(path, "r+")
+        return open_memmap(path, "r")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"cannot open {path}, it is missing, truncated or corrupt ({error})") from error
-    if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{path}: stored {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
-    return array
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.memmap:
+    stored = _read(path)  # before it is opened for writing, which would extend a truncated file without a word
+    if stored.shape != shape or stored.dtype != dtype:
+        raise ValueError(f"{path}: stored {stored.dtype} {stored.shape}, expected {np.dtype(dtype)} {shape}")
+    return open_memmap(path, "r+")
 
 
 class Store:
@@ -296,7 +300,7 @@ class Store:
                 Rows.create(folder, num_targets, {"features": (self.width,)})
         if not path.exists():
             raise ValueError(f"exp_name {exp_name!r} has no targets for model_id {model_id}")
-        stored = len(np.load(path / "done.npy", mmap_mode="r"))
+        stored = len(_read(path / "done.npy"))
         if num_targets not in (None, stored):
             raise ValueError(f"exp_name {exp_name!r} has {stored} targets for model_id {model_id}, not {num_targets}")
         return Rows(path, stored, {"features": (self.width,)})

@@ -1,0 +1,296 @@
+"""Features on disk: what is refused, and what is left after a failure at any moment."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trak_fast import store
+from trak_fast.store import Rows, Store, describe, differences, digest
+
+N, K = 6, 3
+MANIFEST: dict[str, Any] = {"seed": 0, "proj_dim": K, "parameters": ["a torch.float32 (2,)", "b torch.float32 (3,)"]}
+WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1, dtype=torch.int64)}
+
+
+def tree(path: Path) -> set[str]:
+    return {str(p.relative_to(path)) for p in path.rglob("*")}
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Store:
+    opened = Store(tmp_path, MANIFEST, N, K)
+    opened.register(0, WEIGHTS)
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed: stored 0, given 1"),
+        ({"proj_dim": 4}, "proj_dim: stored 3, given 4"),
+        ({"parameters": ["a torch.float32 (2,)"]}, r"parameters\[1\]: stored 'b torch.float32 \(3,\)', given None"),
+        ({"parameters": MANIFEST["parameters"][::-1]}, r"parameters\[0\]: stored 'a torch.float32 \(2,\)', given 'b "),
+        ({"extra": 2.5}, "extra: stored None, given 2.5"),
+        ({"format": 99}, "format: stored 1, given 99"),
+    ],
+)
+def test_another_manifest_is_refused_by_what_differs(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    Store(tmp_path, MANIFEST, N, K)
+    Store(tmp_path, MANIFEST, N, K)
+    with pytest.raises(ValueError, match=message) as caught:
+        Store(tmp_path, {**MANIFEST, **change}, N, K)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_long_list_of_differences_is_cut() -> None:
+    many = [str(i) for i in range(100)]
+    assert len(differences({"parameters": many}, {"parameters": many[1:]})) == 100
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "checkpoint_0/checkpoint.json"])
+def test_json_truncated_anywhere_is_an_error_that_names_it(opened: Store, file: str) -> None:
+    path = opened.path / file
+    content = path.read_bytes()
+    for length in range(len(content.rstrip())):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=file):
+            Store(opened.path, MANIFEST, N, K).register(0, WEIGHTS)
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=f"{file} is corrupt"):
+        Store(opened.path, MANIFEST, N, K).register(0, WEIGHTS)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{file}, it is missing"):
+        Store(opened.path, MANIFEST, N, K).register(0, WEIGHTS)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_file_is_replaced_whole_or_not_at_all(opened: Store, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    opened.save_gram(0, np.eye(2))
+    before = tree(opened.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os if step == "fsync" else Path, step, failing(OSError("disk")))
+        with pytest.raises(OSError, match="disk"):
+            opened.save_gram(0, np.zeros((2, 2)))
+        with pytest.raises(OSError, match="disk"), opened.writing_scores("x", 4):
+            pass
+    assert (opened.gram(0) == np.eye(2)).all()
+    assert tree(opened.path) == before
+
+
+def test_json_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
+
+    def checked(self: Path, target: Path) -> Path:
+        assert self.stat().st_ino in synced
+        assert json.loads(self.read_text())["seed"] == 0
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", checked)
+    Store(tmp_path, MANIFEST, N, K)
+    assert (tmp_path / "manifest.json").stat().st_ino in synced
+
+
+def test_a_flag_is_set_only_after_its_row_is_on_disk(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = opened.train(0)
+    inds = np.array([4, 1])
+    rows.write(inds, features=np.ones((2, K)), weights=np.ones(2))
+    flags = []
+    flush = np.memmap.flush
+
+    def watch(self: np.memmap) -> None:
+        flags.append((Path(str(self.filename)).name, opened.train(0).done[[4, 1]].tolist()))
+        flush(self)
+
+    monkeypatch.setattr(np.memmap, "flush", watch)
+    rows.write(inds, features=np.full((2, K), 2), weights=np.full(2, 3))
+    down, up = [False, False], [True, True]
+    assert flags == [("done.npy", down), ("features.npy", down), ("weights.npy", down), ("done.npy", up)]
+    assert (opened.train(0).columns["features"][[4, 1]] == 2).all()
+    assert (opened.train(0).columns["weights"][[4, 1]] == 3).all()
+    assert opened.train(0).done.tolist() == [False, True, False, False, True, False]
+    with pytest.raises(RuntimeError, match="4 of 6 rows left: 0, 2, 3, 5"):
+        rows.require_all("rows left")
+
+
+def test_rows_that_cannot_be_written_keep_their_flags_down(opened: Store) -> None:
+    rows = opened.train(0)
+    with pytest.raises(ValueError, match="broadcast"):
+        rows.write(np.array([0, 1]), features=np.ones((2, K)), weights=np.ones(5))
+    assert not opened.train(0).done.any()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "text", "missing", "shape", "dtype"])
+@pytest.mark.parametrize("file", ["features.npy", "weights.npy", "done.npy"])
+def test_damaged_arrays_are_an_error_that_names_them(opened: Store, file: str, damage: str) -> None:
+    path = opened.checkpoint(0) / "train" / file
+    match damage:
+        case "truncate":
+            path.write_bytes(path.read_bytes()[:-1])
+        case "empty":
+            path.write_bytes(b"")
+        case "text":
+            path.write_text("nonsense" * 40)
+        case "missing":
+            path.unlink()
+        case "shape":
+            np.save(path, np.zeros((N + 1, 2), np.load(path).dtype))
+        case "dtype":
+            np.save(path, np.load(path).astype(np.float64))
+    with pytest.raises(ValueError, match=file):
+        opened.train(0)
+
+
+def test_a_checkpoint_that_fails_halfway_leaves_nothing(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(opened.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write_json", failing(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            opened.register(1, WEIGHTS)
+    assert opened.model_ids() == [0]
+    assert tree(opened.path) == before
+
+
+def test_of_two_processes_that_make_a_checkpoint_one_wins(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Rows.create
+
+    def overtaken(*args: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Rows, "create", staticmethod(create))
+            Store(opened.path, MANIFEST, N, K).register(1, WEIGHTS)
+            opened.train(1).write(np.array([2]), features=np.ones((1, K)), weights=np.ones(1))
+        create(*args)
+
+    monkeypatch.setattr(Rows, "create", staticmethod(overtaken))
+    opened.register(1, WEIGHTS)
+    assert opened.train(1).done.tolist() == [False, False, True, False, False, False]
+    assert sorted(p.name for p in opened.path.iterdir()) == ["checkpoint_0", "checkpoint_1", "manifest.json", "scores"]
+
+
+def test_too_little_disk_space_is_an_error_before_anything_is_made(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = store.shutil.disk_usage(opened.path)
+    needed = 4 * N * K + 4 * N
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(OSError, match="free"):
+        opened.register(1, WEIGHTS)
+    assert opened.model_ids() == [0]
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    opened.register(1, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**WEIGHTS, "a": WEIGHTS["a"] + 1e-6},
+        {**WEIGHTS, "a": WEIGHTS["a"].reshape(3, 2)},
+        {**WEIGHTS, "a": WEIGHTS["a"].view(torch.int32)},
+        {**WEIGHTS, "b": torch.tensor(2)},
+        {"c": WEIGHTS["a"], "b": WEIGHTS["b"]},
+    ],
+)
+def test_other_weights_are_refused(opened: Store, other: dict[str, torch.Tensor]) -> None:
+    opened.register(0, {**WEIGHTS, "a": WEIGHTS["a"].T.contiguous().T, "_extra_state": None})
+    for check in (opened.register, opened.check_weights):
+        with pytest.raises(ValueError, match="model_id 0 .* belong to other weights"):
+            check(0, other)
+    assert digest(other) != digest(WEIGHTS)
+
+
+def test_digest_takes_any_dtype() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.bool, torch.complex64, torch.uint8):
+        a, b = torch.zeros(3, dtype=dtype), torch.zeros(3, dtype=dtype)
+        b[1] = 1
+        assert digest({"x": a}) != digest({"x": b})
+    assert digest({"x": torch.zeros(0)}) != digest({"x": torch.zeros(0, 1)})
+
+
+def test_forgetting_a_checkpoint_removes_it_and_no_other(opened: Store) -> None:
+    opened.register(1, WEIGHTS)
+    opened.save_gram(0, np.eye(2))
+    opened.targets(0, "test", 4)
+    opened.forget(0)
+    opened.forget(7)
+    assert opened.model_ids() == [1]
+    assert not any("checkpoint_0" in name for name in tree(opened.path))
+    opened.register(0, {"a": torch.zeros(1)})
+    assert not opened.is_finalized(0)
+
+
+def test_targets_are_kept_by_experiment(opened: Store) -> None:
+    opened.targets(0, "a b-1.x", 4).write(np.array([3]), features=np.ones((1, K)))
+    assert opened.targets(0, "a b-1.x").done.tolist() == [False, False, False, True]
+    assert opened.targets(0, "other", 2).done.tolist() == [False, False]
+    with pytest.raises(ValueError, match="'a b-1.x' has 4 targets for model_id 0, not 5"):
+        opened.targets(0, "a b-1.x", 5)
+    with pytest.raises(ValueError, match="'third' has no targets for model_id 0"):
+        opened.targets(0, "third")
+    for name in ("", ".", "..", "../up", "a/b", "a\\b", ".hidden", "a\0"):
+        with pytest.raises(ValueError, match="exp_name must be a file name"):
+            opened.targets(0, name, 4)
+
+
+def test_scores_appear_whole_and_callers_cannot_change_them(opened: Store) -> None:
+    with opened.writing_scores("x", 4) as scores:
+        assert not scores.any()
+        scores[:] = 1
+    with pytest.raises(KeyError), opened.writing_scores("x", 9) as scores:
+        scores[:] = 2
+        raise KeyError
+    mine = opened.scores("x")
+    assert mine.shape == (N, 4)
+    assert (mine == 1).all()
+    mine += 1
+    assert (opened.scores("x") == 1).all()
+    assert sorted(p.name for p in (opened.path / "scores").iterdir()) == ["x.npy"]
+
+
+def test_a_manifest_says_what_features_depend_on() -> None:
+    class Enumerated:
+        value = "normal"
+
+    class Foreign:
+        proj_type, seed = Enumerated(), np.int64(5)
+
+    class Numbered:
+        proj_type, seed, matrix_definition = "rademacher", 7, 1
+
+    parameters = {"w": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.zeros(())}
+    manifest = describe(Foreign(), 8, Enumerated(), parameters, 100)
+    assert manifest == {
+        "matrix_definition": manifest["matrix_definition"],
+        "proj_type": "normal",
+        "seed": 5,
+        "proj_dim": 8,
+        "grad_dim": 7,
+        "train_set_size": 100,
+        "task": manifest["task"],
+        "dtype": "float32",
+        "parameters": ["w torch.bfloat16 (2, 3)", "b torch.float32 ()"],
+    }
+    assert manifest["matrix_definition"].endswith("Foreign")
+    assert manifest["task"].endswith("Enumerated")
+    assert json.loads(json.dumps(manifest)) == manifest
+    assert describe(Numbered(), 8, Enumerated(), parameters, 100)["matrix_definition"] == 1
+
+
+def test_other_folders_are_not_taken_for_checkpoints(opened: Store) -> None:
+    (opened.path / "checkpoint_best").mkdir()
+    opened.register(10, WEIGHTS)
+    opened.register(9, WEIGHTS)
+    assert opened.model_ids() == [0, 9, 10]
