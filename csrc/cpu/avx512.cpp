@@ -1,0 +1,20 @@
+// AVX-512 (F, BW, DQ, VL): signed-sum tables for Rademacher, FMA for normal entries.
+#include "fma_kernel.h"
+#include "lanes_avx512.h"
+#include "table_kernel.h"
+
+namespace trak_fast {
+namespace {
+
+const Kernel kernels[2] = {
+    {false, 1, kPanelRow * 4, 16, 16, pack_f32<Kind::rademacher>, TableKernel<Avx512>::multiply},
+    {false, 1, kPanelRow * 4, 16, 1, pack_f32<Kind::normal>, FmaKernel<Avx512, Kind::normal>::multiply}};
+
+const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
+
+}  // namespace
+
+extern const Backend avx512_backend;
+const Backend avx512_backend = {"avx512", kernel};
+
+}  // namespace trak_fast

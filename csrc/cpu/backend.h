@@ -1,0 +1,58 @@
+// What an instruction set offers to the CPU projection. Each backend file (amx.cpp, avx512.cpp, ...) is compiled with
+// its own flags and exports one symbol, its Backend; everything else in it has internal linkage, so that no code made
+// for a newer processor can be linked into a caller meant for an older one.
+#pragma once
+#include <cstdint>
+
+#include "../random_matrix.h"
+
+#define TRAK_FAST_INLINE inline __attribute__((always_inline))
+
+namespace trak_fast {
+
+constexpr int64_t kRowBlock = 32;  // rows of P that are made together
+constexpr int64_t kUnit = 512;     // columns that are packed together, at absolute positions modulo 512
+constexpr int64_t kStep = 128;     // columns that are made together: one t of a Rademacher block, or 4 normal blocks
+constexpr int64_t kMaxPanelRows = 256;
+
+// One packing call: 512 columns of one sample into rows `row` to `row + terms - 1` of a panel.
+struct Pack {
+  const void* columns;  // 512 floats, or 512 bf16 when raw
+  bool raw_bf16;
+  int terms;  // bf16 terms that a float is split into (1 when raw, or when the panel holds floats)
+  int64_t row, unit;
+  int64_t batch, units;  // the panel's size
+  void* panel;
+};
+
+// One kernel call: acc += P[row : row + 32 * row_blocks, units] times a panel.
+struct Multiply {
+  uint64_t seed;
+  uint32_t stream;
+  uint32_t row;
+  int64_t row_blocks;
+  uint64_t unit;               // the first; unit .. unit + units - 1 share the Philox counter's high block bits
+  int64_t units;               // to multiply
+  int64_t batch, panel_units;  // the panel's size
+  const void* panel;
+  float* acc;  // [row_blocks][32 / lanes][batch][lanes]
+};
+
+// A way to pack and multiply for one kind of matrix.
+struct Kernel {
+  bool bf16;               // the panel holds bf16 terms, else floats
+  int64_t batch_multiple;  // panel rows come in multiples of this
+  int64_t row_bytes;       // of one panel row for one unit
+  int64_t lanes;
+  int64_t row_blocks;  // a good number for one call
+  void (*pack)(const Pack&);
+  void (*multiply)(const Multiply&);
+};
+
+struct Backend {
+  const char* name;
+  // terms: how many bf16 terms the input takes (1 for bf16 itself).
+  const Kernel& (*kernel)(Kind kind, int terms);
+};
+
+}  // namespace trak_fast

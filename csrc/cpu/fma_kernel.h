@@ -1,0 +1,95 @@
+// The kernel that multiplies: 128 columns of P for a row block are written as floats to the first-level cache, then
+// used for the whole batch, two registers of rows times L::kFmaBatch gradients at a time.
+#pragma once
+#include "../normal_table.h"
+#include "pack_f32.h"
+#include "philox_rows.h"
+
+namespace trak_fast {
+namespace {
+
+template <class L, Kind kind>
+class FmaKernel {
+ public:
+  static void multiply(const Multiply& m) {
+    alignas(64) float p[kStep][kRowBlock];
+    const uint16_t* half = normal_half_table();
+    for (int64_t r = 0; r < m.row_blocks; ++r) {
+      const PhiloxRows<L> philox(kind, m.seed, m.stream, m.row + static_cast<uint32_t>(kRowBlock * r),
+                                 first_block(kind, m.unit));
+      float* acc = m.acc + r * kRowBlock * m.batch;
+      for (int64_t unit = 0; unit < m.units; ++unit) {
+        const float* rows = static_cast<const float*>(m.panel) + unit * m.batch * kPanelRow;
+        for (int step = 0; step < 4; ++step) {
+          make(philox, first_block(kind, m.unit + static_cast<uint64_t>(unit)), step, half, p);
+          const float* x = rows + kStep * step;
+          int64_t b = 0;
+          for (; b + L::kFmaBatch <= m.batch; b += L::kFmaBatch) multiply_rows<L::kFmaBatch>(x, m.batch, b, p, acc);
+          for (; b < m.batch; ++b) multiply_rows<1>(x, m.batch, b, p, acc);
+        }
+      }
+    }
+  }
+
+ private:
+  using Floats = typename L::Floats;
+  static constexpr int kVectors = kRowBlock / L::kLanes;
+
+  // One step's entries, p[column in the panel's order][row].
+  static void make(const PhiloxRows<L>& philox, uint64_t block, int step, const uint16_t* half, float (*p)[kRowBlock]) {
+    for (int v = 0; v < kVectors; ++v) {
+      for (int part = 0; part < (kind == Kind::rademacher ? 1 : 16); ++part) {
+        typename L::Words words[4];
+        if (kind == Kind::rademacher) {
+          philox.words(static_cast<uint32_t>(block), static_cast<uint32_t>(step), v, words);
+        } else {
+          philox.words(static_cast<uint32_t>(block) + static_cast<uint32_t>(4 * step + part / 4),
+                       static_cast<uint32_t>(part % 4), v, words);
+        }
+        for (int w = 0; w < 4; ++w) {
+          if constexpr (kind == Kind::rademacher) {
+            for (int bit = 0; bit < 32; ++bit) {
+              L::store(p[32 * w + bit] + v * L::kLanes, L::sign_of_bit(words[w], bit));
+            }
+          } else {
+            Floats even, odd;
+            L::normal(words[w], half, even, odd);
+            const int column = 32 * (part / 4) + 8 * w + 2 * (part % 4);
+            L::store(p[column] + v * L::kLanes, even);
+            L::store(p[column + 1] + v * L::kLanes, odd);
+          }
+        }
+      }
+    }
+  }
+
+  template <int kBatch>
+  static TRAK_FAST_INLINE void multiply_rows(const float* x, int64_t batch, int64_t b, const float (*p)[kRowBlock],
+                                             float* acc) {
+    x += b * kPanelRow;
+    for (int v = 0; v < kVectors; v += 2) {
+      Floats sums[2][kBatch];
+      for (auto& row : sums) {
+        for (auto& s : row) s = L::zero();
+      }
+      for (int64_t j = 0; j < kStep; ++j) {
+        const Floats p0 = L::load(p[j] + v * L::kLanes), p1 = L::load(p[j] + (v + 1) * L::kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kBatch; ++i) {
+          const Floats g = L::set(x[i * kPanelRow + j]);
+          sums[0][i] = L::multiply_add(p0, g, sums[0][i]);
+          sums[1][i] = L::multiply_add(p1, g, sums[1][i]);
+        }
+      }
+      for (int w = 0; w < 2; ++w) {
+        for (int i = 0; i < kBatch; ++i) {
+          float* a = acc + ((v + w) * batch + b + i) * L::kLanes;
+          L::store(a, L::add(L::load(a), sums[w][i]));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace trak_fast

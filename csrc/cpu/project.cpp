@@ -1,0 +1,280 @@
+// The CPU projection: pack, multiply, reduce, on threads.
+//
+// Columns are cut into chunks at absolute positions, rows of P into blocks, and a phase multiplies some chunks while it
+// packs the next ones, its tasks handed out by a counter. How the sum is cut depends on the shape alone and each piece
+// is summed by one thread in a fixed order, so the result has the same bits on any number of threads. With few rows
+// there would be few tasks: then several chunks go side by side into sums of their own, added in order at the end.
+#include "../project.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#include "../normal_table.h"
+#include "choose.h"
+#include "columns.h"
+
+namespace trak_fast {
+namespace {
+
+constexpr int64_t kChunkBytes = 1 << 20;   // one chunk's panel, to stay in a second-level cache
+constexpr int64_t kPanelsBytes = 8 << 20;  // all chunks of a phase
+constexpr int64_t kAccBytes = 16 << 20;    // all sums
+constexpr int64_t kMaxChunkUnits = 16;     // a power of two: then no chunk spans two values of the high block bits
+constexpr int64_t kTasksWanted = 32;       // enough for this many threads
+constexpr int64_t kRowsPerPass = 16384;
+constexpr int64_t kPackUnits = 4;        // one packing task: this many units of one sample
+constexpr double kWorkForThreads = 4e6;  // multiply-adds below which starting threads costs more than it gains
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+struct FreeMemory {
+  void operator()(T* p) const { std::free(p); }
+};
+template <class T>
+using Aligned = std::unique_ptr<T[], FreeMemory<T>>;
+
+// Zeroed, aligned to a page.
+template <class T>
+Aligned<T> allocate(int64_t count) {
+  const auto bytes =
+      static_cast<size_t>(divide_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), 4096)) * 4096;
+  auto* p = static_cast<T*>(std::aligned_alloc(4096, bytes));
+  if (p == nullptr) throw std::bad_alloc();
+  std::memset(p, 0, bytes);
+  return Aligned<T>(p);
+}
+
+// The default floating-point environment, so that a caller's flush-to-zero mode does not reach some threads only.
+class DefaultFloats {
+ public:
+  DefaultFloats() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloats() { std::fesetenv(&saved_); }
+  DefaultFloats(const DefaultFloats&) = delete;
+  DefaultFloats& operator=(const DefaultFloats&) = delete;
+
+ private:
+  std::fenv_t saved_;
+};
+
+// Tasks of consecutive phases, done by a team of threads that starts and ends with the object's run().
+class Team {
+ public:
+  // Runs task(phase, i) for i < tasks in each phase, phases one after the other. Returns false if keep_going said no.
+  template <class Task>
+  bool run(int threads, int64_t phases, int64_t tasks, bool (*keep_going)(), const Task& task) {
+    const auto work = [&](bool caller) {
+      const DefaultFloats floats;
+      auto asked = std::chrono::steady_clock::now();
+      for (int64_t phase = 0; phase < phases && !halted_.load(); ++phase) {
+        for (int64_t i; (i = next_.fetch_add(1)) < tasks;) {
+          if (!stop_.load(std::memory_order_relaxed)) task(phase, i);
+          if (caller && std::chrono::steady_clock::now() - asked > std::chrono::milliseconds(50)) {
+            if (!keep_going()) stop_.store(true);
+            asked = std::chrono::steady_clock::now();
+          }
+        }
+        meet();
+      }
+    };
+    std::vector<std::thread> others;
+    try {
+      while (static_cast<int>(others.size()) + 1 < threads) {
+        others.emplace_back([&] {
+          while (size_.load() == 0) std::this_thread::yield();
+          work(false);
+        });
+      }
+    } catch (const std::system_error&) {
+      // No more threads to be had: those there are do the work.
+    }
+    size_.store(static_cast<int>(others.size()) + 1);
+    work(true);
+    for (auto& thread : others) thread.join();
+    return !stop_.load();
+  }
+
+ private:
+  // A barrier. The last to arrive opens the next phase, or ends the work for all: if each thread looked at stop_ for
+  // itself, some might begin a phase that others never join.
+  void meet() {
+    const int64_t phase = phase_.load();
+    if (arrived_.fetch_add(1) + 1 == size_.load()) {
+      arrived_.store(0);
+      next_.store(0);
+      halted_.store(stop_.load());
+      phase_.store(phase + 1);
+    } else {
+      while (phase_.load() == phase) std::this_thread::yield();
+    }
+  }
+
+  std::atomic<int> size_{0}, arrived_{0};
+  std::atomic<int64_t> next_{0}, phase_{0};
+  std::atomic<bool> stop_{false}, halted_{false};
+};
+
+// A pass: at most kMaxPanelRows panel rows and kRowsPerPass rows of P, all columns.
+class Pass {
+ public:
+  Pass(const Projection& projection, const Columns& columns, const Kernel& kernel, int terms, int64_t first_sample,
+       int64_t samples, int64_t first_row, int64_t rows)
+      : p_(projection),
+        columns_(columns),
+        kernel_(kernel),
+        terms_(terms),
+        first_sample_(first_sample),
+        samples_(samples),
+        first_row_(first_row),
+        rows_(rows),
+        batch_(divide_up(samples * terms, kernel.batch_multiple) * kernel.batch_multiple),
+        row_blocks_(divide_up(rows, kRowBlock)),
+        row_tasks_(divide_up(row_blocks_, kernel.row_blocks)) {
+    const auto start = static_cast<int64_t>(p_.offset);
+    first_unit_ = start / kUnit;
+    end_unit_ = divide_up(start + columns.count(), kUnit);
+    const int64_t unit_bytes = batch_ * kernel.row_bytes, acc_bytes = row_blocks_ * kRowBlock * batch_ * 4;
+    segments_ = std::clamp<int64_t>(kTasksWanted / row_tasks_, 1, std::max<int64_t>(kAccBytes / acc_bytes, 1));
+    segments_ = std::min(segments_, end_unit_ - first_unit_);
+    chunk_units_ = kMaxChunkUnits;
+    while (chunk_units_ > 1 &&
+           (chunk_units_ * unit_bytes > kChunkBytes || segments_ * chunk_units_ * unit_bytes > kPanelsBytes ||
+            segments_ * chunk_units_ > end_unit_ - first_unit_ + chunk_units_ - 1)) {
+      chunk_units_ /= 2;
+    }
+    first_chunk_ = first_unit_ / chunk_units_;
+    chunks_ = divide_up(end_unit_, chunk_units_) - first_chunk_;
+    rounds_ = divide_up(chunks_, segments_);
+    panel_bytes_ = divide_up(chunk_units_ * unit_bytes, 4096) * 4096;
+    acc_size_ = row_blocks_ * kRowBlock * batch_;
+    sample_packs_ = divide_up(chunk_units_, kPackUnits);
+  }
+
+  bool run(int threads, bool (*keep_going)()) {
+    panels_ = allocate<char>(std::min<int64_t>(rounds_, 2) * segments_ * panel_bytes_);
+    acc_ = allocate<float>(segments_ * acc_size_);
+    const int64_t packs = segments_ * samples_ * sample_packs_, multiplies = segments_ * row_tasks_;
+    const double work = static_cast<double>(columns_.count()) * static_cast<double>(rows_ * batch_);
+    if (work < kWorkForThreads) threads = 1;
+    threads = static_cast<int>(std::min<int64_t>(threads, std::max(packs, multiplies)));
+    // Phase 0 packs the first chunks; phase n multiplies chunks n - 1 and packs chunks n.
+    const bool done = Team().run(threads, rounds_ + 1, packs + multiplies, keep_going, [&](int64_t phase, int64_t i) {
+      if (i < packs) {
+        if (phase < rounds_) pack(phase, i);
+      } else if (phase > 0) {
+        multiply(phase - 1, i - packs);
+      }
+    });
+    if (done) reduce();
+    return done;
+  }
+
+ private:
+  struct Chunk {
+    int64_t unit, units, segment;  // unit: absolute; units: 0 past the end
+    char* panel;
+  };
+
+  Chunk chunk(int64_t round, int64_t segment) const {
+    const int64_t index = round * segments_ + segment;
+    const int64_t begin = std::max((first_chunk_ + index) * chunk_units_, first_unit_);
+    const int64_t end = std::min((first_chunk_ + index + 1) * chunk_units_, end_unit_);
+    return {begin, index < chunks_ ? end - begin : 0, segment,
+            panels_.get() + (round % 2 * segments_ + segment) * panel_bytes_};
+  }
+
+  void pack(int64_t round, int64_t task) const {
+    const Chunk c = chunk(round, task / (samples_ * sample_packs_));
+    const int64_t sample = task / sample_packs_ % samples_, first = task % sample_packs_ * kPackUnits;
+    alignas(64) char buffer[kUnit * 4];
+    for (int64_t u = first; u < std::min(first + kPackUnits, c.units); ++u) {
+      const int64_t column = (c.unit + u) * kUnit - static_cast<int64_t>(p_.offset);
+      const void* columns = columns_.read(first_sample_ + sample, column, kUnit, buffer);
+      kernel_.pack({columns, columns_.all_bf16(), terms_, sample * terms_, u, batch_, chunk_units_, c.panel});
+    }
+  }
+
+  void multiply(int64_t round, int64_t task) const {
+    const Chunk c = chunk(round, task / row_tasks_);
+    if (c.units == 0) return;
+    const int64_t block = task % row_tasks_ * kernel_.row_blocks;
+    kernel_.multiply({p_.seed, p_.stream, static_cast<uint32_t>(first_row_ + block * kRowBlock),
+                      std::min(kernel_.row_blocks, row_blocks_ - block), static_cast<uint64_t>(c.unit), c.units, batch_,
+                      chunk_units_, c.panel, acc_.get() + c.segment * acc_size_ + block * kRowBlock * batch_});
+  }
+
+  // Adds segments and terms, always in the same order, into the output.
+  void reduce() const {
+    for (int64_t b = 0; b < samples_; ++b) {
+      float* out = p_.out + (first_sample_ + b) * p_.out_batch_stride + first_row_ * p_.out_row_stride;
+      for (int64_t i = 0; i < rows_; ++i) {
+        const float* acc = acc_.get() + (i / kernel_.lanes * batch_ + b * terms_) * kernel_.lanes + i % kernel_.lanes;
+        float sum = 0;
+        for (int64_t s = 0; s < segments_; ++s) {
+          for (int t = terms_ - 1; t >= 0; --t) sum += acc[s * acc_size_ + t * kernel_.lanes];
+        }
+        out[i * p_.out_row_stride] += sum;
+      }
+    }
+  }
+
+  const Projection& p_;
+  const Columns& columns_;
+  const Kernel& kernel_;
+  const int terms_;
+  const int64_t first_sample_, samples_, first_row_, rows_, batch_, row_blocks_, row_tasks_;
+  int64_t first_unit_, end_unit_, segments_, chunk_units_, first_chunk_, chunks_, rounds_, panel_bytes_, acc_size_,
+      sample_packs_;
+  Aligned<char> panels_;
+  Aligned<float> acc_;
+};
+
+}  // namespace
+
+bool project_cpu(const Projection& projection, const std::string& instruction_set, int threads, bool (*keep_going)()) {
+  const Backend& backend = choose_backend(instruction_set);
+  const Columns columns(projection.parts);
+  if (columns.count() == 0 || projection.batch == 0) return true;
+  const int input_terms = columns.all_bf16() ? 1 : projection.terms;
+  const Kernel& kernel = backend.kernel(projection.kind, input_terms);
+  const int terms = kernel.bf16 ? input_terms : 1;
+  if (projection.kind == Kind::normal) normal_half_table();  // built before threads ask for it
+  const int64_t samples_per_pass = kMaxPanelRows / terms;
+  for (int64_t b = 0; b < projection.batch; b += samples_per_pass) {
+    const int64_t samples = std::min(samples_per_pass, projection.batch - b);
+    for (int64_t i = 0; i < projection.rows; i += kRowsPerPass) {
+      const int64_t rows = std::min(kRowsPerPass, projection.rows - i);
+      if (!Pass(projection, columns, kernel, terms, b, samples, i, rows).run(threads, keep_going)) return false;
+    }
+  }
+  return true;
+}
+
+void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* rows, int64_t row_count,
+                    const uint64_t* columns, int64_t column_count, float* out) {
+  const uint16_t* half = kind == Kind::normal ? normal_half_table() : nullptr;
+  for (int64_t r = 0; r < row_count; ++r) {
+    for (int64_t c = 0; c < column_count; ++c, ++out) {
+      if (kind == Kind::rademacher) {
+        *out = rademacher_entry(seed, stream, rows[r], columns[c]);
+      } else {
+        const uint32_t bits = static_cast<uint32_t>(normal_bits(half, normal_index(seed, stream, rows[r], columns[c])))
+                              << 16;
+        std::memcpy(out, &bits, sizeof bits);
+      }
+    }
+  }
+}
+
+}  // namespace trak_fast

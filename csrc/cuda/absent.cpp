@@ -1,0 +1,17 @@
+// Stands in for the CUDA part in a build without a CUDA compiler.
+#include <stdexcept>
+
+#include "../project.h"
+
+namespace trak_fast {
+
+std::string cuda_architectures() { return ""; }
+int cuda_version() { return 0; }
+int cuda_device_count() { return 0; }
+
+void matrix_block_cuda(Kind, uint64_t, uint32_t, uint32_t, int64_t, uint64_t, int64_t, const uint16_t*, float*, int,
+                       void*) {
+  throw std::runtime_error("trak_fast was built without CUDA: install it again where nvcc is found");
+}
+
+}  // namespace trak_fast

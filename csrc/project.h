@@ -1,0 +1,65 @@
+// The C++ interface of trak_fast: y += P g for a batch of gradients, entries of P, and what this build and this machine
+// offer. Pointers and sizes in, no framework: the caller has checked everything and owns all tensors.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "random_matrix.h"
+
+namespace trak_fast {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// A tensor (batch, ...) whose elements, in row-major order of the trailing dimensions, are the next columns.
+struct Part {
+  const void* data;
+  Dtype dtype;
+  int64_t columns;
+  int64_t batch_stride;                 // strides in elements
+  std::vector<int64_t> sizes, strides;  // trailing dimensions, neighbours merged where memory allows
+};
+
+// out[b, i] += sum over the parts' columns c of P[i, offset + c] * part[b, c], for i < rows.
+struct Projection {
+  Kind kind;
+  uint64_t seed;
+  uint32_t stream;
+  int64_t rows;
+  int64_t batch;
+  uint64_t offset;
+  int terms;  // bf16 terms that carry a float where the kernel multiplies bf16: 1, 2 or 3
+  std::vector<Part> parts;
+  float* out;
+  int64_t out_batch_stride, out_row_stride;
+};
+
+// On `threads` threads; any number gives the same bits. Between pieces of work the calling thread asks keep_going, and
+// stops early when the answer is no; out then lacks some or all of the sum. Returns whether it finished.
+// instruction_set: one of instruction_sets(); empty for the best.
+bool project_cpu(const Projection& projection, const std::string& instruction_set, int threads, bool (*keep_going)());
+
+// Instruction sets that this build has and this processor can run, best first, and all that this build has.
+std::vector<std::string> instruction_sets();
+std::vector<std::string> built_instruction_sets();
+
+// out[r, c] = P[rows[r], columns[c]], row-major.
+void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* rows, int64_t row_count,
+                    const uint64_t* columns, int64_t column_count, float* out);
+
+// The upper half of the normal table: kNormalHalf bf16 bit patterns.
+const uint16_t* normal_half_table();
+
+// CUDA architectures compiled in ("" without CUDA), the CUDA version (13000 for 13.0; 0 without), and the number of
+// devices found (0 on any error, such as no driver).
+std::string cuda_architectures();
+int cuda_version();
+int cuda_device_count();
+
+// Writes P[first_row + r, first_column + c] to out[r * columns + c] on the device, in the order of the stream.
+// normal_half: the table in that device's memory (unused for rademacher). Throws std::runtime_error.
+void matrix_block_cuda(Kind kind, uint64_t seed, uint32_t stream, uint32_t first_row, int64_t rows,
+                       uint64_t first_column, int64_t columns, const uint16_t* normal_half, float* out, int device,
+                       void* cuda_stream);
+
+}  // namespace trak_fast
