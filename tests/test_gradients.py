@@ -132,11 +132,13 @@ def test_evaluation_mode_gives_each_module_its_own_mode_back() -> None:
     model = convolutional()
     model[1].eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(KeyError), evaluation_mode(model):
+    assert set(before) == {True, False}
+    with evaluation_mode(model):
         assert not any(module.training for module in model.modules())
-        raise KeyError
     assert [module.training for module in model.modules()] == before
-    assert len(set(before)) == 2
+    with pytest.raises(RuntimeError, match="input"), evaluation_mode(model):
+        model(torch.zeros(1))
+    assert [module.training for module in model.modules()] == before
 
 
 def test_parameters_come_in_the_order_of_the_model() -> None:

@@ -121,4 +121,5 @@ def _finite(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
 
 
 def _centered_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return rankdata(values, axis=0) - (len(values) + 1) / 2
+    ranks: NDArray[np.float64] = rankdata(values, axis=0)
+    return ranks - (len(values) + 1) / 2

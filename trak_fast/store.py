@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 FORMAT = 1
@@ -113,7 +113,7 @@ def describe(
     """What features depend on, as a manifest.
 
     Args:
-        projector: An object with `proj_type` and perhaps `seed` and `matrix_definition`.
+        projector: An object with `proj_type`, and perhaps `seed` and `definition`, the number of its matrix's.
         proj_dim: Size of a feature, k.
         task: The task, known by its class's name.
         parameters: What gradients are taken of, in this order.
@@ -122,7 +122,7 @@ def describe(
     proj_type, seed = getattr(projector, "proj_type", None), getattr(projector, "seed", None)
     return {
         # a projector that follows no numbered definition is known by its class's name
-        "matrix_definition": getattr(projector, "matrix_definition", type(projector).__qualname__),
+        "matrix_definition": getattr(projector, "definition", type(projector).__qualname__),
         "proj_type": getattr(proj_type, "value", proj_type),
         "seed": None if seed is None else int(seed),
         "proj_dim": proj_dim,
@@ -166,7 +166,7 @@ class Rows:
             open_memmap(path / f"{name}.npy", "w+", np.float32, (num_rows, *shape)).flush()
         open_memmap(path / "done.npy", "w+", np.bool_, (num_rows,)).flush()
 
-    def write(self, inds: NDArray[np.integer], **values: ArrayLike) -> None:
+    def write(self, inds: NDArray[np.integer], **values: NDArray[np.float32] | Tensor) -> None:
         """Writes rows `inds` of every column; their flags are down meanwhile."""
         if self.done[inds].any():
             self.done[inds] = False
@@ -316,7 +316,8 @@ class Store:
 
     def gram(self, model_id: int) -> NDArray[np.float64]:
         """The Gram matrix of a finalized checkpoint."""
-        return np.load(self.checkpoint(model_id) / "gram.npy")
+        gram: NDArray[np.float64] = np.load(self.checkpoint(model_id) / "gram.npy")
+        return gram
 
     @contextmanager
     def writing_scores(self, exp_name: str, num_targets: int) -> Iterator[np.memmap]:

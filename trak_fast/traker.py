@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -187,10 +187,8 @@ class TRAKer:
         """
         if self._train is None:
             raise RuntimeError("call load_checkpoint before featurize")
-        inds, following = self._row_numbers(batch, inds, num_samples, self.train_set_size)
-        for part in self._parts(np.flatnonzero(~self._train.done[inds])):
-            features, weights = self._compute(batch, part, inds[part], with_weights=True)
-            self._train.write(inds[part], features=features, weights=weights)
+        rows, following = self._row_numbers(batch, inds, num_samples, self.train_set_size)
+        self._fill(self._train, batch, rows, np.flatnonzero(~self._train.done[rows]))
         self._next = following
 
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:
@@ -250,10 +248,8 @@ class TRAKer:
         """
         if self._targets is None:
             raise RuntimeError("call start_scoring_checkpoint before score")
-        inds, following = self._row_numbers(batch, inds, num_samples, len(self._targets.done))
-        for part in self._parts(np.arange(len(inds))):
-            features, _ = self._compute(batch, part, inds[part], with_weights=False)
-            self._targets.write(inds[part], features=features)
+        rows, following = self._row_numbers(batch, inds, num_samples, len(self._targets.done))
+        self._fill(self._targets, batch, rows, np.arange(len(rows)))
         self._next = following
 
     def finalize_scores(
@@ -361,21 +357,26 @@ class TRAKer:
             raise ValueError("inds has the same number twice")
         return rows.astype(np.intp), following
 
-    def _parts(self, positions: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+    def _fill(self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp], positions: NDArray[np.intp]) -> None:
+        """Computes what `stored` keeps of the samples at some positions of the batch, whose rows there are `rows`."""
         size = self.chunk_size or max(1, len(positions))
-        return (positions[start : start + size] for start in range(0, len(positions), size))
-
-    def _compute(
-        self, batch: Sequence[Tensor], part: NDArray[np.intp], samples: NDArray[np.intp], with_weights: bool
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Features and, if asked for, weightings of the batch's samples at the positions `part`."""
-        chosen = [x[torch.from_numpy(part).to(x.device)].to(self.device) for x in batch]
-        with evaluation_mode(self.model):
-            grads = self.gradient_computer.compute_per_sample_grad(chosen)
-            projected = self.projector.project(grads, model_id=self._model_id)
-            weights = self.gradient_computer.compute_loss_grad(chosen) if with_weights else None
-        features = _finite("gradient", projected, samples)
-        return features, None if weights is None else _finite("weighting", weights.reshape(-1), samples)
+        for part in (positions[start : start + size] for start in range(0, len(positions), size)):
+            samples = [x[torch.from_numpy(part).to(x.device)].to(self.device) for x in batch]
+            values = {}
+            with evaluation_mode(self.model):
+                grads = self.gradient_computer.compute_per_sample_grad(samples)
+                values["features"] = self.projector.project(grads, model_id=self._model_id)
+                if "weights" in stored.columns:
+                    values["weights"] = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
+            for name, value in values.items():
+                values[name] = value.detach().to(device="cpu", dtype=torch.float32)
+                expected = (len(part), *stored.columns[name].shape[1:])
+                if value.shape != expected:
+                    raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}")
+                # one row that is not finite would spoil all scores, through X'X
+                if not (finite := values[name].isfinite().reshape(len(part), -1).all(1)).all():
+                    raise ValueError(f"the {name} of samples {rows[part][~finite].tolist()[:5]} are not finite")
+            stored.write(rows[part], **values)
 
     def _model_ids(self, model_ids: Iterable[int] | None) -> list[int]:
         stored = self.store.model_ids()
@@ -414,11 +415,3 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")
     return value
-
-
-def _finite(what: str, values: Tensor, samples: NDArray[np.intp]) -> NDArray[np.float32]:
-    """`values` as a float32 array, if all rows are finite: one that is not would spoil every score through X'X."""
-    array = values.detach().to(device="cpu", dtype=torch.float32).numpy()
-    if not (finite := np.isfinite(array.reshape(len(array), -1)).all(axis=1)).all():
-        raise ValueError(f"the {what} of samples {samples[~finite].tolist()[:5]} is not finite")
-    return array

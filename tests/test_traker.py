@@ -1,0 +1,588 @@
+"""TRAK from end to end against its closed form: gradients by a loop, P from the reference, explicit inverses."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trak_fast import reference
+from trak_fast.gradients import FunctionalGradientComputer
+from trak_fast.metrics import mislabel_detection
+from trak_fast.solver import RIDGE_FACTOR
+from trak_fast.traker import TRAKer
+
+N, M, SEED = 12, 4, 5
+EPS = 2.0**-24
+States = list[dict[str, Tensor]]
+
+
+def network() -> nn.Sequential:
+    """131 parameters in float64, with modules that training and evaluation mode tell apart."""
+    return nn.Sequential(
+        nn.Linear(12, 8), nn.BatchNorm1d(8, affine=False), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)
+    ).double()
+
+
+def data(size: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 12, dtype=torch.float64, generator=generator)
+    return [inputs, torch.randint(3, (size,), generator=generator)]
+
+
+TRAIN, TARGETS = data(N, 4), data(M, 99)
+
+
+@pytest.fixture
+def checkpoints() -> States:
+    torch.manual_seed(0)
+    states = []
+    for _ in range(2):
+        model = network()
+        nn.init.normal_(model[1].running_mean)
+        nn.init.uniform_(model[1].running_var, 0.5, 2)
+        states.append(copy.deepcopy(model.state_dict()))
+    return states
+
+
+def build(save_dir: Path, **options: Any) -> TRAKer:
+    options = {"proj_dim": 8, "projector_seed": SEED, **options}
+    return TRAKer(network(), "image_classification", N, save_dir, **options)
+
+
+def run(traker: TRAKer, checkpoints: States, batch_size: int = 5) -> NDArray[np.float32]:
+    """The loops of traker's users."""
+    for model_id, state in enumerate(checkpoints):
+        traker.load_checkpoint(state, model_id=model_id)
+        for start in range(0, N, batch_size):
+            batch = [x[start : start + batch_size] for x in TRAIN]
+            traker.featurize(batch, num_samples=len(batch[0]))
+    traker.finalize_features()
+    for model_id, state in enumerate(checkpoints):
+        traker.start_scoring_checkpoint("test", state, model_id, num_targets=M)
+        for inds in ([3, 0], [1, 2]):
+            traker.score([x[inds] for x in TARGETS], inds=inds)
+    return traker.finalize_scores("test")
+
+
+def by_hand(
+    state: dict[str, Tensor], batch: list[Tensor], names: Iterable[str] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """∇f (B, D) and 1 − p (B,) in float64, one sample at a time."""
+    model = network()
+    model.load_state_dict(state)
+    model.eval()
+    parameters = [p for name, p in model.named_parameters() if names is None or name in names]
+    gradients, weights = [], []
+    for sample, label in zip(*batch, strict=True):
+        p = torch.softmax(model(sample.unsqueeze(0)), 1)[0, label]
+        parts = torch.autograd.grad(torch.log(p / (1 - p)), parameters)
+        gradients.append(torch.cat([part.reshape(-1) for part in parts]))
+        weights.append((1 - p).detach())
+    return torch.stack(gradients).numpy(), torch.stack(weights).numpy()
+
+
+def projected(gradients: NDArray[np.float64], proj_dim: int, model_id: int) -> tuple[NDArray, NDArray]:
+    """P g, and how far from it a projection may be that takes 24 bits of float64 gradients and sums in float32."""
+    entries = reference.matrix("rademacher", SEED, model_id, np.arange(proj_dim), np.arange(gradients.shape[1]))
+    bound = (gradients.shape[1] + 2) * EPS * np.abs(gradients).sum(1, keepdims=True)
+    return gradients @ entries.T, np.broadcast_to(bound, (len(gradients), proj_dim))
+
+
+class ClosedForm:
+    """τ as the paper writes it, from features in float64 that may be off by a little.
+
+    Attributes:
+        scores: (N, M).
+        rounding: Bound on what the float32 arithmetic after the features adds to the norm of the scores' error.
+        perturbation: Bound on what the features' own errors add, to first order.
+    """
+
+    def __init__(self, grad_dim: int, proj_dim: int, lambda_reg: float | None) -> None:
+        self.grad_dim, self.proj_dim, self.lambda_reg = grad_dim, proj_dim, lambda_reg
+        self.terms: list[NDArray] = []
+        self.weights: list[NDArray] = []
+        self.rounding = self.perturbation = 0.0
+
+    def add(self, weights: NDArray, x: NDArray, targets: NDArray, x_error: float = 0, targets_error: float = 0) -> None:
+        """Adds a checkpoint; errors are bounds on the Frobenius norm."""
+        norm, ridge = np.linalg.norm, (self.lambda_reg or 0) * self.grad_dim
+        if self.lambda_reg is None:
+            ridge = RIDGE_FACTOR * (x**2).sum() / N
+        if ridge == 0 and self.proj_dim > N:  # least-norm
+            left = np.linalg.inv(x @ x.T) @ x
+            solved = x.T @ np.linalg.inv(x @ x.T) @ left @ targets.T
+            inverse_norm = norm(left, 2) ** 2
+        else:
+            inverse = np.linalg.inv(x.T @ x + ridge * np.eye(self.proj_dim))
+            left, solved, inverse_norm = x @ inverse, inverse @ targets.T, norm(inverse, 2)
+        self.terms.append(left @ targets.T)
+        self.weights.append(weights)
+        self.rounding += (self.proj_dim + 4) * EPS * norm(x) * norm(solved)  # sums of k terms
+        # S = L Φ' with L = X K⁻¹: dS = (I − L X') dX K⁻¹ Φ' − L dX' L Φ' + L dΦ', and for the pseudo-inverse of k > N
+        # also (XX')⁻¹ dX (I − X⁺X) Φ', of norm at most ‖L‖² ‖dX‖ ‖Φ‖ as the second term
+        outer = norm(np.eye(N) - left @ x.T, 2) * inverse_norm + 2 * norm(left, 2) ** 2
+        self.perturbation += outer * x_error * norm(targets) + norm(left, 2) * targets_error
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        return np.mean(self.weights, 0)[:, None] * np.mean(self.terms, 0)
+
+    def check(self, scores: NDArray[np.float32]) -> None:
+        error = np.linalg.norm(scores - self.scores)
+        bound = (self.rounding + 1.5 * self.perturbation) / len(self.terms)  # half more for higher orders
+        assert bound < 0.1 * np.linalg.norm(self.scores)  # else the comparison would say nothing
+        assert error <= bound
+
+
+def from_gradients(states: States, proj_dim: int, lambda_reg: float | None) -> ClosedForm:
+    """The closed form with nothing taken from the package."""
+    expected = ClosedForm(131, proj_dim, lambda_reg)
+    for model_id, state in enumerate(states):
+        gradients, weights = by_hand(state, TRAIN)
+        x, x_error = projected(gradients, proj_dim, model_id)
+        targets, targets_error = projected(by_hand(state, TARGETS)[0], proj_dim, model_id)
+        expected.add(weights, x, targets, float(np.linalg.norm(x_error)), float(np.linalg.norm(targets_error)))
+    return expected
+
+
+@pytest.mark.parametrize("proj_dim", [8, N, 20])
+@pytest.mark.parametrize("lambda_reg", [None, 0, 0.3])
+def test_scores_are_the_closed_form(
+    tmp_path: Path, checkpoints: States, proj_dim: int, lambda_reg: float | None
+) -> None:
+    traker = build(tmp_path, proj_dim=proj_dim, lambda_reg=lambda_reg)
+    scores = run(traker, checkpoints)
+    assert scores.shape == (N, M)
+    assert scores.dtype == np.float32
+    assert (np.load(tmp_path / "scores" / "test.npy") == scores).all()
+    from_gradients(checkpoints, proj_dim, lambda_reg).check(scores)
+    # the same once more from the stored features, whose rounding then plays no part: a much sharper bound
+    expected = ClosedForm(131, proj_dim, lambda_reg)
+    for model_id in range(len(checkpoints)):
+        train, targets = traker.store.train(model_id).columns, traker.store.targets(model_id, "test").columns
+        expected.add(*(a.astype(np.float64) for a in (train["weights"], train["features"], targets["features"])))
+    expected.check(scores)
+
+
+def test_stored_features_are_projected_gradients(tmp_path: Path, checkpoints: States) -> None:
+    traker = build(tmp_path)
+    run(traker, checkpoints)
+    for model_id, state in enumerate(checkpoints):
+        gradients, weights = by_hand(state, TRAIN)
+        expected, bound = projected(gradients, 8, model_id)
+        rows = traker.store.train(model_id)
+        assert (np.abs(rows.columns["features"] - expected) <= bound).all()
+        np.testing.assert_allclose(rows.columns["weights"], weights, rtol=2 * EPS)
+        expected, bound = projected(by_hand(state, TARGETS)[0], 8, model_id)
+        assert (np.abs(traker.store.targets(model_id, "test").columns["features"] - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("options", [{"proj_dim": 0}, {"proj_dim": 0, "grad_wrt": ["4.bias", "4.weight"]}])
+def test_no_projection_keeps_the_gradients(tmp_path: Path, checkpoints: States, options: dict[str, Any]) -> None:
+    traker = build(tmp_path, **options)
+    run(traker, checkpoints)
+    gradients = by_hand(checkpoints[1], TRAIN, options.get("grad_wrt"))[0]
+    assert traker.proj_dim == traker.grad_dim == gradients.shape[1]
+    np.testing.assert_allclose(traker.store.train(1).columns["features"], gradients, rtol=2 * EPS, atol=1e-12)
+
+
+def test_a_subset_of_parameters_is_projected_as_a_gradient_of_its_own(tmp_path: Path, checkpoints: States) -> None:
+    traker = build(tmp_path, grad_wrt=(name for name in ["4.bias", "4.weight"]))
+    run(traker, checkpoints)
+    expected, bound = projected(by_hand(checkpoints[0], TRAIN, ["4.weight", "4.bias"])[0], 8, 0)
+    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+
+
+def test_features_do_not_depend_on_chunks_nor_on_the_mode_of_the_model(tmp_path: Path, checkpoints: States) -> None:
+    whole, chunked = build(tmp_path / "a"), build(tmp_path / "b", chunk_size=2)
+    chunked.model.train()
+    run(whole, checkpoints)
+    run(chunked, checkpoints)
+    assert all(module.training for module in chunked.model.modules())
+    for model_id, state in enumerate(checkpoints):
+        _, bound = projected(by_hand(state, TRAIN)[0], 8, model_id)
+        difference = whole.store.train(model_id).columns["features"] - chunked.store.train(model_id).columns["features"]
+        assert (np.abs(difference) <= 2 * bound).all()
+
+
+def test_self_influence_is_the_diagonal_of_the_scores_of_the_training_set(tmp_path: Path, checkpoints: States) -> None:
+    traker = build(tmp_path)
+    run(traker, checkpoints)
+    for model_id, state in enumerate(checkpoints):
+        traker.start_scoring_checkpoint("itself", state, model_id, num_targets=N)
+        traker.score(TRAIN, num_samples=N)
+    scores = traker.finalize_scores("itself")
+    # both from the same features; scores end in float32 sums of 8 terms of either sign
+    np.testing.assert_allclose(traker.self_influence(), scores.diagonal(), rtol=1e-4)
+    alone = traker.self_influence([1])
+    np.testing.assert_allclose(alone, traker.finalize_scores("itself", [1]).diagonal(), rtol=1e-4)
+    assert not np.allclose(alone, traker.self_influence())
+
+
+def test_self_influence_finds_flipped_labels(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    inputs = torch.randn(200, 5, dtype=torch.float64)
+    labels = (inputs @ torch.randn(5, 3, dtype=torch.float64)).argmax(1)
+    flipped = torch.rand(200) < 0.1
+    labels = torch.where(flipped, (labels + 1) % 3, labels)
+    model = nn.Linear(5, 3).double()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(model(inputs), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    traker = TRAKer(model, "image_classification", 200, tmp_path, proj_dim=12)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize([inputs, labels], num_samples=200)
+    traker.finalize_features()
+    # a ranking by chance has an area of 1/2 with a standard deviation of √(201 / (12 · 20 · 180)) = 0.07
+    assert mislabel_detection(traker.self_influence(), flipped.numpy()).auc > 0.5 + 5 * 0.07
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_traker import N, TRAIN, build
+
+def featurize(save_dir, state, moment):
+    flush, flushes = np.memmap.flush, 0
+    def flush_or_die(self):
+        nonlocal flushes
+        flushes += 1
+        if flushes == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(self)
+    np.memmap.flush = flush_or_die
+    traker = build(save_dir)
+    traker.load_checkpoint(state, model_id=0)
+    for start in range(0, N, 5):
+        traker.featurize([x[start : start + 5] for x in TRAIN], inds=list(range(start, min(start + 5, N))))
+
+torch.func.vmap(torch.func.grad(torch.sum))(torch.ones(1, 1))  # loads torch's modules before the forks
+state = torch.load(sys.argv[2] + "/state.pt")
+for moment in range(1, 13):
+    child = os.fork()
+    if child == 0:
+        featurize(f"{sys.argv[2]}/{moment}", state, moment)
+        os._exit(3)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, moment
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path, checkpoints: States) -> None:
+    torch.save(checkpoints[0], tmp_path / "state.pt")
+    subprocess.run([sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)], check=True, timeout=120)
+    computed: list[int] = []
+
+    class Counting(FunctionalGradientComputer):
+        def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
+            computed.append(len(batch[0]))
+            return super().compute_per_sample_grad(batch)
+
+    def finish(save_dir: Path) -> tuple[bytes, bytes, int, int]:
+        traker = build(save_dir, gradient_computer=Counting)
+        done = traker.store.train(0).done.sum() if traker.store.model_ids() else 0
+        computed.clear()
+        traker.load_checkpoint(checkpoints[0], model_id=0)
+        for start in range(0, N, 5):
+            batch = [x[start : start + 5] for x in TRAIN]
+            traker.featurize(batch, num_samples=len(batch[0]))
+        traker.finalize_features()
+        train = save_dir / "checkpoint_0" / "train"
+        return (train / "features.npy").read_bytes(), (train / "weights.npy").read_bytes(), done, sum(computed)
+
+    *expected, _, _ = finish(tmp_path / "whole")
+    progress = []
+    for moment in range(1, 13):  # 3 flushes make the arrays, then each batch has 3: of features, of weights, of flags
+        *result, done, count = finish(tmp_path / str(moment))
+        assert result == expected, moment
+        assert done + count == N
+        progress.append(done)
+    assert progress == [0, 0, 0, 0, 0, 5, 5, 5, 10, 10, 10, 12]
+
+
+def test_of_a_batch_that_is_done_in_part_only_the_rest_is_computed(tmp_path: Path, checkpoints: States) -> None:
+    seen: list[Tensor] = []
+
+    class Watching(FunctionalGradientComputer):
+        def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
+            seen.append(batch[0])
+            return super().compute_per_sample_grad(batch)
+
+    traker = build(tmp_path, gradient_computer=Watching)
+    traker.load_checkpoint(checkpoints[0], 0)
+    traker.featurize([x[[7, 2, 9]] for x in TRAIN], inds=torch.tensor([[7], [2], [9]]))
+    traker.featurize(TRAIN, num_samples=N)
+    traker.featurize(TRAIN, inds=np.arange(N))
+    assert len(seen) == 2
+    assert (seen[1] == TRAIN[0][[0, 1, 3, 4, 5, 6, 8, 10, 11]]).all()
+    expected, bound = projected(by_hand(checkpoints[0], TRAIN)[0], 8, 0)
+    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+
+
+def test_a_failed_batch_can_be_given_again(tmp_path: Path, checkpoints: States) -> None:
+    broken = [TRAIN[0].clone(), TRAIN[1]]
+    broken[0][6] = torch.nan
+    traker = build(tmp_path)
+    traker.load_checkpoint(checkpoints[0], 0)
+    traker.featurize([x[:5] for x in TRAIN], num_samples=5)
+    with pytest.raises(ValueError, match=r"features of samples \[6\] are not finite"):
+        traker.featurize([x[5:] for x in broken], num_samples=7)
+    traker.featurize([x[5:] for x in TRAIN], num_samples=7)
+    expected, bound = projected(by_hand(checkpoints[0], TRAIN)[0], 8, 0)
+    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+
+
+def test_an_experiment_can_be_repeated_with_other_targets(tmp_path: Path, checkpoints: States) -> None:
+    traker = build(tmp_path)
+    before = run(traker, checkpoints)
+    other = data(M, 9)
+    for model_id, state in enumerate(checkpoints):
+        traker.start_scoring_checkpoint("test", state, model_id, num_targets=M)
+        traker.score(other, num_samples=M)
+    after = traker.finalize_scores("test")
+    for model_id, state in enumerate(checkpoints):
+        traker.start_scoring_checkpoint("other", state, model_id, num_targets=M)
+        traker.score(other, num_samples=M)
+    assert (after == traker.finalize_scores("other")).all()
+    assert not np.allclose(before, after)
+
+
+def test_another_process_can_finish_what_one_began(tmp_path: Path, checkpoints: States) -> None:
+    expected = run(build(tmp_path / "one"), checkpoints)
+    for model_id, state in enumerate(checkpoints):
+        traker = build(tmp_path / "many")
+        traker.load_checkpoint(state, model_id)
+        for start in range(0, N, 5):
+            batch = [x[start : start + 5] for x in TRAIN]
+            traker.featurize(batch, num_samples=len(batch[0]))
+    build(tmp_path / "many").finalize_features()
+    for model_id, state in enumerate(checkpoints):
+        for inds in ([3, 0], [1, 2]):
+            traker = build(tmp_path / "many")
+            traker.start_scoring_checkpoint("test", state, model_id, num_targets=M)
+            traker.score([x[inds] for x in TARGETS], inds=inds)
+    assert (build(tmp_path / "many").finalize_scores("test") == expected).all()
+
+
+def test_without_load_from_save_dir_each_checkpoint_starts_again_once(tmp_path: Path, checkpoints: States) -> None:
+    run(build(tmp_path), checkpoints)
+    traker = build(tmp_path, load_from_save_dir=False)
+    traker.load_checkpoint(checkpoints[1], 0)  # other weights than those stored
+    assert not traker.store.train(0).done.any()
+    traker.featurize([x[:7] for x in TRAIN], num_samples=7)
+    traker.load_checkpoint(checkpoints[1], 0)
+    assert traker.store.train(0).done.sum() == 7
+    traker.featurize(TRAIN, num_samples=N)
+    traker.finalize_features()  # of checkpoint 0 only
+    np.testing.assert_array_equal(traker.self_influence(), traker.self_influence([0]))
+    again = build(tmp_path)
+    again.load_checkpoint(checkpoints[0], 0, _allow_featurizing_already_registered=True)
+    assert not again.store.train(0).done.any()
+
+
+def test_lambda_reg_can_change_without_featurizing_again(tmp_path: Path, checkpoints: States) -> None:
+    run(build(tmp_path), checkpoints)
+    scores = build(tmp_path, lambda_reg=0.3).finalize_scores("test")
+    from_gradients(checkpoints, 8, 0.3).check(scores)
+
+
+class Identity:
+    """A projector of traker's contract and no more, whose result requires grad."""
+
+    proj_dim = 0
+    proj_type = "na"
+    freed = 0
+
+    def project(self, grads: Any, model_id: int) -> Tensor:
+        flat = torch.cat([g.reshape(len(g), -1) for g in grads.values()], 1)
+        return (flat * (model_id + 1)).to(torch.float32).requires_grad_()
+
+    def free_memory(self) -> None:
+        self.freed += 1
+
+
+def test_any_projector_and_task_of_traker_s_contract_work(tmp_path: Path, checkpoints: States) -> None:
+    class Squared:
+        def get_output(self, model: nn.Module, weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Tensor:
+            out = torch.func.functional_call(model, (weights, buffers), x.unsqueeze(0))
+            return out[0, 0] ** 2
+
+        def get_out_to_loss_grad(self, model: nn.Module, weights: Any, buffers: Any, batch: list[Tensor]) -> Tensor:
+            return batch[0][:, :1]
+
+    projector = Identity()
+    traker = TRAKer(network(), Squared(), N, tmp_path, projector=projector)  # type: ignore[arg-type]
+    traker.load_checkpoint(checkpoints[0], 3)
+    traker.featurize(TRAIN, num_samples=N)
+    traker.finalize_features()
+    assert projector.freed == 1
+    rows = traker.store.train(3)
+    assert (rows.columns["weights"] == TRAIN[0][:, 0].float().numpy()).all()
+    model = network()
+    model.load_state_dict(checkpoints[0])
+    model.eval()
+    for i in range(N):
+        parts = torch.autograd.grad(model(TRAIN[0][i : i + 1])[0, 0] ** 2, list(model.parameters()))
+        expected = 4 * torch.cat([part.reshape(-1) for part in parts])
+        np.testing.assert_allclose(rows.columns["features"][i], expected, rtol=4 * EPS, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projector_seed": 6}, "seed: stored 5, given 6"),
+        ({"proj_type": "normal"}, "proj_type: stored 'rademacher', given 'normal'"),
+        ({"proj_dim": 9}, "proj_dim: stored 8, given 9"),
+        ({"grad_wrt": ["0.weight"]}, "grad_dim: stored 131, given 96"),
+        ({"train_set_size": 13}, "train_set_size: stored 12, given 13"),
+        ({"task": "text_classification"}, "task: stored 'ImageClassification', given 'TextClassification'"),
+        ({"model": network().float()}, r"parameters\[0\]: stored '0.weight torch.float64 \(8, 12\)', given '0.weight"),
+    ],
+)
+def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    options = {"model": network(), "task": "image_classification", "train_set_size": N, "save_dir": tmp_path,
+               "proj_dim": 8, "projector_seed": SEED}  # fmt: skip
+    TRAKer(**options)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=message):
+            TRAKer(**{**options, **change}, load_from_save_dir=resume)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "clip"}, "task must be one of 'image_classification'"),
+        ({"train_set_size": 0}, "train_set_size must be at least 1, not 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"lambda_reg": -0.1}, "lambda_reg must be None or a finite number >= 0, not -0.1"),
+        ({"lambda_reg": float("nan")}, "lambda_reg must be None"),
+        ({"saver": object}, "saver and score_computer are not supported"),
+        ({"score_computer": object}, "saver and score_computer are not supported"),
+        ({"grad_wrt": ["head"]}, "no parameter head"),
+        ({"projector": type("P", (), {"grad_dim": 130, "proj_dim": 8})()}, "projector.grad_dim is 130, .* 131"),
+    ],
+)
+def test_bad_options_are_refused_before_a_folder_is_made(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    options = {"model": network(), "task": "image_classification", "train_set_size": N, **options}
+    with pytest.raises(ValueError, match=message):
+        TRAKer(save_dir=tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ({}, ValueError, "either inds or num_samples"),
+        ({"inds": [0, 1], "num_samples": 2}, ValueError, "either inds or num_samples"),
+        ({"num_samples": 3}, ValueError, r"batch has \[2, 2\] samples in its tensors, num_samples says 3"),
+        ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
+        ({"inds": [0, 1, 2]}, ValueError, "inds says 3"),
+        ({"inds": [0, N]}, ValueError, r"samples 0 to 12 are not all in \[0, 12\)"),
+        ({"inds": [-1, 0]}, ValueError, "samples -1 to 0"),
+        ({"inds": [4, 4]}, ValueError, "same number twice"),
+        ({"inds": [0.0, 1.0]}, TypeError, "inds must be integers, not float64"),
+        ({"inds": torch.tensor([True, False])}, TypeError, "inds must be integers, not bool"),
+        ({"num_samples": 2, "batch": TRAIN[0][:2]}, TypeError, "sequence of tensors .* not Tensor"),
+        ({"num_samples": 2, "batch": [[1], [2]]}, TypeError, "sequence of tensors .* not list"),
+        ({"num_samples": 2, "batch": [TRAIN[0][:2], TRAIN[1][:3]]}, ValueError, r"batch has \[2, 3\] samples"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(
+    tmp_path: Path, checkpoints: States, rows: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    traker = build(tmp_path)
+    traker.load_checkpoint(checkpoints[0], 0)
+    arguments = {"batch": [x[:2] for x in TRAIN], **rows}
+    with pytest.raises(error, match=message):
+        traker.featurize(**arguments)
+    assert not traker.store.train(0).done.any()
+
+
+def test_more_samples_than_the_training_set_has_are_refused(tmp_path: Path, checkpoints: States) -> None:
+    traker = build(tmp_path)
+    traker.load_checkpoint(checkpoints[0], 0)
+    traker.featurize(TRAIN, num_samples=N)
+    with pytest.raises(ValueError, match=r"samples 12 to 13 are not all in \[0, 12\)"):
+        traker.featurize([x[:2] for x in TRAIN], num_samples=2)
+
+
+def test_calls_out_of_order_say_what_is_missing(tmp_path: Path, checkpoints: States) -> None:
+    state = checkpoints[0]
+    traker = build(tmp_path)
+    with pytest.raises(RuntimeError, match="call load_checkpoint before featurize"):
+        traker.featurize(TRAIN, num_samples=N)
+    with pytest.raises(ValueError, match="no checkpoints"):
+        traker.finalize_features()
+    with pytest.raises(ValueError, match=r"model_ids \[0\] were never loaded"):
+        traker.start_scoring_checkpoint("test", state, 0, num_targets=M)
+    traker.load_checkpoint(state, 0)
+    traker.featurize([x[:5] for x in TRAIN], num_samples=5)
+    with pytest.raises(ValueError, match=r"model_ids \[7\] were never loaded .* has \[0\]"):
+        traker.finalize_features([0, 7])
+    with pytest.raises(
+        RuntimeError, match=r"7 of 12 training samples of model_id 0 are not featurized: 5, 6, 7, 8, 9, \.\.\."
+    ):
+        traker.finalize_features()
+    for call in (traker.self_influence, lambda: traker.start_scoring_checkpoint("test", state, 0, num_targets=M)):
+        with pytest.raises(RuntimeError, match=r"model_ids \[0\] are not finalized; call finalize_features first"):
+            call()
+    with pytest.raises(RuntimeError, match="call load_checkpoint before featurize"):
+        traker.featurize(TRAIN, num_samples=N)  # start_scoring_checkpoint ended it
+    traker.load_checkpoint(state, 0)
+    traker.featurize(TRAIN, num_samples=N)
+    with pytest.raises(RuntimeError, match="call start_scoring_checkpoint before score"):
+        traker.score(TARGETS, num_samples=M)
+    traker.finalize_features()
+    with pytest.raises(ValueError, match="'test' has no targets for model_id 0"):
+        traker.finalize_scores("test")
+    with pytest.raises(ValueError, match="num_targets must be at least 1"):
+        traker.start_scoring_checkpoint("test", state, 0, num_targets=0)
+    with pytest.raises(ValueError, match=r"model_id 0 .* belong to other weights"):
+        traker.start_scoring_checkpoint("test", checkpoints[1], 0, num_targets=M)
+    with pytest.raises(ValueError, match="exp_name must be a file name"):
+        traker.start_scoring_checkpoint("../test", state, 0, num_targets=M)
+    traker.start_scoring_checkpoint("test", state, 0, num_targets=M)
+    traker.score([x[:3] for x in TARGETS], num_samples=3)
+    with pytest.raises(RuntimeError, match="1 of 4 targets of exp_name 'test' are not scored for model_id 0: 3"):
+        traker.finalize_scores("test")
+    with pytest.raises(ValueError, match="'test' has no checkpoint with all its targets"):
+        traker.finalize_scores("test", allow_skip=True)
+    traker.score([x[3:] for x in TARGETS], num_samples=1)
+    assert np.isfinite(traker.finalize_scores("test")).all()
+    for model_id in (-1, 2**32):
+        with pytest.raises(ValueError, match=r"model_id must be in \[0, 2\^32\)"):
+            traker.load_checkpoint(state, model_id)
+    with pytest.raises(ValueError, match=r"model_id 0 .* belong to other weights"):
+        traker.load_checkpoint(checkpoints[1], 0)
+
+
+def test_checkpoints_without_targets_are_skipped_only_on_demand(tmp_path: Path, checkpoints: States) -> None:
+    traker = build(tmp_path)
+    run(traker, checkpoints)
+    traker.start_scoring_checkpoint("half", checkpoints[0], 0, num_targets=M)
+    traker.score(TARGETS, num_samples=M)
+    with pytest.raises(ValueError, match="'half' has no targets for model_id 1"):
+        traker.finalize_scores("half")
+    skipped = traker.finalize_scores("half", allow_skip=True)
+    assert (skipped == traker.finalize_scores("test", model_ids=[0])).all()
+    traker.start_scoring_checkpoint("half", checkpoints[1], 1, num_targets=M - 1)
+    traker.score([x[1:] for x in TARGETS], num_samples=M - 1)
+    with pytest.raises(ValueError, match=r"numbers of targets that differ: \[3, 4\]"):
+        traker.finalize_scores("half")
