@@ -1,0 +1,165 @@
+"""TRAK in several runs: killed, repeated, spread over processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_traker import CHECKPOINTS, TARGETS, TRAIN, M, N, build, by_hand, data, from_gradients, projected, run
+from torch import Tensor
+
+from trak_fast.gradients import FunctionalGradientComputer
+
+KILLED = """
+import os, signal, sys
+import numpy as np, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_traker import N, TRAIN, build
+
+def featurize(save_dir, state, moment):
+    flush, flushes = np.memmap.flush, 0
+    def flush_or_die(self):
+        nonlocal flushes
+        flushes += 1
+        if flushes == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(self)
+    np.memmap.flush = flush_or_die
+    traker = build(save_dir)
+    traker.load_checkpoint(state, model_id=0)
+    for start in range(0, N, 5):
+        traker.featurize([x[start : start + 5] for x in TRAIN], inds=list(range(start, min(start + 5, N))))
+
+torch.func.vmap(torch.func.grad(torch.sum))(torch.ones(1, 1))  # loads torch's modules before the forks
+state = torch.load(sys.argv[2] + "/state.pt")
+for moment in range(1, 13):
+    child = os.fork()
+    if child == 0:
+        featurize(f"{sys.argv[2]}/{moment}", state, moment)
+        os._exit(3)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, moment
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    torch.save(CHECKPOINTS[0], tmp_path / "state.pt")
+    subprocess.run([sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)], check=True, timeout=120)
+    computed: list[int] = []
+
+    class Counting(FunctionalGradientComputer):
+        def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
+            computed.append(len(batch[0]))
+            return super().compute_per_sample_grad(batch)
+
+    def finish(save_dir: Path) -> tuple[bytes, bytes, int, int]:
+        traker = build(save_dir, gradient_computer=Counting)
+        done = traker.store.train(0).done.sum() if traker.store.model_ids() else 0
+        computed.clear()
+        traker.load_checkpoint(CHECKPOINTS[0], model_id=0)
+        for start in range(0, N, 5):
+            batch = [x[start : start + 5] for x in TRAIN]
+            traker.featurize(batch, num_samples=len(batch[0]))
+        traker.finalize_features()
+        train = save_dir / "checkpoint_0" / "train"
+        return (train / "features.npy").read_bytes(), (train / "weights.npy").read_bytes(), done, sum(computed)
+
+    *expected, _, _ = finish(tmp_path / "whole")
+    progress = []
+    for moment in range(1, 13):  # 3 flushes make the arrays, then each batch has 3: of features, of weights, of flags
+        *result, done, count = finish(tmp_path / str(moment))
+        assert result == expected, moment
+        assert done + count == N
+        progress.append(done)
+    assert progress == [0, 0, 0, 0, 0, 5, 5, 5, 10, 10, 10, 12]
+
+
+def test_of_a_batch_that_is_done_in_part_only_the_rest_is_computed(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class Watching(FunctionalGradientComputer):
+        def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
+            seen.append(batch[0])
+            return super().compute_per_sample_grad(batch)
+
+    traker = build(tmp_path, gradient_computer=Watching)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    traker.featurize([x[[7, 2, 9]] for x in TRAIN], inds=torch.tensor([[7], [2], [9]]))
+    traker.featurize(TRAIN, num_samples=N)
+    traker.featurize(TRAIN, inds=np.arange(N))
+    assert len(seen) == 2
+    assert (seen[1] == TRAIN[0][[0, 1, 3, 4, 5, 6, 8, 10, 11]]).all()
+    expected, bound = projected(by_hand(CHECKPOINTS[0], TRAIN)[0], 8, 0)
+    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+
+
+def test_a_failed_batch_can_be_given_again(tmp_path: Path) -> None:
+    broken = [TRAIN[0].clone(), TRAIN[1]]
+    broken[0][6] = torch.nan
+    traker = build(tmp_path)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    traker.featurize([x[:5] for x in TRAIN], num_samples=5)
+    with pytest.raises(ValueError, match=r"features of samples \[6\] are not finite"):
+        traker.featurize([x[5:] for x in broken], num_samples=7)
+    traker.featurize([x[5:] for x in TRAIN], num_samples=7)
+    expected, bound = projected(by_hand(CHECKPOINTS[0], TRAIN)[0], 8, 0)
+    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+
+
+def test_an_experiment_can_be_repeated_with_other_targets(tmp_path: Path) -> None:
+    traker = build(tmp_path)
+    before = run(traker)
+    other = data(M, 9)
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker.start_scoring_checkpoint("test", state, model_id, num_targets=M)
+        traker.score(other, num_samples=M)
+    after = traker.finalize_scores("test")
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker.start_scoring_checkpoint("other", state, model_id, num_targets=M)
+        traker.score(other, num_samples=M)
+    assert (after == traker.finalize_scores("other")).all()
+    assert not np.allclose(before, after)
+
+
+def test_another_process_can_finish_what_one_began(tmp_path: Path) -> None:
+    expected = run(build(tmp_path / "one"))
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker = build(tmp_path / "many")
+        traker.load_checkpoint(state, model_id)
+        for start in range(0, N, 5):
+            batch = [x[start : start + 5] for x in TRAIN]
+            traker.featurize(batch, num_samples=len(batch[0]))
+    build(tmp_path / "many").finalize_features()
+    for model_id, state in enumerate(CHECKPOINTS):
+        for inds in ([3, 0], [1, 2]):
+            traker = build(tmp_path / "many")
+            traker.start_scoring_checkpoint("test", state, model_id, num_targets=M)
+            traker.score([x[inds] for x in TARGETS], inds=inds)
+    assert (build(tmp_path / "many").finalize_scores("test") == expected).all()
+
+
+def test_without_load_from_save_dir_each_checkpoint_starts_again_once(tmp_path: Path) -> None:
+    run(build(tmp_path))
+    traker = build(tmp_path, load_from_save_dir=False)
+    traker.load_checkpoint(CHECKPOINTS[1], 0)  # other weights than those stored
+    assert not traker.store.train(0).done.any()
+    traker.featurize([x[:7] for x in TRAIN], num_samples=7)
+    traker.load_checkpoint(CHECKPOINTS[1], 0)
+    assert traker.store.train(0).done.sum() == 7
+    traker.featurize(TRAIN, num_samples=N)
+    traker.finalize_features()  # of checkpoint 0 only
+    np.testing.assert_array_equal(traker.self_influence(), traker.self_influence([0]))
+    again = build(tmp_path)
+    again.load_checkpoint(CHECKPOINTS[0], 0, _allow_featurizing_already_registered=True)
+    assert not again.store.train(0).done.any()
+
+
+def test_lambda_reg_can_change_without_featurizing_again(tmp_path: Path) -> None:
+    run(build(tmp_path))
+    scores = build(tmp_path, lambda_reg=0.3).finalize_scores("test")
+    from_gradients(8, 0.3).check(scores)
