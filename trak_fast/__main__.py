@@ -1,0 +1,8 @@
+"""`python -m trak_fast` is the command `trak-fast`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The command `trak-fast`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trak_fast
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments; by default those of the process.
+
+    Returns:
+        The exit status: 0 for success, 1 for a failure that a message on stderr explains. Wrong arguments exit
+        with 2 by SystemExit, as argparse does.
+    """
+    parser = argparse.ArgumentParser(prog="trak-fast", description="Fast random projections for data attribution.")
+    parser.add_argument("--version", action="version", version=f"trak-fast {trak_fast.info()['version']}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for add in (_add_demo, _add_info):
+        add(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
+
+
+def _failed(message: str, status: int = 1) -> int:
+    print(f"trak-fast: error: {message}", file=sys.stderr)
+    return status
+
+
+def _add_demo(commands: Any) -> None:
+    text = "attribute small nets' answers on handwritten digits, check them against retraining, and write a page"
+    demo = commands.add_parser(
+        "demo", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    demo.set_defaults(run=_demo, usage_error=demo.error)
+    demo.add_argument("--output", default="trak-fast-demo", metavar="DIR", help="folder to write to")
+    demo.add_argument("--proj-dim", type=int, default=2048, metavar="K", help="size of the projected gradients")
+    demo.add_argument("--checkpoints", type=int, default=5, metavar="C", help="nets to average scores over")
+    demo.add_argument("--subsets", type=int, default=100, metavar="S", help="random halves to retrain nets on")
+    demo.add_argument("--nets-per-subset", type=int, default=2, metavar="R", help="nets to retrain on each half")
+    demo.add_argument("--flipped", type=float, default=0.05, metavar="SHARE", help="training labels to flip")
+    demo.add_argument("--epochs", type=int, default=20, metavar="E", help="passes over the training images")
+    demo.add_argument("--train-size", type=int, default=1347, metavar="N", help="training images")
+    demo.add_argument("--test-size", type=int, default=450, metavar="M", help="test images to attribute")
+    demo.add_argument("--seed", type=int, default=0, help="of everything random")
+    demo.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="T", help="threads to use")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from . import demo, report
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("sklearn", "matplotlib"):
+            raise
+        return _failed(f"the demo needs {error.name}, which is not installed: pip install scikit-learn matplotlib")
+    try:
+        settings = demo.Settings(**{name: getattr(arguments, name) for name in demo.Settings.__dataclass_fields__})
+        if arguments.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {arguments.threads}")
+    except ValueError as error:
+        arguments.usage_error(str(error))
+    torch.set_num_threads(arguments.threads)
+    try:
+        results = demo.run(arguments.output, settings)
+    except OSError as error:
+        return _failed(f"cannot write to the output folder: {error}")
+    page = Path(arguments.output).resolve() / "index.html"
+    print(f"\n{report.summary(results)}\npage            {page}")
+    return 0
+
+
+def _add_info(commands: Any) -> None:
+    text = "say what was built into this installation and what the machine has"
+    info = commands.add_parser("info", help=text, description=text)
+    info.set_defaults(run=_info)
+    info.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    facts = trak_fast.info()
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        for name, value in facts.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"{name.replace('_', ' '):<24}{'none' if text in (None, '') else text}")
+    return 0

@@ -1,0 +1,420 @@
+"""The demonstration behind `trak-fast demo`: attribution on handwritten digits, checked against retraining.
+
+Small convolutional nets are trained on scikit-learn's digits, with some training labels flipped. TRAK attributes
+their outputs on test images to the training images. Two facts that TRAK is not told judge the scores: which labels
+were flipped, and what nets answer that are really retrained on random halves of the training images.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from . import report
+from .gradients import FunctionalGradientComputer
+from .metrics import lds, mislabel_detection
+from .projection import Projector
+from .tasks import margin
+from .traker import TRAKer
+
+CLASSES = 10
+BATCH_SIZE = 64
+NETS_AT_ONCE = 25
+RESAMPLES = 500
+EXAMPLES = 6
+IMAGES_PER_EXAMPLE = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; the same settings on the same machine give the same figures, times aside.
+
+    Attributes:
+        seed: Of everything random, in [0, 2^32).
+        proj_dim: Size of the projected gradients, k.
+        checkpoints: Nets that scores are averaged over, C.
+        subsets: Random halves of the training images that nets are retrained on, S.
+        nets_per_subset: Nets retrained on each half; their outputs are averaged.
+        flipped: Share of the training labels to flip, in (0, 0.5].
+        epochs: Passes over the training images, for every net.
+        train_size: Training images, n; the digits are 1,797 in all.
+        test_size: Test images, the targets, m.
+    """
+
+    seed: int
+    proj_dim: int
+    checkpoints: int
+    subsets: int
+    nets_per_subset: int
+    flipped: float
+    epochs: int
+    train_size: int
+    test_size: int
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: A setting is out of its range.
+        """
+        limits = {
+            "seed": (0, 2**32 - 1), "proj_dim": (1, 2**32), "checkpoints": (1, 1000), "subsets": (2, 100_000),
+            "nets_per_subset": (1, 1000), "epochs": (1, 10_000), "train_size": (4 * BATCH_SIZE, 1797 - CLASSES),
+            "test_size": (2 * EXAMPLES, 1797 - self.train_size),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be in [{low}, {high}], not {getattr(self, name)}")
+        if not 1 / self.train_size <= self.flipped <= 0.5:
+            raise ValueError(f"flipped must be in [1/{self.train_size}, 0.5], not {self.flipped}")
+
+
+class Data(NamedTuple):
+    """Images (·, 1, 8, 8) float32 in [0, 1] and labels (·,) int64; `true_labels` are the training labels unflipped."""
+
+    images: Tensor
+    labels: Tensor
+    true_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def flipped(self) -> NDArray[np.bool_]:
+        return (self.labels != self.true_labels).numpy()
+
+
+class Clock:
+    """Seconds spent in each named stage; those of a stage inside another do not count for the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        outer, self._inner = self._inner, 0.0
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inner
+            self._inner = outer + elapsed
+
+
+def run(output: str | os.PathLike[str], settings: Settings) -> dict[str, Any]:
+    """Runs the demonstration and writes `index.html`, `results.json`, `arrays.npz` and `pictures/*.png`.
+
+    The files appear at the very end, each at once, over those of an earlier run.
+
+    Args:
+        output: The folder to write to, made if it is missing.
+        settings: What to run.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        OSError: `output` cannot be made or written to, which is tried before anything is computed.
+    """
+    output = Path(output).resolve()
+    (output / "pictures").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=output) as folder:
+        results, arrays = _evaluate(settings, Path(folder) / "features")
+        finished = Path(folder) / "finished"
+        report.write(finished, results, arrays)
+        for file in sorted(finished.rglob("*.*"), key=lambda file: file.suffix == ".html"):  # the page last
+            file.replace(output / file.relative_to(finished))
+    return results
+
+
+def _evaluate(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Everything but the page: the results, and the arrays that they come from."""
+    clock = Clock()
+    rng = np.random.default_rng(settings.seed)
+    with clock("the rest"):
+        data = load_data(settings, rng)
+        n, m = len(data.labels), len(data.test_labels)
+        with clock("train"):
+            everything = np.tile(np.arange(n), (settings.checkpoints, 1))
+            nets = train_nets(data, everything, settings.epochs, rng, "training")
+        losses, test_logits = mean_losses(nets, data), logits_of(nets, data.test_images)
+        scores, self_influence = attribute(data, nets, settings, folder, clock)
+
+        with clock("retrain"):
+            masks, outputs = retrain(data, settings, rng)
+        with clock("evaluate"):
+            rankings = {"self_influence": self_influence, "loss": losses}
+            flipped_labels = _compare_rankings(rankings, data.flipped)
+            agreement = {
+                "subsets": settings.subsets,
+                "nets": settings.subsets * settings.nets_per_subset,
+                **_lds_intervals(scores, masks, outputs, rng),
+                "pixel_similarity": lds(pixel_similarity(data), masks, outputs).mean,
+            }
+        examples = _examples(data, scores, test_logits, rng)
+
+    grad_dim = sum(tensor[0].numel() for tensor in nets.values())
+    entries = settings.checkpoints * (n + m) * grad_dim
+    total, projecting = sum(clock.seconds.values()), clock.seconds["project"]
+    results = {
+        "settings": asdict(settings),
+        "train_images": n,
+        "test_images": m,
+        "flipped_images": int(data.flipped.sum()),
+        "grad_dim": grad_dim,
+        "test_accuracy": float((test_logits.argmax(-1) == data.test_labels).double().mean()),
+        "flipped_labels": flipped_labels,
+        "lds": agreement,
+        "examples": examples,
+        "timings": {
+            "seconds": {**clock.seconds, "total": total},
+            "projection": {
+                "share": projecting / total,
+                "gradient_entries_per_second": entries / projecting,
+                "flop_per_second": 2 * entries * settings.proj_dim / projecting,
+            },
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        },
+    }
+    arrays: dict[str, NDArray[Any]] = {
+        **{name: tensor.numpy() for name, tensor in data._asdict().items()},
+        "flipped": data.flipped, "scores": scores, **rankings, "masks": masks, "outputs": outputs,
+    }  # fmt: skip
+    return results, arrays
+
+
+def load_data(settings: Settings, rng: np.random.Generator) -> Data:
+    """scikit-learn's digits, split by class, with `settings.flipped` of the training labels made wrong."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(
+        np.arange(len(labels)), train_size=settings.train_size, test_size=settings.test_size,
+        stratify=digits.target, random_state=int(rng.integers(2**32)),
+    )  # fmt: skip
+    given = labels[train]
+    flipped = rng.choice(len(train), round(settings.flipped * len(train)), replace=False)
+    given[flipped] = (given[flipped] + torch.from_numpy(rng.integers(1, CLASSES, len(flipped)))) % CLASSES
+    return Data(images[train], given, labels[train], images[test], labels[test])
+
+
+def build_net() -> nn.Module:
+    """A convolutional net with 38,282 parameters, (B, 1, 8, 8) to logits (B, 10)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, CLASSES),
+    )  # fmt: skip
+
+
+def train_nets(
+    data: Data, subsets: NDArray[np.integer], epochs: int, rng: np.random.Generator, title: str
+) -> dict[str, Tensor]:
+    """Trains one net on each subset, many at once by vmap: SGD with momentum, weight decay and a falling step.
+
+    Args:
+        data: The training images and labels.
+        subsets: (S, size) numbers of the training images that each net sees.
+        epochs: Passes over the subset; a last batch that is not full is left out of each.
+        rng: Draws initial weights and the order of images.
+        title: Of the progress bar.
+
+    Returns:
+        The parameters by name, (S, ...) each.
+    """
+    net = build_net()
+
+    def loss(weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(net, weights, (images,)), labels)
+
+    batches = subsets.shape[1] // BATCH_SIZE
+    trained = []
+    with tqdm(total=len(subsets) * epochs, desc=title, unit="epoch") as bar:
+        for part in np.array_split(subsets, math.ceil(len(subsets) / NETS_AT_ONCE)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(rng.integers(2**32)))
+                weights, _ = stack_module_state([build_net() for _ in part])
+            optimizer = torch.optim.SGD(weights.values(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: min(1.0, 1.25 * (1 - step / (epochs * batches)))
+            )
+            for _ in range(epochs):
+                order = torch.from_numpy(rng.permuted(part, axis=1)[:, : batches * BATCH_SIZE])
+                for batch in torch.split(order, BATCH_SIZE, dim=1):
+                    optimizer.zero_grad()
+                    # the nets share nothing, so the gradient of the sum is each net's own
+                    torch.autograd.backward(vmap(loss)(weights, data.images[batch], data.labels[batch]).sum())
+                    optimizer.step()
+                    schedule.step()
+                bar.update(len(part))
+            trained.append({name: tensor.detach() for name, tensor in weights.items()})
+    return {name: torch.cat([weights[name] for weights in trained]) for name in trained[0]}
+
+
+def logits_of(nets: dict[str, Tensor], images: Tensor) -> Tensor:
+    """The logits (S, B, 10) of S nets for images (B, 1, 8, 8)."""
+    net = build_net()
+    logits: Tensor = vmap(lambda weights: functional_call(net, weights, (images,)), chunk_size=NETS_AT_ONCE)(nets)
+    return logits
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """The model outputs log p/(1 − p) of the labelled class, (S, B) float64, from logits (S, B, 10)."""
+    return margin(logits.flatten(0, 1).double(), labels.repeat(len(logits))).view(len(logits), -1)
+
+
+def mean_losses(nets: dict[str, Tensor], data: Data) -> NDArray[np.float32]:
+    """The nets' mean loss on each training image, with the label that it was trained with (n,)."""
+    log_p = logits_of(nets, data.images).log_softmax(-1).mean(0)
+    return -log_p.gather(1, data.labels.unsqueeze(1)).squeeze(1).numpy()
+
+
+def attribute(
+    data: Data, nets: dict[str, Tensor], settings: Settings, folder: Path, clock: Clock
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """TRAK scores (n, m) of the training images for the test images, and self-influence (n,)."""
+
+    class TimedGradients(FunctionalGradientComputer):
+        def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
+            with clock("gradients"):
+                return super().compute_per_sample_grad(batch)
+
+    class TimedProjector(Projector):
+        def project(self, grads: Any, model_id: int = 0) -> Tensor:
+            with clock("project"):
+                return super().project(grads, model_id)
+
+    net = build_net()
+    grad_dim = sum(parameter.numel() for parameter in net.parameters())
+    traker = TRAKer(
+        net, "image_classification", train_set_size=len(data.labels), save_dir=folder,
+        gradient_computer=TimedGradients, projector=TimedProjector(grad_dim, settings.proj_dim, seed=settings.seed),
+    )  # fmt: skip
+    train = DataLoader(TensorDataset(data.images, data.labels), BATCH_SIZE)
+    test = DataLoader(TensorDataset(data.test_images, data.test_labels), BATCH_SIZE)
+    checkpoints = [{name: w[c] for name, w in nets.items()} for c in range(settings.checkpoints)]
+    with clock("store features"), tqdm(total=len(checkpoints) * len(data.labels), desc="featurizing") as bar:
+        for model_id, checkpoint in enumerate(checkpoints):
+            traker.load_checkpoint(checkpoint, model_id)
+            for images, labels in train:
+                traker.featurize((images, labels), num_samples=len(labels))
+                bar.update(len(labels))
+    with clock("solve and score"):
+        traker.finalize_features()
+    with clock("store features"), tqdm(total=len(checkpoints) * len(data.test_labels), desc="scoring") as bar:
+        for model_id, checkpoint in enumerate(checkpoints):
+            traker.start_scoring_checkpoint("test", checkpoint, model_id, num_targets=len(data.test_labels))
+            for images, labels in test:
+                traker.score((images, labels), num_samples=len(labels))
+                bar.update(len(labels))
+    with clock("solve and score"):
+        return np.array(traker.finalize_scores("test")), traker.self_influence()
+
+
+def retrain(data: Data, settings: Settings, rng: np.random.Generator) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Trains nets on random halves of the training images.
+
+    Returns:
+        The halves (S, n), and the nets' mean outputs log p/(1 − p) of the right class of each test image (S, m).
+    """
+    n = len(data.labels)
+    halves = rng.permuted(np.tile(np.arange(n), (settings.subsets, 1)), axis=1)[:, : n // 2]
+    masks = np.zeros((settings.subsets, n), bool)
+    np.put_along_axis(masks, halves, True, axis=1)
+    nets = train_nets(data, halves.repeat(settings.nets_per_subset, axis=0), settings.epochs, rng, "retraining")
+    outputs = margins(logits_of(nets, data.test_images), data.test_labels)
+    return masks, outputs.view(settings.subsets, settings.nets_per_subset, -1).mean(1).numpy()
+
+
+def pixel_similarity(data: Data) -> NDArray[np.float32]:
+    """Scores (n, m) without any net, to compare with: the cosine of the images, negative where labels differ."""
+    center = data.images.mean(0)
+    train, test = (F.normalize((images - center).flatten(1)) for images in (data.images, data.test_images))
+    sign = torch.where(data.labels.unsqueeze(1) == data.test_labels, 1.0, -1.0)
+    return (train @ test.mT * sign).numpy()
+
+
+def _lds_intervals(
+    scores: NDArray[np.float32], masks: NDArray[np.bool_], outputs: NDArray[np.float64], rng: np.random.Generator
+) -> dict[str, Any]:
+    """The LDS, its 95 % bootstrap interval over subsets and targets, and the 95 % that chance would give."""
+    subsets, m = outputs.shape
+    predicted = masks.astype(np.float64) @ scores
+    one_hot = np.eye(subsets, dtype=bool)  # as masks they pick rows of `predicted`, which are sums of scores already
+    bootstrap, chance = [], []
+    for _ in tqdm(range(RESAMPLES), desc="resampling"):
+        rows, columns = rng.integers(subsets, size=subsets), rng.integers(m, size=m)
+        bootstrap.append(lds(predicted[:, columns], one_hot[rows], outputs[np.ix_(rows, columns)]).mean)
+        chance.append(lds(predicted, one_hot, outputs[rng.permutation(subsets)]).mean)
+    result = lds(scores, masks, outputs)
+    return {
+        "mean": result.mean,
+        "interval_95": np.percentile(bootstrap, [2.5, 97.5]).tolist(),
+        "chance_95": np.percentile(chance, [2.5, 97.5]).tolist(),
+        "per_target": result.per_target.tolist(),
+    }
+
+
+def _compare_rankings(rankings: dict[str, NDArray[np.float32]], flipped: NDArray[np.bool_]) -> dict[str, Any]:
+    """How many of the flipped labels each ranking finds in its first 1, 2, 5, 10 and 20 %, and the curves."""
+    inspected = [0.01, 0.02, 0.05, 0.1, 0.2]
+    budgets = [round(share * len(flipped)) for share in inspected]
+    results: dict[str, Any] = {"inspected": inspected}
+    for name, ranking in rankings.items():
+        detection = mislabel_detection(ranking, flipped)
+        results[name] = {
+            "auc": detection.auc,
+            "found": detection.recall[budgets].tolist(),
+            "curve": detection.recall.tolist(),
+        }
+    return results
+
+
+def _examples(
+    data: Data, scores: NDArray[np.float32], test_logits: Tensor, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """The extreme training images of some test images: half those that the nets are least sure of, half at random."""
+    hardest = margins(test_logits, data.test_labels).mean(0).argsort(stable=True).numpy()
+    half = EXAMPLES // 2
+    predicted = test_logits.softmax(-1).mean(0).argmax(-1)
+    flipped = data.flipped
+
+    def train_image(i: int, target: int) -> dict[str, Any]:
+        return {
+            "train_image": int(i), "label": int(data.labels[i]), "true_label": int(data.true_labels[i]),
+            "flipped": bool(flipped[i]), "score": float(scores[i, target]),
+        }  # fmt: skip
+
+    examples = []
+    for target in [*hardest[:half], *rng.choice(hardest[half:], EXAMPLES - half, replace=False)]:
+        order = np.argsort(-scores[:, target], kind="stable")
+        examples.append(
+            {
+                "test_image": int(target),
+                "label": int(data.test_labels[target]),
+                "predicted": int(predicted[target]),
+                "helpful": [train_image(i, target) for i in order[:IMAGES_PER_EXAMPLE]],
+                "harmful": [train_image(i, target) for i in order[::-1][:IMAGES_PER_EXAMPLE]],
+            }
+        )
+    return examples
