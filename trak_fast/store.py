@@ -9,7 +9,7 @@
 
 Rows are memory-mapped arrays with one flag a row. Whole files and folders appear by renaming, and a row's flag is set
 after its values are on disk, so whatever is there after a crash is complete and right. Each checkpoint has its own
-files and nothing is rewritten that another process may be reading.
+files, and no file holds the state of several.
 """
 
 from __future__ import annotations

@@ -114,9 +114,9 @@ class TRAKer:
         """
         if saver is not None or score_computer is not None:
             raise ValueError("saver and score_computer are not supported; leave them None")
-        self.train_set_size = _positive("train_set_size", train_set_size)
-        self.chunk_size = None if chunk_size is None else _positive("chunk_size", chunk_size)
-        if lambda_reg is not None and not (math.isfinite(lambda_reg) and lambda_reg >= 0):
+        self.train_set_size = _integer("train_set_size", train_set_size)
+        self.chunk_size = None if chunk_size is None else _integer("chunk_size", chunk_size)
+        if lambda_reg is not None and not 0 <= lambda_reg < math.inf:
             raise ValueError(f"lambda_reg must be None or a finite number >= 0, not {lambda_reg!r}")
         self.lambda_reg = lambda_reg
         self.logger = logging.getLogger("trak_fast")
@@ -230,7 +230,7 @@ class TRAKer:
         self._require_finalized([model_id])
         self.store.check_weights(model_id, self.model.state_dict())
         self._seen.add(model_id)
-        self._targets = self.store.targets(model_id, exp_name, _positive("num_targets", num_targets))
+        self._targets = self.store.targets(model_id, exp_name, _integer("num_targets", num_targets))
 
     def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
@@ -321,9 +321,7 @@ class TRAKer:
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
-        model_id = operator.index(model_id)
-        if not 0 <= model_id < 2**32:
-            raise ValueError(f"model_id must be in [0, 2^32), not {model_id}")
+        model_id = _integer("model_id", model_id, 0, 2**32 - 1)
         self._train = self._targets = None
         self.model.load_state_dict(checkpoint)
         self.gradient_computer.load_model_params(self.model)
@@ -339,7 +337,7 @@ class TRAKer:
         if (inds is None) == (num_samples is None):
             raise ValueError("give either inds or num_samples")
         if num_samples is not None:
-            rows = np.arange(self._next, self._next + _positive("num_samples", num_samples))
+            rows = np.arange(self._next, self._next + _integer("num_samples", num_samples))
             following = self._next + len(rows)
         else:
             rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
@@ -364,8 +362,10 @@ class TRAKer:
             samples = [x[torch.from_numpy(part).to(x.device)].to(self.device) for x in batch]
             values = {}
             with evaluation_mode(self.model):
-                grads = self.gradient_computer.compute_per_sample_grad(samples)
-                values["features"] = self.projector.project(grads, model_id=self._model_id)
+                # handed over without a name, so that no gradients are kept while the next are computed
+                values["features"] = self.projector.project(
+                    self.gradient_computer.compute_per_sample_grad(samples), model_id=self._model_id
+                )
                 if "weights" in stored.columns:
                     values["weights"] = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
             for name, value in values.items():
@@ -410,8 +410,9 @@ class TRAKer:
         return self.device if self.device.type == "cuda" else torch.device("cpu")  # not all others have float64
 
 
-def _positive(name: str, value: int) -> int:
-    value = operator.index(value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
-    return value
+def _integer(name: str, value: int, low: int = 1, high: int = 2**48) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if not low <= operator.index(value) <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
+    return operator.index(value)
