@@ -1,11 +1,11 @@
 // AMX: bf16 tiles, 16 x 32 times 32 x 16 in sixteen cycles.
 //
 // P is the tile operand that holds pairs of columns: its register row n is bit n and bit n + 16 of sixteen rows' words.
-// P's tiles live in a 16 KiB buffer in the first-level cache, written one step ahead of the step being multiplied, and
-// the two are interleaved by hand: while a tile product takes its sixteen cycles, the vector units make the next tile.
-// A Rademacher tile costs less than the products of 32 gradient rows with it, so for bigger batches it is simply made
-// again for every group of rows, whose sums then never leave the tile registers; a normal tile costs far more, so it is
-// used for all groups at once.
+// P's tiles go through a small buffer in the first-level cache, written just ahead of their use, and the two are
+// interleaved by hand: while a tile product takes its sixteen cycles, the vector units make the next tile. A Rademacher
+// tile costs less than the products of 32 gradient rows with it, so for bigger batches it is simply made again for
+// every group of rows, whose sums then never leave the tile registers; a normal tile costs ten times that, so it is
+// used for up to 96 rows at once, and beyond that the sums of all groups come and go.
 #include "lanes_avx512.h"
 #include "pack_bf16.h"
 #include "philox_rows.h"
@@ -17,24 +17,26 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTilesPerUnit = kUnit / 32;
 
-// The panel's rows in groups of one to three tiles: [group][unit][tile of 32 columns][row][32 columns].
+// The panel's rows in groups of some tiles: [group][unit][tile of 32 columns][row][32 columns].
 struct Group {
   int64_t first, size;  // in tiles
 };
 
-// The group that a tile of rows belongs to: threes, then twos; a single one only if there is but one.
+// The group that a tile of rows belongs to. Rademacher: threes, then twos; a single one only if there is but one.
+// Normal: sixes and what is left.
+template <Kind kind>
 TRAK_FAST_INLINE Group group_of(int64_t tile, int64_t tiles) {
-  const int64_t twos = tiles == 1 ? 0 : (3 - tiles % 3) % 3, threes = (tiles - 2 * twos) / 3;
+  if (kind == Kind::normal) return {tile / 6 * 6, tiles - tile / 6 * 6 < 6 ? tiles % 6 : 6};
   if (tiles == 1) return {0, 1};
-  if (tile < 3 * threes) return {tile / 3 * 3, 3};
-  const int64_t rest = tile - 3 * threes;
-  return {3 * threes + rest / 2 * 2, 2};
+  const int64_t twos = (3 - tiles % 3) % 3, threes = tiles - 2 * twos;  // tiles in groups of three
+  if (tile < threes) return {tile / 3 * 3, 3};
+  return {threes + (tile - threes) / 2 * 2, 2};
 }
 
 template <Kind kind>
 void pack(const Pack& p) {
   pack_terms(p, [&](const uint16_t* columns, int64_t row) {
-    const Group group = group_of(row / kTileRows, p.batch / kTileRows);
+    const Group group = group_of<kind>(row / kTileRows, p.batch / kTileRows);
     auto* out = static_cast<uint8_t*>(p.panel) +
                 (group.first * p.units + group.size * p.unit) * kTilesPerUnit * kTileBytes +
                 (row - group.first * kTileRows) * 64;
@@ -79,55 +81,89 @@ TRAK_FAST_INLINE void write_tile(__m512i words, uint8_t* tile) {
   }
 }
 
-// Writes P's tiles, step after step, into two buffers in turn. Aligned to 4 KiB, and so is the panel: then loads and
-// the stores in flight seldom share their low twelve address bits, which the processor would take for a dependence.
-template <Kind kind>
-class TileWriter {
+// Writes the Rademacher tiles of 32 rows, step after step, into two buffers in turn. Aligned to 4 KiB, and so is the
+// panel: then loads and the stores in flight seldom share their low twelve address bits, which the processor would take
+// for a dependence.
+class RademacherTiles {
  public:
-  TileWriter(const Multiply& m, uint32_t row)
-      : philox_(kind, m.seed, m.stream, row, first_block(kind, m.unit)), unit_(m.unit), half_(normal_half_table()) {
-    if (kind == Kind::rademacher) {
-      for (int v = 0; v < 4; ++v) draw(0, v);
-    }
+  RademacherTiles(const Multiply& m, uint32_t row)
+      : philox_(Kind::rademacher, m.seed, m.stream, row, m.unit), unit_(m.unit) {
+    for (int v = 0; v < 4; ++v) draw(0, v);
     for (int v = 0; v < 4; ++v) write(0, v);
   }
 
   // The two tiles (rows 0-15 and 16-31) of columns 32 v of a step.
   const uint8_t* tiles(int64_t step, int v) const { return tiles_[step % 2][v][0]; }
 
-  // A quarter of a step. The Rademacher words of the step after it are drawn at the same time.
+  // A quarter of a step: its two tiles at v. The words of the step after it are drawn at the same time.
   TRAK_FAST_INLINE void write(int64_t step, int v) {
-    if constexpr (kind == Kind::rademacher) {
-      draw(step + 1, v);
-      for (int g = 0; g < 2; ++g) write_tile(words_[step % 2][g][v], tiles_[step % 2][v][g]);
-    } else {
-      const auto block = static_cast<uint32_t>(first_block(kind, unit_)) + static_cast<uint32_t>(4 * step + v);
-      for (int g = 0; g < 2; ++g) {
-        for (uint32_t t = 0; t < 4; ++t) {
-          __m512i words[4];
-          philox_.words(block, t, g, words);
-          for (uint32_t w = 0; w < 4; ++w) {
-            _mm512_store_si512(tiles_[step % 2][v][g] + 64 * (4 * w + t), Avx512::normal_pairs(words[w], half_));
-          }
-        }
-      }
-    }
+    draw(step + 1, v);
+    for (int g = 0; g < 2; ++g) write_tile(words_[step % 2][g][v], tiles_[step % 2][v][g]);
   }
 
  private:
   // A quarter of a step's words: even rows, then odd rows, of one group of sixteen.
   TRAK_FAST_INLINE void draw(int64_t step, int quarter) {
-    __m512i half[4];
-    philox_.half(static_cast<uint32_t>(unit_ + static_cast<uint64_t>(step / 4)), static_cast<uint32_t>(step % 4),
-                 quarter / 2, quarter % 2, half);
+    const auto half = philox_.calls(static_cast<uint32_t>(unit_ + static_cast<uint64_t>(step / 4)),
+                                    static_cast<uint32_t>(step % 4), quarter / 2, quarter % 2);
     auto& words = words_[step % 2][quarter / 2];
-    for (int w = 0; w < 4; ++w) words[w] = quarter % 2 == 0 ? half[w] : Avx512::interleave(words[w], half[w]);
+    for (int w = 0; w < 4; ++w) words[w] = quarter % 2 == 0 ? half.c[w] : Avx512::interleave(words[w], half.c[w]);
   }
 
   alignas(4096) uint8_t tiles_[2][4][2][kTileBytes];
-  __m512i words_[2][2][4];
+  __m512i words_[2][2][4];  // of two steps
   PhiloxRows<Avx512> philox_;
   uint64_t unit_;
+};
+
+// Writes the normal tiles of sixteen rows, block after block, into a ring of four.
+class NormalTiles {
+ public:
+  // rows: 0 or 1, for rows 0-15 or 16-31 of the row block.
+  NormalTiles(const Multiply& m, const PhiloxRows<Avx512>& philox, int rows)
+      : philox_(philox),
+        block_(static_cast<uint32_t>(first_block(Kind::normal, m.unit))),
+        rows_(rows),
+        half_(normal_half_table()) {
+    for (uint32_t t = 0; t < 2; ++t) philox_.words(block_, t, rows_, words_ + 4 * t);
+  }
+
+  const uint8_t* tile(int64_t block) const { return tiles_[block % 4]; }
+
+  // Blocks must be written in order. Gathers keep the load ports busy and Philox rounds the others, so the words of the
+  // next two t are drawn between the gathers for these; four independent calls hide the multiplications' latency.
+  TRAK_FAST_INLINE void write(int64_t block) {
+    uint8_t* tile = tiles_[block % 4];
+#pragma GCC unroll 1
+    for (uint32_t t = 0; t < 4; t += 2) {
+      const uint32_t next_block = block_ + static_cast<uint32_t>(block) + t / 2, next_t = 2 - t;
+      PhiloxRows<Avx512>::Calls next[4];
+#pragma GCC unroll 4
+      for (uint32_t i = 0; i < 4; ++i) {
+        next[i] = philox_.begin(next_block, next_t + i / 2, rows_, static_cast<int>(i % 2));
+      }
+      int r = PhiloxRows<Avx512>::kFirstRound;
+#pragma GCC unroll 8
+      for (uint32_t i = 0; i < 8; ++i, ++r) {
+        _mm512_store_si512(tile + 256 * (i % 4) + 64 * (t + i / 4), Avx512::normal_pairs(words_[i], half_));
+        if (r < kPhiloxRounds) {
+#pragma GCC unroll 4
+          for (auto& calls : next) philox_.round(r, calls);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        words_[i] = Avx512::interleave(next[i / 4 * 2].c[i % 4], next[i / 4 * 2 + 1].c[i % 4]);
+      }
+    }
+  }
+
+ private:
+  alignas(4096) uint8_t tiles_[4][kTileBytes];
+  __m512i words_[8];  // of the next two t
+  const PhiloxRows<Avx512>& philox_;
+  uint32_t block_;
+  int rows_;
   const uint16_t* half_;
 };
 
@@ -140,9 +176,9 @@ struct alignas(64) TileConfig {
   }
 };
 
-// The sums of one group: tile 2 i + w for gradient tile i and P's rows 16 w.
+// Rademacher: the sums of one group, in tile 2 i + w for gradient tile i and P's rows 16 w.
 template <int kTiles>
-struct Sums {
+struct PairSums {
   static TRAK_FAST_INLINE void zero() {
     _tile_zero(0);
     _tile_zero(1);
@@ -157,19 +193,6 @@ struct Sums {
   }
 
   // sums[w][gradient row][16]
-  static TRAK_FAST_INLINE void load(const float* sums, int64_t stride) {
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + stride, 64);
-    if constexpr (kTiles > 1) {
-      _tile_loadd(2, sums + 256, 64);
-      _tile_loadd(3, sums + stride + 256, 64);
-    }
-    if constexpr (kTiles > 2) {
-      _tile_loadd(4, sums + 512, 64);
-      _tile_loadd(5, sums + stride + 512, 64);
-    }
-  }
-
   static TRAK_FAST_INLINE void store(float* sums, int64_t stride) {
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + stride, 64);
@@ -183,17 +206,17 @@ struct Sums {
     }
   }
 
-  // 32 columns: kTiles gradient tiles, one after the other, times two tiles of P. With six sums, two tiles are left,
-  // and the gradients are walked there and back.
+  // 32 columns. Gradients that are used once are loaded past the first-level cache. With six sums only two tiles are
+  // left, and the gradients are walked there and back.
   static TRAK_FAST_INLINE void add(const uint8_t* gradients, const uint8_t* p) {
     if constexpr (kTiles < 3) {
       _tile_loadd(4, p, 64);
-      _tile_loadd(6, gradients, 64);
+      _tile_stream_loadd(6, gradients, 64);
       _tile_dpbf16ps(0, 6, 4);
       _tile_loadd(5, p + kTileBytes, 64);
       _tile_dpbf16ps(1, 6, 5);
       if constexpr (kTiles == 2) {
-        _tile_loadd(7, gradients + kTileBytes, 64);
+        _tile_stream_loadd(7, gradients + kTileBytes, 64);
         _tile_dpbf16ps(2, 7, 4);
         _tile_dpbf16ps(3, 7, 5);
       }
@@ -215,60 +238,117 @@ struct Sums {
   }
 };
 
-// All columns of the call for one group: its sums stay in tiles.
-template <Kind kind, int kTiles>
-void multiply_group(TileWriter<kind>& writer, const uint8_t* gradients, int64_t units, float* sums, int64_t stride) {
-  Sums<kTiles>::zero();
+// Normal: the sums of one group with sixteen rows of P, in tiles 0 to kTiles - 1. The intrinsics want literal numbers.
+template <int kTiles>
+struct StripSums {
+#define TRAK_FAST_EACH(statement)           \
+  do {                                      \
+    statement(0);                           \
+    if constexpr (kTiles > 1) statement(1); \
+    if constexpr (kTiles > 2) statement(2); \
+    if constexpr (kTiles > 3) statement(3); \
+    if constexpr (kTiles > 4) statement(4); \
+    if constexpr (kTiles > 5) statement(5); \
+  } while (false)
+
+  static TRAK_FAST_INLINE void zero() { TRAK_FAST_EACH(_tile_zero); }
+
+#define TRAK_FAST_LOAD(i) _tile_loadd(i, sums + 256 * i, 64)
+  static TRAK_FAST_INLINE void load(const float* sums) { TRAK_FAST_EACH(TRAK_FAST_LOAD); }
+#undef TRAK_FAST_LOAD
+
+#define TRAK_FAST_STORE(i) _tile_stored(i, sums + 256 * i, 64)
+  static TRAK_FAST_INLINE void store(float* sums) { TRAK_FAST_EACH(TRAK_FAST_STORE); }
+#undef TRAK_FAST_STORE
+
+#define TRAK_FAST_ADD(i)                                   \
+  do {                                                     \
+    _tile_stream_loadd(7, gradients + kTileBytes * i, 64); \
+    _tile_dpbf16ps(i, 7, 6);                               \
+  } while (false)
+  static TRAK_FAST_INLINE void add(const uint8_t* gradients, const uint8_t* p) {
+    _tile_loadd(6, p, 64);
+    TRAK_FAST_EACH(TRAK_FAST_ADD);
+  }
+#undef TRAK_FAST_ADD
+#undef TRAK_FAST_EACH
+};
+
+template <int kTiles>
+void multiply_pairs(RademacherTiles& p, const uint8_t* gradients, int64_t units, float* sums, int64_t stride) {
+  PairSums<kTiles>::zero();
   for (int64_t step = 0; step < 4 * units; ++step) {
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      Sums<kTiles>::add(gradients + (4 * step + v) * kTiles * kTileBytes, writer.tiles(step, v));
-      writer.write(step + 1, v);
+      PairSums<kTiles>::add(gradients + (4 * step + v) * kTiles * kTileBytes, p.tiles(step, v));
+      p.write(step + 1, v);
     }
   }
-  Sums<kTiles>::store(sums, stride);
+  PairSums<kTiles>::store(sums, stride);
 }
 
-// One step's columns for one of several groups: its sums come from memory and go back.
 template <int kTiles>
-void multiply_step(const uint8_t* p, const uint8_t* gradients, bool first, float* sums, int64_t stride) {
-  if (first) {
-    Sums<kTiles>::zero();
-  } else {
-    Sums<kTiles>::load(sums, stride);
+void multiply_strip(NormalTiles& p, const uint8_t* gradients, int64_t units, float* sums) {
+  StripSums<kTiles>::zero();
+  p.write(0);
+  for (int64_t block = 0; block < kTilesPerUnit * units; ++block) {
+    StripSums<kTiles>::add(gradients + block * kTiles * kTileBytes, p.tile(block));
+    p.write(block + 1);
   }
-  for (int v = 0; v < 4; ++v) Sums<kTiles>::add(gradients + v * kTiles * kTileBytes, p + v * 2 * kTileBytes);
-  Sums<kTiles>::store(sums, stride);
+  StripSums<kTiles>::store(sums);
 }
 
-template <Kind kind>
-void multiply_row_block(const Multiply& m, uint32_t row, float* sums) {
-  const int64_t tiles = m.batch / kTileRows, stride = m.batch * 16;
-  const auto* panel = static_cast<const uint8_t*>(m.panel);
-  const auto at = [&](Group group, int64_t step) {
-    return panel + (group.first * m.panel_units * 4 + group.size * step) * 4 * kTileBytes;
-  };
-  if (kind == Kind::rademacher || tiles <= 3) {
-    for (int64_t tile = 0; tile < tiles;) {
-      TileWriter<kind> writer(m, row);
-      const Group group = group_of(tile, tiles);
-      const auto multiply_tiles = group.size == 1   ? multiply_group<kind, 1>
-                                  : group.size == 2 ? multiply_group<kind, 2>
-                                                    : multiply_group<kind, 3>;
-      multiply_tiles(writer, at(group, 0), m.units, sums + tile * 256, stride);
-      tile += group.size;
-    }
-    return;
+// Four blocks, already written, for one of several groups.
+template <int kTiles>
+void multiply_strip_step(const uint8_t* p, const uint8_t* gradients, bool first, float* sums) {
+  if (first) {
+    StripSums<kTiles>::zero();
+  } else {
+    StripSums<kTiles>::load(sums);
   }
-  TileWriter<kind> writer(m, row);
-  for (int64_t step = 0; step < 4 * m.units; ++step) {
-    for (int64_t tile = 0; tile < tiles;) {
-      const Group group = group_of(tile, tiles);
-      const auto multiply_tiles = group.size == 2 ? multiply_step<2> : multiply_step<3>;
-      multiply_tiles(writer.tiles(step, 0), at(group, step), step == 0, sums + tile * 256, stride);
-      tile += group.size;
+  for (int v = 0; v < 4; ++v) StripSums<kTiles>::add(gradients + v * kTiles * kTileBytes, p + v * kTileBytes);
+  StripSums<kTiles>::store(sums);
+}
+
+// Where a group's columns begin at a block of 32 within the call.
+TRAK_FAST_INLINE const uint8_t* at(const Multiply& m, Group group, int64_t block) {
+  return static_cast<const uint8_t*>(m.panel) +
+         (group.first * m.panel_units * kTilesPerUnit + group.size * block) * kTileBytes;
+}
+
+void multiply_rademacher(const Multiply& m, uint32_t row, float* sums) {
+  const int64_t tiles = m.batch / kTileRows;
+  for (int64_t tile = 0; tile < tiles;) {
+    RademacherTiles p(m, row);
+    const Group group = group_of<Kind::rademacher>(tile, tiles);
+    const auto multiply = group.size == 1 ? multiply_pairs<1> : group.size == 2 ? multiply_pairs<2> : multiply_pairs<3>;
+    multiply(p, at(m, group, 0), m.units, sums + tile * 256, m.batch * 16);
+    tile += group.size;
+  }
+}
+
+void multiply_normal(const Multiply& m, uint32_t row, float* sums) {
+  constexpr decltype(&multiply_strip<1>) strip[6] = {multiply_strip<1>, multiply_strip<2>, multiply_strip<3>,
+                                                     multiply_strip<4>, multiply_strip<5>, multiply_strip<6>};
+  constexpr decltype(&multiply_strip_step<1>) step[6] = {multiply_strip_step<1>, multiply_strip_step<2>,
+                                                         multiply_strip_step<3>, multiply_strip_step<4>,
+                                                         multiply_strip_step<5>, multiply_strip_step<6>};
+  const int64_t tiles = m.batch / kTileRows;
+  const PhiloxRows<Avx512> philox(Kind::normal, m.seed, m.stream, row, first_block(Kind::normal, m.unit));
+  for (int rows = 0; rows < 2; ++rows, sums += m.batch * 16) {
+    NormalTiles p(m, philox, rows);
+    if (tiles <= 6) {
+      strip[tiles - 1](p, at(m, {0, tiles}, 0), m.units, sums);
+      continue;
     }
-    for (int v = 0; v < 4; ++v) writer.write(step + 1, v);
+    for (int64_t block = 0; block < kTilesPerUnit * m.units; block += 4) {
+      for (int64_t b = block; b < block + 4; ++b) p.write(b);
+      for (int64_t tile = 0; tile < tiles;) {
+        const Group group = group_of<Kind::normal>(tile, tiles);
+        step[group.size - 1](p.tile(0), at(m, group, block), block == 0, sums + tile * 256);
+        tile += group.size;
+      }
+    }
   }
 }
 
@@ -278,7 +358,12 @@ void multiply(const Multiply& m) {
   alignas(64) float sums[kRowBlock * kMaxPanelRows];
   _tile_loadconfig(&config);
   for (int64_t r = 0; r < m.row_blocks; ++r) {
-    multiply_row_block<kind>(m, m.row + static_cast<uint32_t>(kRowBlock * r), sums);
+    const uint32_t row = m.row + static_cast<uint32_t>(kRowBlock * r);
+    if constexpr (kind == Kind::rademacher) {
+      multiply_rademacher(m, row, sums);
+    } else {
+      multiply_normal(m, row, sums);
+    }
     // The call's sum enters the total as one number: rounding grows with the number of calls, not of columns.
     float* acc = m.acc + r * kRowBlock * m.batch;
     for (int64_t i = 0; i < kRowBlock * m.batch; i += 16) {

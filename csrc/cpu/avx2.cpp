@@ -15,7 +15,7 @@ struct Avx2 {
   using Words = __m256i;
   using Floats = __m256;
 
-  static TRAK_FAST_INLINE Wide wide(uint32_t x) { return _mm256_set1_epi64x(x); }
+  static TRAK_FAST_INLINE Wide wide(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) {
     return _mm256_add_epi64(wide(first), _mm256_setr_epi64x(0, 2, 4, 6));
   }

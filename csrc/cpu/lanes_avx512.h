@@ -15,7 +15,7 @@ struct Avx512 {
   using Words = __m512i;                                  // sixteen 32-bit words
   using Floats = __m512;
 
-  static TRAK_FAST_INLINE Wide wide(uint32_t x) { return _mm512_set1_epi64(x); }
+  static TRAK_FAST_INLINE Wide wide(uint64_t x) { return _mm512_set1_epi64(static_cast<long long>(x)); }
   // first, first + 2, ...
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) {
     return _mm512_add_epi64(wide(first), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
@@ -56,7 +56,9 @@ struct Avx512 {
     const __m512i m = _mm512_ternarylogic_epi32(words, positive, _mm512_set1_epi16(0x7FFF), 0x96);
     const __m512i even = _mm512_and_si512(m, _mm512_set1_epi32(0xFFFF)), odd = _mm512_srli_epi32(m, 16);
     // 32-bit gathers of 16-bit elements; the odd ones read an element early, which puts their value in the high half.
-    const __m512i low = _mm512_i32gather_epi32(even, half, 2), top = _mm512_i32gather_epi32(odd, half - 1, 2);
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i low = _mm512_mask_i32gather_epi32(zero, 0xFFFF, even, half, 2);
+    const __m512i top = _mm512_mask_i32gather_epi32(zero, 0xFFFF, odd, half - 1, 2);
     const __m512i both = _mm512_mask_blend_epi16(0xAAAAAAAA, low, top);
     return _mm512_ternarylogic_epi32(both, positive, _mm512_set1_epi16(static_cast<short>(0x8000)), 0xD2);
   }

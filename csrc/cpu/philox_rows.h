@@ -26,7 +26,7 @@ class PhiloxRows {
     for (uint32_t t = first_t; t <= last_t; ++t) {
       const uint64_t p = static_cast<uint64_t>(kPhiloxM1) * counter_tag(kind, t, block);
       low1_[t] = static_cast<uint32_t>(p);
-      const Wide high = L::wide(static_cast<uint32_t>(p >> 32) ^ key0_[0]);
+      const Wide high = L::wide(p >> 32 ^ key0_[0]);
       for (int v = 0; v < kVectors; ++v) {
         for (uint32_t half = 0; half < 2; ++half) {
           // Even rows in one half, odd rows in the other, so that the two interleave to rows in order.
@@ -37,40 +37,48 @@ class PhiloxRows {
     }
   }
 
-  // The four words of vector v's rows for one block and t.
-  TRAK_FAST_INLINE void words(uint32_t block, uint32_t t, int v, Words out[4]) const {
-    Wide even[4], odd[4];
-    half(block, t, v, 0, even);
-    half(block, t, v, 1, odd);
-    for (int w = 0; w < 4; ++w) out[w] = L::interleave(even[w], odd[w]);
+  // Calls on their way: the counter's words after some rounds, in the low halves of 64-bit lanes.
+  struct Calls {
+    Wide c[4];
+  };
+
+  // Rounds 1 to 3 for the even (0) or odd (1) rows of vector v.
+  TRAK_FAST_INLINE Calls begin(uint32_t block, uint32_t t, int v, int odd) const {
+    // As far as they are the same for all rows.
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * block;
+    const uint64_t p1 = kPhiloxM1 * ((p0 >> 32) ^ stream_ ^ key1_[0]);
+    const uint64_t p2 = kPhiloxM0 * ((p1 >> 32) ^ low1_[t] ^ key0_[1]);
+    const Wide product = product_[t][v][odd];
+    const Wide c2 = L::xor2(L::high(product), L::wide(p0 ^ key1_[1]));
+    const Wide c1 = L::multiply(L::wide(kPhiloxM1), c2);
+    return {{L::xor2(L::high(c1), L::wide(p1 ^ key0_[2])), c1, L::xor2(product, L::wide(p2 >> 32 ^ key1_[2])),
+             L::wide(p2)}};
   }
 
-  // The even (0) or odd (1) rows of it, in the low halves of 64-bit lanes.
-  TRAK_FAST_INLINE void half(uint32_t block, uint32_t t, int v, int which, Wide out[4]) const {
-    // Rounds 1 and 2, as far as they are the same for all rows.
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * block;
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(p0 >> 32) ^ stream_ ^ key1_[0]);
-    const uint64_t p2 = static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(p1 >> 32) ^ low1_[t] ^ key0_[1]);
-    // Round 3.
-    const Wide m0 = L::wide(kPhiloxM0), m1 = L::wide(kPhiloxM1), product = product_[t][v][which];
-    Wide c2 = L::xor2(L::high(product), L::wide(static_cast<uint32_t>(p0) ^ key1_[1]));
-    Wide c1 = L::multiply(m1, c2);
-    Wide c0 = L::xor2(L::high(c1), L::wide(static_cast<uint32_t>(p1) ^ key0_[2]));
-    c2 = L::xor2(product, L::wide(static_cast<uint32_t>(p2 >> 32) ^ key1_[2]));
-    Wide c3 = L::wide(static_cast<uint32_t>(p2));
+  // One more round: r from kFirstRound up to kPhiloxRounds - 1.
+  static constexpr int kFirstRound = 3;
+  TRAK_FAST_INLINE void round(int r, Calls& x) const {
+    const Wide q0 = L::multiply(L::wide(kPhiloxM0), x.c[0]), q1 = L::multiply(L::wide(kPhiloxM1), x.c[2]);
+    x = {
+        {L::xor3(L::high(q1), x.c[1], L::wide(key0_[r])), q1, L::xor3(L::high_too(q0), x.c[3], L::wide(key1_[r])), q0}};
+  }
+
+  TRAK_FAST_INLINE Calls calls(uint32_t block, uint32_t t, int v, int odd) const {
+    Calls x = begin(block, t, v, odd);
 #pragma GCC unroll 7
-    for (int r = 3; r < kPhiloxRounds; ++r) {
-      const Wide q0 = L::multiply(m0, c0), q1 = L::multiply(m1, c2);
-      c0 = L::xor3(L::high(q1), c1, L::wide(key0_[r]));
-      c2 = L::xor3(L::high_too(q0), c3, L::wide(key1_[r]));
-      c1 = q1;
-      c3 = q0;
-    }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+    for (int r = kFirstRound; r < kPhiloxRounds; ++r) round(r, x);
+    return x;
+  }
+
+  // The four words of vector v's rows for one block and t.
+  TRAK_FAST_INLINE void words(uint32_t block, uint32_t t, int v, Words out[4]) const {
+    const Calls even = calls(block, t, v, 0), odd = calls(block, t, v, 1);
+    for (int w = 0; w < 4; ++w) out[w] = L::interleave(even.c[w], odd.c[w]);
   }
 
  private:
-  uint32_t stream_, key0_[kPhiloxRounds], key1_[kPhiloxRounds], low1_[4];
+  uint32_t stream_, low1_[4];
+  uint64_t key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // 32 bits, kept wide: vector operations read them from memory
   Wide product_[4][kVectors][2];
 };
 

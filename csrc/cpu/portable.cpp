@@ -13,7 +13,7 @@ struct Portable {
   using Words = uint32_t __attribute__((vector_size(16)));
   using Floats = float __attribute__((vector_size(16)));
 
-  static TRAK_FAST_INLINE Wide wide(uint32_t x) { return Wide{x, x}; }
+  static TRAK_FAST_INLINE Wide wide(uint64_t x) { return Wide{x, x}; }
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) { return Wide{first, first + 2}; }
   static TRAK_FAST_INLINE Wide multiply(Wide a, Wide b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
   static TRAK_FAST_INLINE Wide xor2(Wide a, Wide b) { return a ^ b; }
@@ -43,10 +43,13 @@ struct Portable {
     return sign;
   }
   static TRAK_FAST_INLINE void normal(Words words, const uint16_t* half, Floats& even, Floats& odd) {
+    float entries[2][kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      even[i] = bf16_to_float(normal_bits(half, words[i] & 0xFFFF));
-      odd[i] = bf16_to_float(normal_bits(half, words[i] >> 16));
+      entries[0][i] = bf16_to_float(normal_bits(half, words[i] & 0xFFFF));
+      entries[1][i] = bf16_to_float(normal_bits(half, words[i] >> 16));
     }
+    even = load(entries[0]);
+    odd = load(entries[1]);
   }
 };
 
