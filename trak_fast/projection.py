@@ -46,13 +46,14 @@ def project(
 ) -> Tensor:
     """Projects a batch of gradients: ``result[b, i] = Σ_j P[i, offset + j] · grads[b, j]``, unscaled, summed in fp32.
 
-    Every entry of P depends on ``(proj_type, seed, model_id, i, j)`` only (Park et al. 2023, section 3, step 2, asks for
-    a Gaussian P; ±1 serves as well), so results from any machine, split or batch belong together. The same call gives
-    the same bits every time, with any number of threads.
+    Every entry of P depends on ``(proj_type, seed, model_id, i, j)`` only, so results from any machine, split or batch
+    belong together. The same call gives the same bits every time, with any number of threads. (Park et al. 2023,
+    section 3, step 2, asks for a Gaussian P; ±1 keeps norms and angles as well.)
 
     Args:
-        grads: Gradients (B, D), or a mapping or sequence of tensors (B, ...) that are taken in order as if flattened and
-            concatenated; nothing is concatenated. float32, bfloat16, float16 or float64; any strides; on one device.
+        grads: Gradients (B, D), or a mapping or sequence of tensors (B, ...) that are taken in order as if flattened
+            and concatenated; nothing is concatenated. float32, bfloat16, float16 or float64; any strides; on one
+            device.
         proj_dim: k, at least 1.
         proj_type: ``"rademacher"`` (entries ±1) or ``"normal"`` (standard normal, rounded to bfloat16), or an enum
             member with such a value.
@@ -254,14 +255,17 @@ class Accumulator:
         if len(first) != self._batch_size:
             raise ValueError(f"grads holds {len(first)} samples, but batch_size is {self._batch_size}")
         if self._sum is None:
-            self._sum = torch.zeros(self._batch_size, self._projector.proj_dim, device=first.device)
+            self._sum = self._zeros(first.device)
         self._projector._project(grads, self._model_id, offset, self._sum)
 
     def result(self) -> Tensor:
         """The sum so far: a new float32 tensor (batch_size, k)."""
         if self._sum is None:
-            return torch.zeros(self._batch_size, self._projector.proj_dim, device=self._projector.device)
+            return self._zeros(self._projector.device)
         return self._sum.clone()
+
+    def _zeros(self, device: torch.device | None) -> Tensor:
+        return torch.zeros(self._batch_size, self._projector.proj_dim, dtype=torch.float32, device=device)
 
 
 def info() -> dict[str, Any]:
@@ -363,7 +367,8 @@ def _check_tensor(name: str, tensor: object) -> None:
         tensor.data_ptr()
     except RuntimeError as error:
         raise TypeError(
-            f"{name} has no memory of its own: project outside of torch.func transforms such as vmap, and on real tensors"
+            f"{name} has no memory of its own: project outside of torch.func transforms such as vmap, "
+            "and real tensors only"
         ) from error
     if tensor.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension (B, ...)")
