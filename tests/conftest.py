@@ -1,0 +1,46 @@
+"""Fixtures that several test files use: golden values, instruction sets, thread counts."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import trak_fast
+
+AVAILABLE = trak_fast.info()["instruction_sets"]
+FORCED = os.environ.get("TRAK_FAST_ISA")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, list[list[str]]]:
+    """The lines of golden_values.txt: keyword -> the fields of each of its lines."""
+    facts = defaultdict(list)
+    for line in Path(__file__).with_name("golden_values.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            keyword, *fields = line.split()
+            facts[keyword].append(fields)
+    return facts
+
+
+@pytest.fixture(params=[FORCED] if FORCED else AVAILABLE)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set of this machine in turn, or the one that the environment forces."""
+    monkeypatch.setenv("TRAK_FAST_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

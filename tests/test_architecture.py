@@ -1,0 +1,130 @@
+"""The rules that keep the parts apart: who may include or import whom, and what an import may do."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "trak_fast"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+BACKENDS = ["amx", "avx512_bf16", "avx512", "avx2"]
+
+
+def includes(path: Path) -> list[str]:
+    """What a C++ file includes, with its quotes or angle brackets."""
+    return re.findall(r'^\s*#\s*include\s*([<"][^>"]*[>"])', path.read_text(), re.MULTILINE)
+
+
+def imports(path: Path) -> set[str]:
+    """The absolute names of the modules and of the names in modules that a Python file imports, wherever it does."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def importers(module: str) -> set[str]:
+    """The project's Python files that import a module or something in it."""
+    folders = [PACKAGE, ROOT / "tests", ROOT / "benchmarks"]
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    return {
+        str(path.relative_to(ROOT))
+        for path in files
+        if any(name == module or name.startswith(module + ".") for name in imports(path))
+    }
+
+
+def test_the_definition_of_the_matrix_needs_only_cstdint() -> None:
+    assert includes(CSRC / "random_matrix.h") == ["<cstdint>"]
+
+
+def test_cpp_knows_neither_torch_nor_python() -> None:
+    assert len(SOURCES) > 10
+    foreign = re.compile(r"[<\"](torch|ATen|c10|Python\.h|pybind11|pyconfig|numpy|structmember)\b")
+    users = {str(path.relative_to(CSRC)): [name for name in includes(path) if foreign.match(name)] for path in SOURCES}
+    assert {path for path, names in users.items() if names} == {"bindings.cpp"}
+    assert all("pybind11/" in name for name in users["bindings.cpp"])
+
+
+def test_the_bindings_see_only_the_api() -> None:
+    own = [name for name in includes(CSRC / "bindings.cpp") if name.startswith('"')]
+    assert own == ['"project.h"']
+
+
+@pytest.mark.parametrize(("side", "other"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_processors_do_not_include_each_other(side: str, other: str) -> None:
+    files = [path for path in SOURCES if path.is_relative_to(CSRC / side)]
+    assert files
+    for path in files:
+        reached = [(path.parent / name[1:-1]).resolve() for name in includes(path) if name.startswith('"')]
+        assert all(target.is_file() for target in reached), path
+        assert not any(target.is_relative_to(CSRC / other) for target in reached), path
+
+
+def test_only_projection_imports_the_compiled_module() -> None:
+    assert importers("trak_fast._C") == {"trak_fast/projection.py"}
+
+
+def test_the_reference_imports_nothing_of_the_package() -> None:
+    roots = {name.split(".")[0] for name in imports(PACKAGE / "reference.py")}
+    assert roots - set(sys.stdlib_module_names) == {"numpy"}
+
+
+def test_the_package_does_not_import_its_compatibility_layers() -> None:
+    users = importers("trak_fast.compat")
+    assert not {path for path in users if path.startswith("trak_fast/") and not path.startswith("trak_fast/compat/")}
+
+
+IMPORT_EVERYTHING = """
+import importlib, pathlib, pkgutil, warnings
+import matplotlib, numpy, scipy, sklearn, torch, tqdm
+
+def refuse(*args, **kwargs):
+    raise AssertionError("CUDA was initialised")
+
+def driver():
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.exists() and "libcuda.so" in maps.read_text()
+
+before = driver(), torch.get_num_threads(), torch.random.initial_seed(), torch.get_default_dtype()
+torch.cuda._lazy_init = refuse
+warnings.simplefilter("error")
+import trak_fast
+for module in pkgutil.iter_modules(trak_fast.__path__, "trak_fast."):
+    if module.name not in ("trak_fast.__main__", "trak_fast.compat"):  # a command; libraries that may be absent
+        importlib.import_module(module.name)
+assert not torch.cuda.is_initialized()
+assert before == (driver(), torch.get_num_threads(), torch.random.initial_seed(), torch.get_default_dtype())
+"""
+
+
+def test_import_is_silent_and_leaves_cuda_and_torch_alone(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EVERYTHING], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_export_one_symbol(backend: str) -> None:
+    """A second one, an inline function say, could be linked into callers that run on processors without these
+    instructions."""
+    objects = sorted((ROOT / "build").glob(f"*/CMakeFiles/{backend}.dir/csrc/cpu/{backend}.cpp.o"))
+    nm = shutil.which("nm")
+    if not objects or nm is None:
+        pytest.skip("needs the build folder and nm")
+    for path in objects:
+        symbols = subprocess.run([nm, "-g", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        assert len(symbols.splitlines()) == 1, symbols

@@ -1,0 +1,346 @@
+"""Projections against a float64 product with the reference matrix.
+
+The bound. A kernel may split an input into bf16 terms and adds n = terms · D products in float32, in an order of its
+own. P's entries are independent of the gradient g, with mean 0 and variance 1, so a sum Σ P_j c_j with fixed c stays
+below 6 ‖c‖ (Hoeffding: 4e-9 of failing; the seeds are fixed, so a pass stays a pass).
+
+- Splitting: the kernel sees g_j (1 + δ_j) with |δ_j| ≤ ε, so the result moves by Σ P_j g_j δ_j, at most 6 ε ‖g‖.
+  A bf16 has 8 bits, so the nearest one to a value in [1, 2) is within 2^-8 and the rest, below that, has a nearest one
+  within 2^-17: ε is 2^-8 for one term, 2^-17 for two, and 0 for three, which hold all 24 bits. float64 becomes float32
+  first, with 2^-24. bf16 and fp16 are exact.
+- Adding: each of the n roundings is at most 2^-24 of a partial sum, hence 2^-24 · 6 ‖g‖, with independent signs
+  (Higham and Mary, "A new approach to probabilistic rounding error analysis", SISC 2019), so all together are at most
+  6 √n times that. A single lost or wrong column would show: it moves the result by about ‖g‖ / √D.
+- Matrix instructions read bf16 below 2^-126 as 0, and |P| < 4.32.
+"""
+
+import functools
+import itertools
+import math
+import mmap
+import os
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import trak_fast
+from trak_fast import reference
+
+KINDS = ["rademacher", "normal"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Terms, and ε. None, the default, is at least "high".
+SPLITS = {None: (3, 2.0**-17), "highest": (3, 0.0), "high": (2, 2.0**-17), "medium": (1, 2.0**-8)}
+SEED, MODEL_ID = 2**63 + 11, 2**31 + 5
+BATCHES = [0, 1, 2, 15, 16, 17, 31, 33, 64, 100, 257]
+GRAD_DIMS = [0, 1, 2, 31, 32, 33, 511, 512, 513, 1000, 4099]
+PROJ_DIMS = [1, 2, 15, 16, 17, 31, 33, 100, 512, 1000]
+
+
+def tolerance(grads: torch.Tensor, precision: str | None = None) -> np.ndarray:
+    """(B, 1) float64, the bound above for each row of (B, D) `grads`."""
+    terms, split = SPLITS[precision]
+    if grads.dtype == torch.float64:
+        split += 2.0**-24
+    elif grads.dtype != torch.float32:
+        terms, split = 2, 0.0  # fp16 may become two terms, exactly
+    n = terms * grads.shape[1]
+    norm = grads.detach().double().norm(dim=1, keepdim=True).numpy()
+    return (6 * split + 36 * math.sqrt(n) * 2.0**-24) * norm + n * 2.0**-124
+
+
+def check(y: torch.Tensor, expected: np.ndarray, bound: np.ndarray) -> None:
+    assert y.dtype == torch.float32
+    assert y.shape == expected.shape
+    excess = np.abs(y.detach().double().numpy() - expected) - bound
+    assert np.all(excess <= 0), f"{np.sum(excess > 0)} of {excess.size} entries, the worst by {excess.max()}"
+
+
+@functools.cache
+def entries(proj_type: str, offset: int = 0, proj_dim: int = 1000, grad_dim: int = 4099) -> np.ndarray:
+    columns = range(offset, offset + grad_dim)
+    return reference.matrix(proj_type, SEED, MODEL_ID, range(proj_dim), columns).astype(np.float64)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def project(grads: Any, proj_dim: int, proj_type: str = "rademacher", **options: Any) -> torch.Tensor:
+    return trak_fast.project(grads, proj_dim, proj_type=proj_type, seed=SEED, model_id=MODEL_ID, **options)
+
+
+@functools.cache
+def shape_case(proj_type: str, grad_dim: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Gradients (257, D), their projections (257, 1000) and the bound; the cases below take leading parts of them."""
+    grads = random(257, grad_dim)
+    expected = grads.double().numpy() @ entries(proj_type)[:, :grad_dim].T
+    return grads, expected, tolerance(grads)
+
+
+@pytest.mark.parametrize("proj_type", KINDS)
+def test_shapes(isa: str, proj_type: str) -> None:
+    # All pairs of B and D and all pairs of B and k.
+    cases = [(B, D, PROJ_DIMS[n % 10]) for n, (B, D) in enumerate(itertools.product(BATCHES, GRAD_DIMS))]
+    cases += [(B, GRAD_DIMS[n % 11], k) for n, (B, k) in enumerate(itertools.product(BATCHES, PROJ_DIMS))]
+    for B, D, k in cases:
+        grads, expected, bound = shape_case(proj_type, D)
+        check(project(grads[:B], k, proj_type), expected[:B, :k], bound[:B])
+
+
+@pytest.mark.parametrize("proj_type", KINDS)
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    batch=st.integers(0, 70),
+    grad_dim=st.integers(0, 2000),
+    proj_dim=st.integers(1, 150),
+    offset=st.integers(0, 2099),
+    first=st.integers(0, 31),
+    dtype=st.sampled_from(DTYPES),
+    precision=st.sampled_from(list(SPLITS)),
+)
+def test_odd_shapes(
+    proj_type: str,
+    batch: int,
+    grad_dim: int,
+    proj_dim: int,
+    offset: int,
+    first: int,
+    dtype: torch.dtype,
+    precision: str | None,
+) -> None:
+    grads = random(batch, grad_dim + first, dtype=dtype)[:, first:]
+    P = entries(proj_type)[:proj_dim, offset : offset + grad_dim]
+    y = project(grads, proj_dim, proj_type, offset=offset, precision=precision)
+    check(y, grads.double().numpy() @ P.T, tolerance(grads, precision))
+
+
+@pytest.mark.parametrize("precision", SPLITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("proj_type", KINDS)
+def test_dtypes_and_precisions(isa: str, proj_type: str, dtype: torch.dtype, precision: str | None) -> None:
+    offset = 2**41 - 1500
+    # Rows of very different sizes, each held to its own bound.
+    exponents = torch.arange(40) % 21 - 10
+    grads = (random(40, 4099) * 2.0 ** (exponents if dtype == torch.float16 else 9 * exponents)[:, None]).to(dtype)
+    expected = grads.double().numpy() @ entries(proj_type, offset, 100).T
+    check(project(grads, 100, proj_type, offset=offset, precision=precision), expected, tolerance(grads, precision))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_column_keeps_the_bits_of_its_precision(isa: str, dtype: torch.dtype) -> None:
+    """With D = 1 nothing is summed but the terms of the split, so only the split's error is left."""
+    # 3.4e38 lies above the largest bf16, 3.39e38, and must not become infinite. Cut to 8 bits, not rounded, it is
+    # within 2^-7. Below 2^-100 the last terms of a split would leave bf16's range.
+    largest = min(torch.finfo(dtype).max, 3.4e38)
+    tiny = max(torch.finfo(dtype).tiny, 2.0**-100)
+    x = torch.cat([random(500, dtype=dtype), torch.tensor([largest, -largest, tiny, -tiny, 0.0, 1.0], dtype=dtype)])
+    sign = entries("rademacher", 0, 70)[:, :1].T
+    for precision, (_, split) in SPLITS.items():
+        if dtype in (torch.bfloat16, torch.float16):
+            split = 0.0
+        # Two rounded terms may add up to more than 24 bits, which costs a rounding; so does leaving float64.
+        rounding = 2.0**-24 if split or dtype == torch.float64 else 0.0
+        wide = x.double().numpy()[:, None]
+        relative = np.where(np.abs(wide) > 3e38, 2 * split, split) + rounding
+        check(project(x[:, None], 70, precision=precision), wide * sign, relative * np.abs(wide))
+
+
+@functools.cache
+def integer_case() -> tuple[torch.Tensor, np.ndarray]:
+    grads = torch.randint(-128, 129, (33, 70001), generator=torch.Generator().manual_seed(1))
+    return grads, reference.project(grads.numpy(), 33, "rademacher", SEED, MODEL_ID, 2**32 - 35000)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_small_integers_are_exact(isa: str, dtype: torch.dtype) -> None:
+    """Integers of up to 8 bits are exact in every format, and so are their signed sums, which stay below 2^24."""
+    grads, expected = integer_case()
+    for precision in SPLITS:
+        y = project(grads.to(dtype), 33, offset=2**32 - 35000, precision=precision)
+        assert np.array_equal(y.double().numpy(), expected)
+
+
+@pytest.mark.parametrize("proj_type", KINDS)
+def test_many_columns(isa: str, proj_type: str) -> None:
+    grads = random(5, 70001)
+    expected = grads.double().numpy() @ entries(proj_type, 7, 33, 70001).T
+    check(project(grads, 33, proj_type, offset=7), expected, tolerance(grads))
+
+
+STRIDES = {
+    "transposed": lambda dtype: random(600, 33, dtype=dtype).T,
+    "every other row and third column": lambda dtype: random(66, 1800, dtype=dtype)[::2, ::3],
+    "first element not aligned": lambda dtype: random(1 + 33 * 600, dtype=dtype)[1:].view(33, 600),
+    "rows not aligned": lambda dtype: random(33, 607, dtype=dtype)[:, 3:603],
+    "one row repeated": lambda dtype: random(1, 600, dtype=dtype).expand(33, 600),
+    "one column repeated": lambda dtype: random(33, 1, dtype=dtype).expand(33, 600),
+    "overlapping windows": lambda dtype: random(700, dtype=dtype).as_strided((33, 600), (3, 1), 1),
+    "inner dimension of three": lambda dtype: random(33, 600, 5, dtype=dtype)[..., 2],
+    "requires grad": lambda dtype: random(33, 600, dtype=dtype).requires_grad_(),
+    "parameter": lambda dtype: torch.nn.Parameter(random(33, 600, dtype=dtype)),
+    "inside a graph": lambda dtype: random(33, 600, dtype=dtype).requires_grad_() * 2,
+}
+
+
+@pytest.mark.parametrize("proj_type", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", STRIDES)
+def test_strides(layout: str, dtype: torch.dtype, proj_type: str) -> None:
+    grads = STRIDES[layout](dtype)
+    expected = grads.detach().double().numpy() @ entries(proj_type)[:40, 100:700].T
+    y = project(grads, 40, proj_type, offset=100)
+    check(y, expected, tolerance(grads))
+    assert not y.requires_grad
+
+
+def test_lazily_negated_tensor() -> None:
+    """The imaginary part of a conjugate is a view whose memory holds the opposite signs."""
+    grads = torch.complex(random(9, 600), random(9, 600, seed=1)).conj().imag
+    assert grads.is_neg()
+    check(
+        project(grads, 40),
+        -random(9, 600, seed=1).double().numpy() @ entries("rademacher")[:40, :600].T,
+        tolerance(grads),
+    )
+
+
+def per_parameter_gradients(batch: int) -> dict[str, torch.Tensor]:
+    return {
+        "conv.weight": random(batch, 7, 3, 5, 2).permute(0, 4, 2, 1, 3),
+        "conv.bias": random(batch, 14, seed=1)[:, ::2],
+        "scale": random(2 * batch, seed=2)[::2],
+        "linear.weight": random(batch, 40, 30, dtype=torch.bfloat16, seed=3).transpose(1, 2),
+        "nothing": random(batch, 0, 3),
+        "linear.bias": random(1, 13, dtype=torch.float16, seed=4).expand(batch, 13),
+        "matrix": random(batch, 9, 70, dtype=torch.float64, seed=5).requires_grad_(),
+        "shift": random(batch, seed=6),
+    }
+
+
+@pytest.mark.parametrize("proj_type", KINDS)
+@pytest.mark.parametrize("batch", [0, 1, 35])
+def test_per_parameter_tensors_act_as_their_concatenation(isa: str, proj_type: str, batch: int) -> None:
+    grads = per_parameter_gradients(batch)
+    flat = [g.detach().double().reshape(batch, math.prod(g.shape[1:])) for g in grads.values()]
+    whole = torch.cat(flat, dim=1)
+    expected = whole.numpy() @ entries(proj_type)[:50, 200 : 200 + whole.shape[1]].T
+    for given_as in (dict, lambda items: list(dict(items).values()), lambda items: tuple(dict(items).values())):
+        y = project(given_as(grads.items()), 50, proj_type, offset=200)
+        check(y, expected, tolerance(whole))
+    projector = trak_fast.Projector(whole.shape[1], 50, SEED, proj_type)
+    expected = whole.numpy() @ entries(proj_type)[:50, : whole.shape[1]].T
+    check(projector.project(grads, model_id=MODEL_ID), expected, tolerance(whole))
+
+
+@pytest.mark.parametrize("proj_type", KINDS)
+@pytest.mark.parametrize("cuts", [[512], [1, 2, 3], [500, 1000, 1003], [16, 48, 2048, 4098]])
+def test_parts_at_their_offsets_add_up(isa: str, proj_type: str, cuts: list[int]) -> None:
+    grads = random(19, 4099)
+    expected = grads.double().numpy() @ entries(proj_type)[:77].T
+    bound = tolerance(grads)
+    edges = [0, *cuts, 4099]
+    projector = trak_fast.Projector(4099, 77, SEED, proj_type)
+    accumulator = projector.accumulator(19, MODEL_ID)
+    out = torch.ones(19, 77)
+    for start, stop in itertools.pairwise(edges):
+        accumulator.add(grads[:, start:stop], start)
+        assert project(grads[:, start:stop], 77, proj_type, offset=start, out=out) is out
+    check(accumulator.result(), expected, bound)
+    # Each addition to an out near 1 rounds to 2^-24 of the partial sum, which the bound has room for but for the 1.
+    check(out, expected + 1, bound + len(edges) * 2.0**-24)
+
+
+def test_projector_keeps_the_contract_of_traker() -> None:
+    class Kind(Enum):
+        NORMAL = "normal"
+
+    projector = trak_fast.Projector(
+        grad_dim=600, proj_dim=np.int64(40), seed=np.uint64(SEED), proj_type=Kind.NORMAL, device="cpu"
+    )
+    assert (projector.grad_dim, projector.proj_dim, projector.seed) == (600, 40, SEED)
+    grads = random(9, 600)
+    expected = grads.double().numpy() @ entries("normal")[:40, :600].T
+    first = projector.project(grads, model_id=MODEL_ID)
+    check(first, expected, tolerance(grads))
+    first.div_(2)  # traker divides what it got in place
+    projector.free_memory()
+    projector.free_memory()
+    check(projector.project(grads, model_id=MODEL_ID), expected, tolerance(grads))
+
+
+def test_default_dtype_and_device_of_torch_do_not_matter() -> None:
+    grads = random(9, 600)
+    expected = project(grads, 40)
+    accumulator = trak_fast.Projector(600, 40, SEED).accumulator(9, MODEL_ID)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            y = project(grads, 40)
+            nothing = accumulator.result()
+            accumulator.add(grads, 0)
+            total = accumulator.result()
+    finally:
+        torch.set_default_dtype(before)
+    for result, value in [(y, expected), (nothing, torch.zeros(9, 40)), (total, expected)]:
+        assert (result.dtype, result.device.type) == (torch.float32, "cpu")
+        assert torch.equal(result, value)
+
+
+def test_result_is_fresh_memory_of_its_own() -> None:
+    grads = random(9, 600)
+    before = grads.clone()
+    results = [project(grads, 40) for _ in range(3)]
+    assert len({y.untyped_storage().data_ptr() for y in results}) == 3
+    assert all(y.is_contiguous() and y.device.type == "cpu" for y in results)
+    assert torch.equal(grads, before)
+
+
+@pytest.mark.parametrize("precision", SPLITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("proj_type", KINDS)
+def test_nonfinite_values_stay_in_their_row(
+    isa: str, proj_type: str, dtype: torch.dtype, precision: str | None
+) -> None:
+    for batch in (4, 37):
+        grads = random(batch, 1000, dtype=dtype)
+        expected = grads.double().numpy() @ entries(proj_type)[:50, :1000].T
+        bad = {0: math.inf, 2: math.nan, batch - 1: -math.inf}
+        for row, value in bad.items():
+            grads[row, 333 * row % 1000] = value
+        y = project(grads, 50, proj_type, precision=precision)
+        good = [row for row in range(batch) if row not in bad]
+        assert not torch.isfinite(y[list(bad)]).any()
+        check(y[good], expected[good], tolerance(grads[good], precision))
+
+
+def zeros_without_memory(n: int) -> torch.Tensor:
+    """(n,) bfloat16 whose pages exist once they are written to; a read meets the system's one page of zeros."""
+    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, 2 * n, flags=flags), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("strides", [(2**31 + 7, 1), (3, 2**30 + 1)])
+def test_addresses_beyond_32_bits(strides: tuple[int, int]) -> None:
+    grads = zeros_without_memory(2**32 + 2**30).as_strided((3, 5), strides)
+    grads.copy_(random(3, 5))
+    check(project(grads, 40), grads.double().numpy() @ entries("rademacher")[:40, :5].T, tolerance(grads))
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRAK_FAST_ISA") not in (None, trak_fast.info()["instruction_sets"][0]),
+    reason="counting does not depend on the instruction set: the best one does it",
+)
+def test_more_columns_than_32_bits_count() -> None:
+    grad_dim, offset = 2**32 + 700, 2**33 + 5
+    grads = zeros_without_memory(grad_dim)
+    columns = [0, 2**31, 2**32 - 1, 2**32, grad_dim - 1]
+    values = torch.tensor([1.0, 2, 4, 8, 16])
+    grads[columns] = values.bfloat16()
+    P = reference.matrix("rademacher", SEED, MODEL_ID, range(8), [offset + column for column in columns])
+    assert np.array_equal(project(grads[None], 8, offset=offset).numpy(), values.numpy()[None] @ P.T)
