@@ -60,8 +60,7 @@ figure.flipped img { border-color: var(--red); }
 .red, figure.flipped b { color: var(--red); }
 .chart { width: 100%; max-width: 50rem; height: auto; display: block; margin: 1rem 0; }
 .numbers td, .numbers th { padding: .3rem 1.4rem .3rem 0; border-top: 1px solid var(--line); }
-.numbers td + td { text-align: right; }
-.numbers th + th { text-align: right; }
+.numbers td + td, .numbers th + th { text-align: right; white-space: nowrap; }
 .times { width: 100%; max-width: 46rem; }
 .times td:last-child { width: 45%; padding-right: 0; }
 .bar { height: .7rem; min-width: 1px; border-radius: .2rem; background: var(--soft); opacity: .6; }
@@ -137,6 +136,7 @@ def _plain(axes: Axes, title: str, x: str, y: str = "") -> None:
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.tick_params(colors=INK, labelsize=8)
+    axes.locator_params(nbins=6)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
