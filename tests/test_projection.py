@@ -172,6 +172,14 @@ def test_many_columns(isa: str, proj_type: str) -> None:
     check(project(grads, 33, proj_type, offset=7), expected, tolerance(grads))
 
 
+@pytest.mark.parametrize("proj_type", KINDS)
+@pytest.mark.parametrize(("batch", "proj_dim"), [(1100, 40), (5, 33000)])
+def test_many_samples_and_many_rows(isa: str, proj_type: str, batch: int, proj_dim: int) -> None:
+    grads = random(batch, 700)
+    expected = grads.double().numpy() @ entries(proj_type, 0, proj_dim, 700).T
+    check(project(grads, proj_dim, proj_type, precision="highest"), expected, tolerance(grads, "highest"))
+
+
 STRIDES = {
     "transposed": lambda dtype: random(600, 33, dtype=dtype).T,
     "every other row and third column": lambda dtype: random(66, 1800, dtype=dtype)[::2, ::3],
