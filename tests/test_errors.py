@@ -67,6 +67,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import trak_fast
 
 freed = torch.ones(3, 5)
+part = freed[1:]
 freed.untyped_storage().resize_(0)
 shrunk = torch.ones(9, 5)
 shrunk.untyped_storage().resize_(80)
@@ -76,7 +77,7 @@ out = torch.zeros(3, 4)
 out.untyped_storage().resize_(0)
 calls = {
     "freed": lambda: trak_fast.project(freed, 4),
-    "part of freed": lambda: trak_fast.project(freed[1:], 4),
+    "part of freed": lambda: trak_fast.project(part, 4),
     "shrunk": lambda: trak_fast.project({"a": torch.ones(9, 2), "b": shrunk}, 4),
     "fake": lambda: trak_fast.project(fake, 4),
     "zero": lambda: trak_fast.project(torch._efficientzerotensor((3, 5)), 4),

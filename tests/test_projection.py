@@ -284,7 +284,7 @@ def test_projector_keeps_the_contract_of_traker() -> None:
 def test_default_dtype_and_device_of_torch_do_not_matter() -> None:
     grads = random(9, 600)
     expected = project(grads, 40)
-    accumulator = trak_fast.Projector(600, 40, SEED).accumulator(9, MODEL_ID)
+    accumulator = trak_fast.Projector(600, 40, SEED, device="cpu").accumulator(9, MODEL_ID)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
