@@ -104,10 +104,11 @@ class RademacherTiles {
  private:
   // A quarter of a step's words: even rows, then odd rows, of one group of sixteen.
   TRAK_FAST_INLINE void draw(int64_t step, int quarter) {
-    const auto half = philox_.calls(static_cast<uint32_t>(unit_ + static_cast<uint64_t>(step / 4)),
-                                    static_cast<uint32_t>(step % 4), quarter / 2, quarter % 2);
+    PhiloxRows<Avx512>::Calls half[1] = {philox_.begin(static_cast<uint32_t>(unit_ + static_cast<uint64_t>(step / 4)),
+                                                       static_cast<uint32_t>(step % 4), quarter / 2, quarter % 2)};
+    philox_.finish(half);
     auto& words = words_[step % 2][quarter / 2];
-    for (int w = 0; w < 4; ++w) words[w] = quarter % 2 == 0 ? half.c[w] : Avx512::interleave(words[w], half.c[w]);
+    for (int w = 0; w < 4; ++w) words[w] = quarter % 2 == 0 ? half[0].c[w] : Avx512::interleave(words[w], half[0].c[w]);
   }
 
   alignas(4096) uint8_t tiles_[2][4][2][kTileBytes];
@@ -146,10 +147,7 @@ class NormalTiles {
 #pragma GCC unroll 8
       for (uint32_t i = 0; i < 8; ++i, ++r) {
         _mm512_store_si512(tile + 256 * (i % 4) + 64 * (t + i / 4), Avx512::normal_pairs(words_[i], half_));
-        if (r < kPhiloxRounds) {
-#pragma GCC unroll 4
-          for (auto& calls : next) philox_.round(r, calls);
-        }
+        if (r < kPhiloxRounds) philox_.round(r, next);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {

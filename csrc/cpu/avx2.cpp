@@ -19,6 +19,7 @@ struct Avx2 {
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) {
     return _mm256_add_epi64(wide(first), _mm256_setr_epi64x(0, 2, 4, 6));
   }
+  static TRAK_FAST_INLINE Wide in_register(Wide x) { return x; }
   static TRAK_FAST_INLINE Wide multiply(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
   static TRAK_FAST_INLINE Wide xor2(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
   static TRAK_FAST_INLINE Wide xor3(Wide a, Wide b, Wide c) { return xor2(xor2(a, b), c); }

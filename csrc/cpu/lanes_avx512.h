@@ -20,6 +20,10 @@ struct Avx512 {
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) {
     return _mm512_add_epi64(wide(first), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
   }
+  static TRAK_FAST_INLINE Wide in_register(Wide x) {
+    asm("" : "+v"(x));
+    return x;
+  }
   static TRAK_FAST_INLINE Wide multiply(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
   static TRAK_FAST_INLINE Wide xor2(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
   static TRAK_FAST_INLINE Wide xor3(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }

@@ -22,16 +22,26 @@ inline __m512i nearest_bf16(__m512i bits) {
   return _mm512_and_si512(r, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
 }
 
-inline void split_bf16(const float* x, int terms, uint16_t (*out)[kUnit]) {
-  for (int64_t i = 0; i < kUnit; i += 16) {
-    __m512 rest = _mm512_loadu_ps(x + i);
-    for (int term = 0; term < terms; ++term) {
-      const __m512i t = nearest_bf16(_mm512_castps_si512(rest));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out[term] + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(t, 16)));
-      // Nothing is left of an infinity (inf - inf would be NaN).
-      const __mmask16 finite =
-          _mm512_cmplt_epu32_mask(_mm512_and_si512(t, _mm512_set1_epi32(0x7FFFFFFF)), _mm512_set1_epi32(0x7F800000));
-      rest = _mm512_maskz_sub_ps(finite, rest, _mm512_castsi512_ps(t));
+// What a term leaves: nothing of an infinity, where inf - inf would be NaN.
+inline __m512 rest_of(__m512 x, __m512i term) {
+  const __m512i magnitude = _mm512_and_si512(term, _mm512_set1_epi32(0x7FFFFFFF));
+  const __mmask16 finite = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+  return _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(term));
+}
+
+template <int kTerms>
+inline void split_bf16(const float* x, uint16_t (*out)[kUnit]) {
+  // The upper 16 bits of 32 floats: elements 1, 3, 5, ... of two registers.
+  const __m512i upper_halves =
+      _mm512_setr_epi32(0x00030001, 0x00070005, 0x000B0009, 0x000F000D, 0x00130011, 0x00170015, 0x001B0019, 0x001F001D,
+                        0x00230021, 0x00270025, 0x002B0029, 0x002F002D, 0x00330031, 0x00370035, 0x003B0039, 0x003F003D);
+  for (int64_t i = 0; i < kUnit; i += 32) {
+    __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + i + 16);
+    for (int term = 0; term < kTerms; ++term) {
+      const __m512i ta = nearest_bf16(_mm512_castps_si512(a)), tb = nearest_bf16(_mm512_castps_si512(b));
+      _mm512_store_si512(out[term] + i, _mm512_permutex2var_epi16(ta, upper_halves, tb));
+      a = rest_of(a, ta);
+      b = rest_of(b, tb);
     }
   }
 }
@@ -44,7 +54,8 @@ inline void pack_terms(const Pack& p, Place place) {
     return;
   }
   alignas(64) uint16_t terms[3][kUnit];
-  split_bf16(static_cast<const float*>(p.columns), p.terms, terms);
+  const auto split = p.terms == 1 ? split_bf16<1> : p.terms == 2 ? split_bf16<2> : split_bf16<3>;
+  split(static_cast<const float*>(p.columns), terms);
   for (int i = 0; i < p.terms; ++i) place(terms[i], p.row + i);
 }
 

@@ -55,25 +55,30 @@ class PhiloxRows {
              L::wide(p2)}};
   }
 
-  // One more round: r from kFirstRound up to kPhiloxRounds - 1.
+  // One more round, r from kFirstRound up to kPhiloxRounds - 1, for some calls. They share the keys in registers: left
+  // to the compiler, every operation would read its key from memory, where kernels have no load to spare.
   static constexpr int kFirstRound = 3;
-  TRAK_FAST_INLINE void round(int r, Calls& x) const {
-    const Wide q0 = L::multiply(L::wide(kPhiloxM0), x.c[0]), q1 = L::multiply(L::wide(kPhiloxM1), x.c[2]);
-    x = {
-        {L::xor3(L::high(q1), x.c[1], L::wide(key0_[r])), q1, L::xor3(L::high_too(q0), x.c[3], L::wide(key1_[r])), q0}};
+  template <int n>
+  TRAK_FAST_INLINE void round(int r, Calls (&calls)[n]) const {
+    const Wide key0 = L::in_register(L::wide(key0_[r])), key1 = L::in_register(L::wide(key1_[r]));
+#pragma GCC unroll 4
+    for (Calls& x : calls) {
+      const Wide q0 = L::multiply(L::wide(kPhiloxM0), x.c[0]), q1 = L::multiply(L::wide(kPhiloxM1), x.c[2]);
+      x = {{L::xor3(L::high(q1), x.c[1], key0), q1, L::xor3(L::high_too(q0), x.c[3], key1), q0}};
+    }
   }
 
-  TRAK_FAST_INLINE Calls calls(uint32_t block, uint32_t t, int v, int odd) const {
-    Calls x = begin(block, t, v, odd);
+  template <int n>
+  TRAK_FAST_INLINE void finish(Calls (&calls)[n]) const {
 #pragma GCC unroll 7
-    for (int r = kFirstRound; r < kPhiloxRounds; ++r) round(r, x);
-    return x;
+    for (int r = kFirstRound; r < kPhiloxRounds; ++r) round(r, calls);
   }
 
   // The four words of vector v's rows for one block and t.
   TRAK_FAST_INLINE void words(uint32_t block, uint32_t t, int v, Words out[4]) const {
-    const Calls even = calls(block, t, v, 0), odd = calls(block, t, v, 1);
-    for (int w = 0; w < 4; ++w) out[w] = L::interleave(even.c[w], odd.c[w]);
+    Calls calls[2] = {begin(block, t, v, 0), begin(block, t, v, 1)};
+    finish(calls);
+    for (int w = 0; w < 4; ++w) out[w] = L::interleave(calls[0].c[w], calls[1].c[w]);
   }
 
  private:

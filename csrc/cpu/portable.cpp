@@ -15,6 +15,7 @@ struct Portable {
 
   static TRAK_FAST_INLINE Wide wide(uint64_t x) { return Wide{x, x}; }
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) { return Wide{first, first + 2}; }
+  static TRAK_FAST_INLINE Wide in_register(Wide x) { return x; }
   static TRAK_FAST_INLINE Wide multiply(Wide a, Wide b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
   static TRAK_FAST_INLINE Wide xor2(Wide a, Wide b) { return a ^ b; }
   static TRAK_FAST_INLINE Wide xor3(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
