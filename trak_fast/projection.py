@@ -62,10 +62,11 @@ def project(
         offset: Column of P that belongs to the first column of ``grads``, for gradients that come in slices: the
             slices' results add up to the whole's (up to fp32 rounding).
         precision: How float32 and float64 gradients enter where the processor multiplies bfloat16 (AMX; elsewhere they
-            are multiplied as float32): as 1 (``"medium"``), 2 (``"high"``) or 3 (``"highest"``) bfloat16 terms. This
-            changes an element by at most 2**-9, 2**-18 or 2**-24 of itself (elements below 1e-33 by at most 2**-126,
-            where bfloat16 products end). Default: ``"high"`` for float32, which is below the rounding of the sum from
-            some 10,000 columns on, and ``"highest"`` for float64. bfloat16 and float16 are always exact.
+            are multiplied as float32): as 1 (``"medium"``), 2 (``"high"``) or 3 (``"highest"``) bfloat16 terms. The
+            first changes an element by at most 2**-8 of itself, the second by 2**-17, the third not at all (float64:
+            2**-24, from float32); elements below 1e-33 by at most 2**-126, where bfloat16 products end. Default:
+            ``"high"`` for float32 (some 2.5e-6 of the result, where the projection itself distorts by 1/√k), and
+            ``"highest"`` for float64. bfloat16 and float16 are always exact.
         out: Float32 tensor (B, k) on the gradients' device that the projection is added to, in place.
 
     Returns:
@@ -287,7 +288,10 @@ def info() -> dict[str, Any]:
 def _integer(name: str, value: SupportsIndex, low: int, high: int) -> int:
     if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__} ({value!r})")
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
     if not low <= number <= high:
         raise ValueError(f"{name} is {number}, allowed is {low} to {high}")
     return number
@@ -356,22 +360,31 @@ def _width(tensor: Tensor) -> int:
 def _check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, not {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense (strided) tensor, not {layout}")
     if tensor.dtype not in _DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"{name} has dtype {tensor.dtype}, allowed are {allowed}")
     if tensor.device.type not in ("cpu", "cuda"):
         raise TypeError(f"{name} is on device {tensor.device}, allowed are cpu and cuda")
-    try:
-        tensor.data_ptr()
-    except RuntimeError as error:
+    if tensor.numel() and not _has_memory(tensor):
         raise TypeError(
-            f"{name} has no memory of its own: project outside of torch.func transforms such as vmap, "
-            "and real tensors only"
-        ) from error
+            f"{name} has no memory of its own: project outside of torch.func transforms such as vmap, and on real "
+            "tensors whose storage was not freed"
+        )
     if tensor.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension (B, ...)")
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the memory may be read: not that of wrappers, fake or zero tensors, or after the storage was resized."""
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError:
+        return False
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return pointer != 0 and tensor.untyped_storage().nbytes() >= (last + 1) * tensor.element_size()
 
 
 def _check_out(out: object, shape: tuple[int, int], tensors: Sequence[Tensor]) -> None:

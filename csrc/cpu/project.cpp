@@ -53,7 +53,8 @@ Aligned<T> allocate(int64_t count) {
   return Aligned<T>(p);
 }
 
-// The default floating-point environment, so that a caller's flush-to-zero mode does not reach some threads only.
+// The default floating-point environment: a caller's flush-to-zero mode must not change the result. Threads started
+// within inherit it.
 class DefaultFloats {
  public:
   DefaultFloats() {
@@ -75,7 +76,6 @@ class Team {
   template <class Task>
   bool run(int threads, int64_t phases, int64_t tasks, bool (*keep_going)(), const Task& task) {
     const auto work = [&](bool caller) {
-      const DefaultFloats floats;
       auto asked = std::chrono::steady_clock::now();
       for (int64_t phase = 0; phase < phases && !halted_.load(); ++phase) {
         for (int64_t i; (i = next_.fetch_add(1)) < tasks;) {
@@ -243,6 +243,7 @@ class Pass {
 }  // namespace
 
 bool project_cpu(const Projection& projection, const std::string& instruction_set, int threads, bool (*keep_going)()) {
+  const DefaultFloats floats;
   const Backend& backend = choose_backend(instruction_set);
   const Columns columns(projection.parts);
   if (columns.count() == 0 || projection.batch == 0) return true;
