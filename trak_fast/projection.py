@@ -19,7 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from . import _C
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"trak_fast's compiled module is missing or does not load ({error}). In a source folder, install with "
+        "`pip install -e .`, or start Python elsewhere to use an installed trak_fast."
+    ) from error
 
 __all__ = ["Accumulator", "Projector", "info", "matrix", "project"]
 
