@@ -119,6 +119,15 @@ def against_traker(k: int, columns: int, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def ceiling(repeats: int) -> list[dict[str, Any]]:
+    """What torch reaches on a big square bf16 product: this machine's practical matrix rate."""
+    size = 4096
+    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+    seconds = rounds({"torch": lambda: torch.matmul(a, b)}, repeats, "ceiling")["torch"]
+    tflops = 2 * size**3 / statistics.median(seconds) / 1e12
+    return [{"what": f"ceiling: torch bf16 product, {size} cubed", "tflops": tflops, "seconds": {"torch": seconds}}]
+
+
 def extra_memory(k: int) -> list[dict[str, Any]]:
     """MiB above input and output at B = 32, D = 10^7: the process's peak, in a process of its own."""
     os.environ.pop("TRAK_FAST_ISA", None)
@@ -138,6 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shrink = 16 if arguments.quick else 1
     rows = [
+        *ceiling(15),
         *against_stored_matrix(4096, 2**20 // shrink, 7),
         *against_traker(4096, 10**6 // shrink, 5),
         *extra_memory(4096 // shrink),
@@ -153,6 +163,8 @@ def main() -> None:
     for row in rows:
         if "mib" in row:
             print(f"{row['what']:60} {row['mib']:8.1f} MiB")
+        elif "isa" not in row:
+            print(f"{row['what']:60} {row['tflops']:8.2f} TFLOP/s")
         else:
             print(
                 f"{row['what']:48} {row['isa']:12} B = {row['B']:3}  {statistics.median(row['seconds']['ours']):8.3f} s"
