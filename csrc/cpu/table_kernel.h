@@ -69,7 +69,7 @@ class TableKernel {
     for (auto& s : sums) s = L::zero();
     for (int w = 0; w < 4; ++w) {
       typename L::Words bits = words[w];
-#pragma GCC unroll 11
+#pragma GCC unroll 1  // unrolled, the compiler gathers the look-ups first and spills them
       for (int i = 0; i < kLookUps; ++i) {
 #pragma GCC unroll 16
         for (int b = 0; b < kBatch; ++b) sums[b] = L::add(sums[b], L::look_up(tables[w][i][b], bits));
