@@ -1,5 +1,5 @@
 // The kernel that multiplies: 128 columns of P for a row block are written as floats to the first-level cache, then
-// used for the whole batch, two registers of rows times L::kFmaBatch gradients at a time.
+// used for the whole batch, a few registers of rows times L::kFmaBatch gradients at a time.
 #pragma once
 #include "../normal_table.h"
 #include "pack_f32.h"
@@ -34,6 +34,8 @@ class FmaKernel {
  private:
   using Floats = typename L::Floats;
   static constexpr int kVectors = kRowBlock / L::kLanes;
+  // Registers of rows: more where they are narrow, to share each gradient's load.
+  static constexpr int kFmaVectors = L::kLanes < 8 ? 4 : 2;
 
   // One step's entries, p[column in the panel's order][row].
   static void make(const PhiloxRows<L>& philox, uint64_t block, int step, const uint16_t* half, float (*p)[kRowBlock]) {
@@ -67,21 +69,22 @@ class FmaKernel {
   static TRAK_FAST_INLINE void multiply_rows(const float* x, int64_t batch, int64_t b, const float (*p)[kRowBlock],
                                              float* acc) {
     x += b * kPanelRow;
-    for (int v = 0; v < kVectors; v += 2) {
-      Floats sums[2][kBatch];
+    for (int v = 0; v < kVectors; v += kFmaVectors) {
+      Floats sums[kFmaVectors][kBatch];
       for (auto& row : sums) {
         for (auto& s : row) s = L::zero();
       }
       for (int64_t j = 0; j < kStep; ++j) {
-        const Floats p0 = L::load(p[j] + v * L::kLanes), p1 = L::load(p[j] + (v + 1) * L::kLanes);
 #pragma GCC unroll 16
         for (int i = 0; i < kBatch; ++i) {
           const Floats g = L::set(x[i * kPanelRow + j]);
-          sums[0][i] = L::multiply_add(p0, g, sums[0][i]);
-          sums[1][i] = L::multiply_add(p1, g, sums[1][i]);
+#pragma GCC unroll 4
+          for (int w = 0; w < kFmaVectors; ++w) {
+            sums[w][i] = L::multiply_add(L::load(p[j] + (v + w) * L::kLanes), g, sums[w][i]);
+          }
         }
       }
-      for (int w = 0; w < 2; ++w) {
+      for (int w = 0; w < kFmaVectors; ++w) {
         for (int i = 0; i < kBatch; ++i) {
           float* a = acc + ((v + w) * batch + b + i) * L::kLanes;
           L::store(a, L::add(L::load(a), sums[w][i]));
