@@ -19,9 +19,13 @@ bool no_signal() {
   return PyErr_CheckSignals() == 0;
 }
 
-void project(int kind, uint64_t seed, uint32_t stream, int64_t rows, int64_t batch, uint64_t offset, int terms,
-             const std::vector<PartTuple>& parts, uintptr_t out, int64_t out_batch_stride, int64_t out_row_stride,
-             const std::string& instruction_set, int threads) {
+// The arguments that the projections share.
+using ProjectionTuple = std::tuple<int, uint64_t, uint32_t, int64_t, int64_t, uint64_t, int, std::vector<PartTuple>,
+                                   uintptr_t, int64_t, int64_t>;
+
+Projection projection_from(const ProjectionTuple& arguments) {
+  const auto& [kind, seed, stream, rows, batch, offset, terms, parts, out, out_batch_stride, out_row_stride] =
+      arguments;
   Projection p{
       static_cast<Kind>(kind), seed,          stream, rows, batch, offset, terms, {}, reinterpret_cast<float*>(out),
       out_batch_stride,        out_row_stride};
@@ -29,6 +33,11 @@ void project(int kind, uint64_t seed, uint32_t stream, int64_t rows, int64_t bat
     p.parts.push_back(
         {reinterpret_cast<const void*>(data), static_cast<Dtype>(dtype), columns, batch_stride, sizes, strides});
   }
+  return p;
+}
+
+void project(const ProjectionTuple& arguments, const std::string& instruction_set, int threads) {
+  const Projection p = projection_from(arguments);
   bool finished;
   {
     const py::gil_scoped_release no_gil;
@@ -39,7 +48,7 @@ void project(int kind, uint64_t seed, uint32_t stream, int64_t rows, int64_t bat
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(TRAK_FAST_MODULE, m) {
   m.attr("DEFINITION") = kDefinition;
   m.attr("VERSION") = TRAK_FAST_VERSION;
   m.def("project", &project);
@@ -50,6 +59,16 @@ PYBIND11_MODULE(_C, m) {
                    reinterpret_cast<const uint64_t*>(columns), column_count, reinterpret_cast<float*>(out));
   });
   m.def("normal_half_table", [] { return reinterpret_cast<uintptr_t>(normal_half_table()); });
+  m.def("cuda_scratch_bytes", [](const ProjectionTuple& arguments, int device, const std::string& kernel) {
+    return cuda_scratch_bytes(projection_from(arguments), device, kernel);
+  });
+  m.def("project_cuda", [](const ProjectionTuple& arguments, uintptr_t half_table, uintptr_t scratch, int device,
+                           uintptr_t cuda_stream, const std::string& kernel) {
+    const Projection p = projection_from(arguments);
+    const py::gil_scoped_release no_gil;
+    project_cuda(p, reinterpret_cast<const void*>(half_table), reinterpret_cast<void*>(scratch), device,
+                 reinterpret_cast<void*>(cuda_stream), kernel);
+  });
   m.def("matrix_block_cuda",
         [](int kind, uint64_t seed, uint32_t stream, uint32_t first_row, int64_t rows, uint64_t first_column,
            int64_t columns, uintptr_t normal_half, uintptr_t out, int device, uintptr_t cuda_stream) {
@@ -63,4 +82,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_architectures", &cuda_architectures);
   m.def("cuda_version", &cuda_version);
   m.def("cuda_device_count", &cuda_device_count);
+  m.def("cuda_kernels", &cuda_kernels);
 }

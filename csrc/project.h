@@ -50,11 +50,20 @@ void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* r
 // The upper half of the normal table: kNormalHalf bf16 bit patterns.
 const uint16_t* normal_half_table();
 
-// CUDA architectures compiled in ("" without CUDA), the CUDA version (13000 for 13.0; 0 without), and the number of
-// devices found (0 on any error, such as no driver).
+// CUDA architectures compiled in ("" without CUDA), the CUDA version (13000 for 13.0; 0 without), the number of devices
+// found (0 on any error, such as no driver), and the tile kernels that a device can run, best first.
 std::string cuda_architectures();
 int cuda_version();
 int cuda_device_count();
+std::vector<std::string> cuda_kernels(int device);
+
+// The projection of tensors on a CUDA device, in the order of its stream: it only launches kernels. half_table: the
+// normal table's upper half on the device, as bf16 and then as fp16, each kNormalHalf values (unused for rademacher).
+// scratch: cuda_scratch_bytes(...) bytes on the device, aligned to 256. kernel: one of cuda_kernels(device), or empty
+// for the best. Throws std::runtime_error for errors of CUDA.
+int64_t cuda_scratch_bytes(const Projection& projection, int device, const std::string& kernel);
+void project_cuda(const Projection& projection, const void* half_table, void* scratch, int device, void* stream,
+                  const std::string& kernel);
 
 // Writes P[first_row + r, first_column + c] to out[r * columns + c] on the device, in the order of the stream.
 // normal_half: the table in that device's memory (unused for rademacher). Throws std::runtime_error.

@@ -4,38 +4,12 @@
 // A thread makes the four words of one (row, block, t) and scatters their entries: neighbouring threads take
 // neighbouring columns, so that a warp's stores fall together. The entry's place is computed from the definition's
 // inverse: word v, bit b back to column.
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "../normal_table.h"
 #include "../project.h"
+#include "launch.cuh"
 
 namespace trak_fast {
 namespace {
-
-void check(cudaError_t error, const char* file, int line) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("CUDA error at ") + file + ":" + std::to_string(line) + ": " +
-                           cudaGetErrorString(error));
-}
-#define TRAK_FAST_CHECK(call) check(call, __FILE__, __LINE__)
-
-// Makes `device` current for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    TRAK_FAST_CHECK(cudaGetDevice(&previous_));
-    TRAK_FAST_CHECK(cudaSetDevice(device));
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
 
 __device__ float bf16_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 
@@ -72,14 +46,6 @@ __global__ void matrix_block(uint64_t seed, uint32_t stream, uint32_t first_row,
 }
 
 }  // namespace
-
-std::string cuda_architectures() { return TRAK_FAST_CUDA_ARCHITECTURES; }
-int cuda_version() { return CUDART_VERSION; }
-
-int cuda_device_count() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
-}
 
 void matrix_block_cuda(Kind kind, uint64_t seed, uint32_t stream, uint32_t first_row, int64_t rows,
                        uint64_t first_column, int64_t columns, const uint16_t* normal_half, float* out, int device,
