@@ -13,6 +13,11 @@ namespace {
 // data pointer, dtype, columns, batch stride, sizes, strides
 using PartTuple = std::tuple<uintptr_t, int, int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
 
+Part part_of(const PartTuple& tuple) {
+  const auto& [data, dtype, columns, batch_stride, sizes, strides] = tuple;
+  return {reinterpret_cast<const void*>(data), static_cast<Dtype>(dtype), columns, batch_stride, sizes, strides};
+}
+
 // Lets Python's signal handlers run. Only the main thread has any; in others this is always true.
 bool no_signal() {
   const py::gil_scoped_acquire gil;
@@ -25,14 +30,32 @@ void project(int kind, uint64_t seed, uint32_t stream, int64_t rows, int64_t bat
   Projection p{
       static_cast<Kind>(kind), seed,          stream, rows, batch, offset, terms, {}, reinterpret_cast<float*>(out),
       out_batch_stride,        out_row_stride};
-  for (const auto& [data, dtype, columns, batch_stride, sizes, strides] : parts) {
-    p.parts.push_back(
-        {reinterpret_cast<const void*>(data), static_cast<Dtype>(dtype), columns, batch_stride, sizes, strides});
-  }
+  for (const auto& part : parts) p.parts.push_back(part_of(part));
   bool finished;
   {
     const py::gil_scoped_release no_gil;
     finished = project_cpu(p, instruction_set, threads, no_signal);
+  }
+  if (!finished) throw py::error_already_set();
+}
+
+void project_adjoint(int kind, uint64_t seed, uint32_t stream, int64_t columns, int64_t batch, uint64_t offset,
+                     const PartTuple& y, uintptr_t out, int64_t out_batch_stride, int64_t out_column_stride,
+                     const std::string& instruction_set, int threads) {
+  const Adjoint a{static_cast<Kind>(kind),
+                  seed,
+                  stream,
+                  columns,
+                  batch,
+                  offset,
+                  part_of(y),
+                  reinterpret_cast<float*>(out),
+                  out_batch_stride,
+                  out_column_stride};
+  bool finished;
+  {
+    const py::gil_scoped_release no_gil;
+    finished = project_adjoint_cpu(a, instruction_set, threads, no_signal);
   }
   if (!finished) throw py::error_already_set();
 }
@@ -43,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("DEFINITION") = kDefinition;
   m.attr("VERSION") = TRAK_FAST_VERSION;
   m.def("project", &project);
+  m.def("project_adjoint", &project_adjoint);
   m.def("matrix", [](int kind, uint64_t seed, uint32_t stream, uintptr_t rows, int64_t row_count, uintptr_t columns,
                      int64_t column_count, uintptr_t out) {
     const py::gil_scoped_release no_gil;

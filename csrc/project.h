@@ -39,6 +39,22 @@ struct Projection {
 // instruction_set: one of instruction_sets(); empty for the best.
 bool project_cpu(const Projection& projection, const std::string& instruction_set, int threads, bool (*keep_going)());
 
+// out[b, c] += sum over i < y.columns of P[i, offset + c] * y[b, i], for c < columns: the adjoint.
+struct Adjoint {
+  Kind kind;
+  uint64_t seed;
+  uint32_t stream;
+  int64_t columns;
+  int64_t batch;
+  uint64_t offset;
+  Part y;
+  float* out;
+  int64_t out_batch_stride, out_column_stride;
+};
+
+// As project_cpu.
+bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_set, int threads, bool (*keep_going)());
+
 // Instruction sets that this build has and this processor can run, best first, and all that this build has.
 std::vector<std::string> instruction_sets();
 std::vector<std::string> built_instruction_sets();

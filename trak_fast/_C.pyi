@@ -19,6 +19,21 @@ def project(
     threads: int,
     /,
 ) -> None: ...
+def project_adjoint(
+    kind: int,
+    seed: int,
+    stream: int,
+    columns: int,
+    batch: int,
+    offset: int,
+    y: tuple[int, int, int, int, list[int], list[int]],
+    out: int,
+    out_batch_stride: int,
+    out_column_stride: int,
+    instruction_set: str,
+    threads: int,
+    /,
+) -> None: ...
 def matrix(
     kind: int, seed: int, stream: int, rows: int, row_count: int, columns: int, column_count: int, out: int, /
 ) -> None: ...

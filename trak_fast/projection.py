@@ -166,11 +166,10 @@ def project_adjoint(
     if y.device.type == "cuda":
         _adjoint_cuda(y, kind, seed, model_id, offset, out)
         return out
-    width = max(1, 2**22 // y.shape[1])
-    for first in range(0, grad_dim, width):
-        columns = range(offset + first, offset + min(first + width, grad_dim))
-        block = matrix(proj_type, seed, model_id, range(y.shape[1]), columns)
-        out[:, first : first + width] += y.detach().float() @ block
+    _C.project_adjoint(
+        *(kind, seed, model_id, grad_dim, y.shape[0], offset, checks.describe(y)),
+        *(out.data_ptr(), out.stride(0), out.stride(1), _instruction_set(), torch.get_num_threads()),
+    )
     return out
 
 
