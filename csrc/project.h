@@ -39,6 +39,22 @@ struct Projection {
 // instruction_set: one of instruction_sets(); empty for the best.
 bool project_cpu(const Projection& projection, const std::string& instruction_set, int threads, bool (*keep_going)());
 
+// out[b, c] += sum over i < y.columns of P[i, offset + c] * y[b, i], for c < columns: the adjoint.
+struct Adjoint {
+  Kind kind;
+  uint64_t seed;
+  uint32_t stream;
+  int64_t columns;
+  int64_t batch;
+  uint64_t offset;
+  Part y;
+  float* out;
+  int64_t out_batch_stride, out_column_stride;
+};
+
+// As project_cpu.
+bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_set, int threads, bool (*keep_going)());
+
 // Instruction sets that this build has and this processor can run, best first, and all that this build has.
 std::vector<std::string> instruction_sets();
 std::vector<std::string> built_instruction_sets();
@@ -65,10 +81,8 @@ int64_t cuda_scratch_bytes(const Projection& projection, int device, const std::
 void project_cuda(const Projection& projection, const void* half_table, void* scratch, int device, void* stream,
                   const std::string& kernel);
 
-// Writes P[first_row + r, first_column + c] to out[r * columns + c] on the device, in the order of the stream.
-// normal_half: the table in that device's memory (unused for rademacher). Throws std::runtime_error.
-void matrix_block_cuda(Kind kind, uint64_t seed, uint32_t stream, uint32_t first_row, int64_t rows,
-                       uint64_t first_column, int64_t columns, const uint16_t* normal_half, float* out, int device,
-                       void* cuda_stream);
+// The adjoint, likewise, with adjoint_cuda_scratch_bytes(...) bytes of scratch.
+int64_t adjoint_cuda_scratch_bytes(const Adjoint& adjoint);
+void project_adjoint_cuda(const Adjoint& adjoint, const void* half_table, void* scratch, int device, void* stream);
 
 }  // namespace trak_fast

@@ -21,9 +21,8 @@ void project_cuda(const Projection&, const void*, void*, int, void*, const std::
   throw std::runtime_error(kAbsent);
 }
 
-void matrix_block_cuda(Kind, uint64_t, uint32_t, uint32_t, int64_t, uint64_t, int64_t, const uint16_t*, float*, int,
-                       void*) {
-  throw std::runtime_error(kAbsent);
-}
+int64_t adjoint_cuda_scratch_bytes(const Adjoint&) { throw std::runtime_error(kAbsent); }
+
+void project_adjoint_cuda(const Adjoint&, const void*, void*, int, void*) { throw std::runtime_error(kAbsent); }
 
 }  // namespace trak_fast

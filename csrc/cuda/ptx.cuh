@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #ifdef TRAK_FAST_EMULATE
-#include "ptx_host.h"
+#include <ptx_host.h>
 #else
 #include <cuda.h>
 
