@@ -1,0 +1,74 @@
+// An emulated GPU for tests on machines without one: what cuda_runtime.h and ptx_host.h ask of it.
+//
+// Each CUDA thread is a fiber with a stack of its own; blocks run one after another, in one thread of the operating
+// system. Threads change places where they meet, and now and then at any wrapper of ptx_host.h. Who goes first, and
+// when asynchronous work (cp.async, TMA, wgmma) is done within what the waits allow, is drawn from a seed, so that a
+// missing barrier or wait shows as a wrong result for some seed. What is in flight reads as NaN. Rules of the
+// instructions that can be checked are checked: a violation, like a deadlock, ends the launch with
+// cudaErrorLaunchFailure and a report.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+struct cudaLaunchConfig_t;
+struct CUtensorMap;
+enum cudaError_t : int;
+
+namespace trak_fast {
+namespace emulator {
+
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
+
+// Ends the launch with this report.
+[[noreturn]] void fail(const std::string& what);
+
+// Perhaps lets other threads or the copy engine go on.
+void pause();
+
+// The block's dynamic shared memory, and the address that the device would have for a place in it.
+char* shared_memory();
+uint32_t shared_address(const void* p);
+// Fails unless [p, p + bytes) lies in shared memory and p is aligned.
+void check_shared(const void* p, size_t bytes, size_t alignment, const char* what);
+uint32_t load_shared_16(uint32_t address);
+
+void barrier(int id, int threads);  // threads < 0: all of the block
+
+void mbarrier_init(uint64_t* barrier, int arrivals);
+void mbarrier_fence();
+void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
+void mbarrier_wait(uint64_t* barrier, uint32_t parity);
+
+void copy_16(void* shared, const void* global, int valid);
+void commit_copies();
+void wait_copies(int groups);
+void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y);
+
+// All lanes of the warp meet here; the last one to arrive performs the instruction on all lanes' operands.
+void meet_warp(const char* what, void* operands, void (*perform)(void* const* operands_of_lanes));
+
+// All threads of a warpgroup execute the same sequence of these. `what` and `argument` must agree.
+void meet_warpgroup(const char* what, uint64_t argument);
+void wgmma(int n, bool bf16, float* d, const uint32_t* a, uint64_t b, int accumulate);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int groups);
+void set_registers(int count);
+
+// c (rows x columns) = a (rows x 16) b (16 x columns), in float: the products, which are exact, in order of k.
+void multiply_16(int rows, int columns, const float* a, const float* b, float* c);
+float bf16_or_fp16_to_float(bool bf16, uint32_t bits);
+
+}  // namespace emulator
+}  // namespace trak_fast
+
+// For tests, also through ctypes: the seed of all that is drawn, and what the device says of itself.
+extern "C" {
+void emulator_set_seed(uint64_t seed);
+void emulator_set_device(int count, int compute_capability, int multiprocessors);  // 90 for 9.0
+// How often an instruction ("mma", "wgmma", "tma", "cp.async", "block") was performed since the last call.
+int64_t emulator_count(const char* what);
+}

@@ -1,0 +1,46 @@
+// Fibers: stacks that a program switches between by itself.
+//
+// x86-64 saves the registers that a called function must keep; elsewhere ucontext does, at the price of a system call.
+// The address sanitizer is told of every switch.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace trak_fast {
+namespace emulator {
+
+struct Fiber {
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+  void* fake_stack = nullptr;
+#if defined(__x86_64__)
+  void* stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+};
+
+// The fiber will run `entry`, which never returns, on this stack.
+void start_fiber(Fiber& fiber, char* stack, size_t size, void (*entry)());
+
+// Leaves `from` for `to`; returns when something switches to `from` again. last: nothing ever will.
+void switch_fiber(Fiber& from, Fiber& to, bool last);
+
+// First thing in a fiber's entry: `from` is where the switch came from.
+inline void arrived_in_fiber([[maybe_unused]] Fiber& from, [[maybe_unused]] void* fake_stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack, &from.stack_bottom, &from.stack_size);
+#endif
+}
+
+}  // namespace emulator
+}  // namespace trak_fast
