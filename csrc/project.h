@@ -39,6 +39,22 @@ struct Projection {
 // instruction_set: one of instruction_sets(); empty for the best.
 bool project_cpu(const Projection& projection, const std::string& instruction_set, int threads, bool (*keep_going)());
 
+// out[b, c] += sum over i < y.columns of P[i, offset + c] * y[b, i], for c < columns: the adjoint.
+struct Adjoint {
+  Kind kind;
+  uint64_t seed;
+  uint32_t stream;
+  int64_t columns;
+  int64_t batch;
+  uint64_t offset;
+  Part y;
+  float* out;
+  int64_t out_batch_stride, out_column_stride;
+};
+
+// As project_cpu.
+bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_set, int threads, bool (*keep_going)());
+
 // Instruction sets that this build has and this processor can run, best first, and all that this build has.
 std::vector<std::string> instruction_sets();
 std::vector<std::string> built_instruction_sets();
@@ -50,16 +66,23 @@ void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* r
 // The upper half of the normal table: kNormalHalf bf16 bit patterns.
 const uint16_t* normal_half_table();
 
-// CUDA architectures compiled in ("" without CUDA), the CUDA version (13000 for 13.0; 0 without), and the number of
-// devices found (0 on any error, such as no driver).
+// CUDA architectures compiled in ("" without CUDA), the CUDA version (13000 for 13.0; 0 without), the number of devices
+// found (0 on any error, such as no driver), and the tile kernels that a device can run, best first.
 std::string cuda_architectures();
 int cuda_version();
 int cuda_device_count();
+std::vector<std::string> cuda_kernels(int device);
 
-// Writes P[first_row + r, first_column + c] to out[r * columns + c] on the device, in the order of the stream.
-// normal_half: the table in that device's memory (unused for rademacher). Throws std::runtime_error.
-void matrix_block_cuda(Kind kind, uint64_t seed, uint32_t stream, uint32_t first_row, int64_t rows,
-                       uint64_t first_column, int64_t columns, const uint16_t* normal_half, float* out, int device,
-                       void* cuda_stream);
+// The projection of tensors on a CUDA device, in the order of its stream: it only launches kernels. half_table: the
+// normal table's upper half on the device, as bf16 and then as fp16, each kNormalHalf values (unused for rademacher).
+// scratch: cuda_scratch_bytes(...) bytes on the device, aligned to 256. kernel: one of cuda_kernels(device), or empty
+// for the best. Throws std::runtime_error for errors of CUDA.
+int64_t cuda_scratch_bytes(const Projection& projection, int device, const std::string& kernel);
+void project_cuda(const Projection& projection, const void* half_table, void* scratch, int device, void* stream,
+                  const std::string& kernel);
+
+// The adjoint, likewise, with adjoint_cuda_scratch_bytes(...) bytes of scratch.
+int64_t adjoint_cuda_scratch_bytes(const Adjoint& adjoint);
+void project_adjoint_cuda(const Adjoint& adjoint, const void* half_table, void* scratch, int device, void* stream);
 
 }  // namespace trak_fast

@@ -3,42 +3,30 @@
 DEFINITION: int
 VERSION: str
 
-def project(
-    kind: int,
-    seed: int,
-    stream: int,
-    rows: int,
-    batch: int,
-    offset: int,
-    terms: int,
-    parts: list[tuple[int, int, int, int, list[int], list[int]]],
-    out: int,
-    out_batch_stride: int,
-    out_row_stride: int,
-    instruction_set: str,
-    threads: int,
-    /,
+# data pointer, dtype, columns, batch stride, sizes and strides of the trailing dimensions
+Part = tuple[int, int, int, int, list[int], list[int]]
+# kind, seed, stream, rows, batch, offset, terms, parts, out pointer, its batch stride, its row stride
+Projection = tuple[int, int, int, int, int, int, int, list[Part], int, int, int]
+# kind, seed, stream, columns, batch, offset, y, out pointer, its batch stride, its column stride
+Adjoint = tuple[int, int, int, int, int, int, Part, int, int, int]
+
+def project(projection: Projection, instruction_set: str, threads: int, /) -> None: ...
+def cuda_scratch_bytes(projection: Projection, device: int, kernel: str, /) -> int: ...
+def project_cuda(
+    projection: Projection, half_table: int, scratch: int, device: int, cuda_stream: int, kernel: str, /
+) -> None: ...
+def project_adjoint(adjoint: Adjoint, instruction_set: str, threads: int, /) -> None: ...
+def adjoint_cuda_scratch_bytes(adjoint: Adjoint, /) -> int: ...
+def project_adjoint_cuda(
+    adjoint: Adjoint, half_table: int, scratch: int, device: int, cuda_stream: int, /
 ) -> None: ...
 def matrix(
     kind: int, seed: int, stream: int, rows: int, row_count: int, columns: int, column_count: int, out: int, /
 ) -> None: ...
 def normal_half_table() -> int: ...
-def matrix_block_cuda(
-    kind: int,
-    seed: int,
-    stream: int,
-    first_row: int,
-    rows: int,
-    first_column: int,
-    columns: int,
-    normal_half: int,
-    out: int,
-    device: int,
-    cuda_stream: int,
-    /,
-) -> None: ...
 def instruction_sets() -> list[str]: ...
 def built_instruction_sets() -> list[str]: ...
 def cuda_architectures() -> str: ...
 def cuda_version() -> int: ...
 def cuda_device_count() -> int: ...
+def cuda_kernels(device: int, /) -> list[str]: ...

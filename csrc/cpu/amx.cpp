@@ -6,9 +6,11 @@
 // tile costs less than the products of 32 gradient rows with it, so for bigger batches it is simply made again for
 // every group of rows, whose sums then never leave the tile registers; a normal tile costs ten times that, so it is
 // used for up to 96 rows at once, and beyond that the sums of all groups come and go.
+#include "adjoint_kernel.h"
 #include "lanes_avx512.h"
 #include "pack_bf16.h"
 #include "philox_rows.h"
+#include "table_kernel.h"
 
 namespace trak_fast {
 namespace {
@@ -378,11 +380,15 @@ constexpr Kernel make_kernel() {
 
 const Kernel kernels[2] = {make_kernel<Kind::rademacher>(), make_kernel<Kind::normal>()};
 
+const AdjointKernel adjoint_kernels[2] = {
+    make_adjoint<Avx512, Kind::rademacher>(adjoint_by_tables<Avx512, TableKernel<Avx512>>),
+    make_adjoint<Avx512, Kind::normal>(adjoint_by_fma<Avx512, Kind::normal>)};
+
 const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
 
 }  // namespace
 
 extern const Backend amx_backend;
-const Backend amx_backend = {"amx", kernel};
+const Backend amx_backend = {"amx", kernel, adjoint_kernels};
 
 }  // namespace trak_fast

@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "../normal_table.h"
-#include "fma_kernel.h"
+#include "adjoint_kernel.h"
 #include "table_kernel.h"
 
 namespace trak_fast {
@@ -18,6 +18,9 @@ struct Avx2 {
   static TRAK_FAST_INLINE Wide wide(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) {
     return _mm256_add_epi64(wide(first), _mm256_setr_epi64x(0, 2, 4, 6));
+  }
+  static TRAK_FAST_INLINE Wide load_wide(const uint64_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
   }
   static TRAK_FAST_INLINE Wide in_register(Wide x) { return x; }
   static TRAK_FAST_INLINE Wide multiply(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
@@ -46,6 +49,10 @@ struct Avx2 {
     return _mm256_permutevar8x32_ps(load(table), words);
   }
   static TRAK_FAST_INLINE Words shift_right(Words x, int n) { return _mm256_srli_epi32(x, n); }
+  static TRAK_FAST_INLINE Words shift_left(Words x, int n) { return _mm256_slli_epi32(x, n); }
+  static TRAK_FAST_INLINE Words and_mask(Words x, uint32_t mask) {
+    return _mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(mask)));
+  }
 
   static TRAK_FAST_INLINE void normal(Words words, const uint16_t* half, Floats& even, Floats& odd) {
     const __m256i positive = _mm256_srai_epi16(words, 15);  // all ones where u >= 32768
@@ -71,11 +78,15 @@ const Kernel kernels[2] = {
     {false, 1, kPanelRow * 4, 8, 16, pack_f32<Kind::rademacher>, TableKernel<Avx2>::multiply},
     {false, 1, kPanelRow * 4, 8, 1, pack_f32<Kind::normal>, FmaKernel<Avx2, Kind::normal>::multiply}};
 
+const AdjointKernel adjoint_kernels[2] = {
+    make_adjoint<Avx2, Kind::rademacher>(adjoint_by_tables<Avx2, TableKernel<Avx2>>),
+    make_adjoint<Avx2, Kind::normal>(adjoint_by_fma<Avx2, Kind::normal>)};
+
 const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
 
 }  // namespace
 
 extern const Backend avx2_backend;
-const Backend avx2_backend = {"avx2", kernel};
+const Backend avx2_backend = {"avx2", kernel, adjoint_kernels};
 
 }  // namespace trak_fast

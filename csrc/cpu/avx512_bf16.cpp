@@ -1,7 +1,7 @@
 // AVX-512 with the bf16 dot product: AVX-512's kernels, but normal entries and bf16 gradients are multiplied two
 // columns at a time. (Rademacher tables do more per instruction; floats would need two or three bf16 terms.) AMD's
 // processors do a dot product in the time of an FMA, Intel's take twice as long.
-#include "fma_kernel.h"
+#include "adjoint_kernel.h"
 #include "lanes_avx512.h"
 #include "pack_bf16.h"
 #include "table_kernel.h"
@@ -74,6 +74,10 @@ const Kernel normal = {
     false, 1, kPanelRow * 4, 16, 1, pack_f32<Kind::normal>, FmaKernel<Avx512, Kind::normal>::multiply};
 const Kernel normal_bf16 = {true, 1, kPairRow * 4, 16, 1, pack_pairs, multiply_normal};
 
+const AdjointKernel adjoint_kernels[2] = {
+    make_adjoint<Avx512, Kind::rademacher>(adjoint_by_tables<Avx512, TableKernel<Avx512>>),
+    make_adjoint<Avx512, Kind::normal>(adjoint_by_fma<Avx512, Kind::normal>)};
+
 const Kernel& kernel(Kind kind, int terms) {
   return kind == Kind::rademacher ? rademacher : terms == 1 ? normal_bf16 : normal;
 }
@@ -81,6 +85,6 @@ const Kernel& kernel(Kind kind, int terms) {
 }  // namespace
 
 extern const Backend avx512_bf16_backend;
-const Backend avx512_bf16_backend = {"avx512_bf16", kernel};
+const Backend avx512_bf16_backend = {"avx512_bf16", kernel, adjoint_kernels};
 
 }  // namespace trak_fast

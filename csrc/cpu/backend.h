@@ -49,10 +49,32 @@ struct Kernel {
   void (*multiply)(const Multiply&);
 };
 
+// One call of the adjoint's kernel: acc = P[rows, group]' times a panel of floats (pack_f32.h, rows of P in natural
+// order), acc being zero before.
+struct AdjointMultiply {
+  uint64_t seed;
+  uint32_t stream;
+  uint32_t row;
+  int64_t steps;   // of kStep rows; the panel is zero beyond the last row
+  uint64_t group;  // of columns: columns group * group_columns onwards
+  int64_t batch;
+  const float* panel;
+  float* acc;  // [group_columns / lanes][batch][lanes]
+};
+
+// The adjoint for one kind of matrix.
+struct AdjointKernel {
+  int64_t lanes, group_columns, row_bytes;  // row_bytes: of a panel row of 512 rows of P
+  void (*pack)(const Pack&);
+  void (*multiply)(const AdjointMultiply&);
+  int64_t (*column)(int64_t vector, int64_t lane);  // within the group
+};
+
 struct Backend {
   const char* name;
   // terms: how many bf16 terms the input takes (1 for bf16 itself).
   const Kernel& (*kernel)(Kind kind, int terms);
+  const AdjointKernel* adjoint;  // by kind
 };
 
 }  // namespace trak_fast

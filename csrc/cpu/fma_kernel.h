@@ -22,13 +22,17 @@ class FmaKernel {
         const float* rows = static_cast<const float*>(m.panel) + unit * m.batch * kPanelRow;
         for (int step = 0; step < 4; ++step) {
           make(philox, first_block(kind, m.unit + static_cast<uint64_t>(unit)), step, half, p);
-          const float* x = rows + kStep * step;
-          int64_t b = 0;
-          for (; b + L::kFmaBatch <= m.batch; b += L::kFmaBatch) multiply_rows<L::kFmaBatch>(x, m.batch, b, p, acc);
-          for (; b < m.batch; ++b) multiply_rows<1>(x, m.batch, b, p, acc);
+          multiply_batch(rows + kStep * step, m.batch, p, acc);
         }
       }
     }
+  }
+
+  // acc[i] += the sum over j of p[j][i] x[j], for the whole batch; x: rows of a panel, from the step's first column on.
+  static TRAK_FAST_INLINE void multiply_batch(const float* x, int64_t batch, const float (*p)[kRowBlock], float* acc) {
+    int64_t b = 0;
+    for (; b + L::kFmaBatch <= batch; b += L::kFmaBatch) multiply_rows<L::kFmaBatch>(x, batch, b, p, acc);
+    for (; b < batch; ++b) multiply_rows<1>(x, batch, b, p, acc);
   }
 
  private:

@@ -20,6 +20,7 @@ struct Avx512 {
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) {
     return _mm512_add_epi64(wide(first), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
   }
+  static TRAK_FAST_INLINE Wide load_wide(const uint64_t* p) { return _mm512_load_si512(p); }
   static TRAK_FAST_INLINE Wide in_register(Wide x) {
     asm("" : "+v"(x));
     return x;
@@ -53,6 +54,10 @@ struct Avx512 {
     return _mm512_permutexvar_ps(words, load(table));
   }
   static TRAK_FAST_INLINE Words shift_right(Words x, int n) { return _mm512_srli_epi32(x, static_cast<unsigned>(n)); }
+  static TRAK_FAST_INLINE Words shift_left(Words x, int n) { return _mm512_slli_epi32(x, static_cast<unsigned>(n)); }
+  static TRAK_FAST_INLINE Words and_mask(Words x, uint32_t mask) {
+    return _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(mask)));
+  }
 
   // Sixteen pairs of normal entries (bf16; even column low, odd column high).
   static TRAK_FAST_INLINE Words normal_pairs(Words words, const uint16_t* half) {

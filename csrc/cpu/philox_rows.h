@@ -10,50 +10,21 @@
 namespace trak_fast {
 namespace {
 
+// The rounds that are not special, for calls in the low halves of 64-bit lanes.
 template <class L>
-class PhiloxRows {
+class PhiloxRounds {
  public:
-  static constexpr int kVectors = kRowBlock / L::kLanes;
   using Wide = typename L::Wide;
-  using Words = typename L::Words;
 
-  // Every block asked for later must share the bits above 2^32 of `block`, and every t lie in first_t .. last_t.
-  PhiloxRows(Kind kind, uint64_t seed, uint32_t stream, uint32_t row, uint64_t block, uint32_t first_t = 0,
-             uint32_t last_t = 3)
-      : stream_(stream) {
+  explicit PhiloxRounds(uint64_t seed) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int r = 0; r < kPhiloxRounds; ++r, k0 += kPhiloxW0, k1 += kPhiloxW1) key0_[r] = k0, key1_[r] = k1;
-    for (uint32_t t = first_t; t <= last_t; ++t) {
-      const uint64_t p = static_cast<uint64_t>(kPhiloxM1) * counter_tag(kind, t, block);
-      low1_[t] = static_cast<uint32_t>(p);
-      const Wide high = L::wide(p >> 32 ^ key0_[0]);
-      for (int v = 0; v < kVectors; ++v) {
-        for (uint32_t half = 0; half < 2; ++half) {
-          // Even rows in one half, odd rows in the other, so that the two interleave to rows in order.
-          const Wide rows = L::wide_rows(row + static_cast<uint32_t>(v * L::kLanes) + half);
-          product_[t][v][half] = L::multiply(L::xor2(rows, high), L::wide(kPhiloxM0));
-        }
-      }
-    }
   }
 
   // Calls on their way: the counter's words after some rounds, in the low halves of 64-bit lanes.
   struct Calls {
     Wide c[4];
   };
-
-  // Rounds 1 to 3 for the even (0) or odd (1) rows of vector v.
-  TRAK_FAST_INLINE Calls begin(uint32_t block, uint32_t t, int v, int odd) const {
-    // As far as they are the same for all rows.
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * block;
-    const uint64_t p1 = kPhiloxM1 * ((p0 >> 32) ^ stream_ ^ key1_[0]);
-    const uint64_t p2 = kPhiloxM0 * ((p1 >> 32) ^ low1_[t] ^ key0_[1]);
-    const Wide product = product_[t][v][odd];
-    const Wide c2 = L::xor2(L::high(product), L::wide(p0 ^ key1_[1]));
-    const Wide c1 = L::multiply(L::wide(kPhiloxM1), c2);
-    return {{L::xor2(L::high(c1), L::wide(p1 ^ key0_[2])), c1, L::xor2(product, L::wide(p2 >> 32 ^ key1_[2])),
-             L::wide(p2)}};
-  }
 
   // One more round, r from kFirstRound up to kPhiloxRounds - 1, for some calls. They share the keys in registers: left
   // to the compiler, every operation would read its key from memory, where kernels have no load to spare.
@@ -74,16 +45,61 @@ class PhiloxRows {
     for (int r = kFirstRound; r < kPhiloxRounds; ++r) round(r, calls);
   }
 
+ protected:
+  uint64_t key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // 32 bits, kept wide: vector operations read them from memory
+};
+
+template <class L>
+class PhiloxRows : public PhiloxRounds<L> {
+  using PhiloxRounds<L>::key0_;
+  using PhiloxRounds<L>::key1_;
+
+ public:
+  using typename PhiloxRounds<L>::Calls;
+  static constexpr int kVectors = kRowBlock / L::kLanes;
+  using Wide = typename L::Wide;
+  using Words = typename L::Words;
+
+  // Every block asked for later must share the bits above 2^32 of `block`, and every t lie in first_t .. last_t.
+  PhiloxRows(Kind kind, uint64_t seed, uint32_t stream, uint32_t row, uint64_t block, uint32_t first_t = 0,
+             uint32_t last_t = 3)
+      : PhiloxRounds<L>(seed), stream_(stream) {
+    for (uint32_t t = first_t; t <= last_t; ++t) {
+      const uint64_t p = static_cast<uint64_t>(kPhiloxM1) * counter_tag(kind, t, block);
+      low1_[t] = static_cast<uint32_t>(p);
+      const Wide high = L::wide(p >> 32 ^ key0_[0]);
+      for (int v = 0; v < kVectors; ++v) {
+        for (uint32_t half = 0; half < 2; ++half) {
+          // Even rows in one half, odd rows in the other, so that the two interleave to rows in order.
+          const Wide rows = L::wide_rows(row + static_cast<uint32_t>(v * L::kLanes) + half);
+          product_[t][v][half] = L::multiply(L::xor2(rows, high), L::wide(kPhiloxM0));
+        }
+      }
+    }
+  }
+
+  // Rounds 1 to 3 for the even (0) or odd (1) rows of vector v.
+  TRAK_FAST_INLINE Calls begin(uint32_t block, uint32_t t, int v, int odd) const {
+    // As far as they are the same for all rows.
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * block;
+    const uint64_t p1 = kPhiloxM1 * ((p0 >> 32) ^ stream_ ^ key1_[0]);
+    const uint64_t p2 = kPhiloxM0 * ((p1 >> 32) ^ low1_[t] ^ key0_[1]);
+    const Wide product = product_[t][v][odd];
+    const Wide c2 = L::xor2(L::high(product), L::wide(p0 ^ key1_[1]));
+    const Wide c1 = L::multiply(L::wide(kPhiloxM1), c2);
+    return {{L::xor2(L::high(c1), L::wide(p1 ^ key0_[2])), c1, L::xor2(product, L::wide(p2 >> 32 ^ key1_[2])),
+             L::wide(p2)}};
+  }
+
   // The four words of vector v's rows for one block and t.
   TRAK_FAST_INLINE void words(uint32_t block, uint32_t t, int v, Words out[4]) const {
     Calls calls[2] = {begin(block, t, v, 0), begin(block, t, v, 1)};
-    finish(calls);
+    this->finish(calls);
     for (int w = 0; w < 4; ++w) out[w] = L::interleave(calls[0].c[w], calls[1].c[w]);
   }
 
  private:
   uint32_t stream_, low1_[4];
-  uint64_t key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // 32 bits, kept wide: vector operations read them from memory
   Wide product_[4][kVectors][2];
 };
 

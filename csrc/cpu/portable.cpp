@@ -1,7 +1,7 @@
 // Any processor: vectors of four floats as GCC and Clang offer them everywhere (NEON on arm64, SSE2 on x86-64), and
 // multiplication for both kinds.
 #include "../normal_table.h"
-#include "fma_kernel.h"
+#include "adjoint_kernel.h"
 
 namespace trak_fast {
 namespace {
@@ -19,6 +19,7 @@ struct Portable {
 
   static TRAK_FAST_INLINE Wide wide(uint64_t x) { return {{x, x}}; }
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) { return {{first, first + 2}}; }
+  static TRAK_FAST_INLINE Wide load_wide(const uint64_t* p) { return {{p[0], p[1]}}; }
   static TRAK_FAST_INLINE Wide in_register(Wide x) { return x; }
   static TRAK_FAST_INLINE Wide multiply(Wide a, Wide b) {
     return {{low(a.x[0]) * low(b.x[0]), low(a.x[1]) * low(b.x[1])}};
@@ -70,11 +71,15 @@ constexpr Kernel make_kernel() {
 
 const Kernel kernels[2] = {make_kernel<Kind::rademacher>(), make_kernel<Kind::normal>()};
 
+const AdjointKernel adjoint_kernels[2] = {
+    make_adjoint<Portable, Kind::rademacher>(adjoint_by_fma<Portable, Kind::rademacher>),
+    make_adjoint<Portable, Kind::normal>(adjoint_by_fma<Portable, Kind::normal>)};
+
 const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
 
 }  // namespace
 
 extern const Backend portable_backend;
-const Backend portable_backend = {"portable", kernel};
+const Backend portable_backend = {"portable", kernel, adjoint_kernels};
 
 }  // namespace trak_fast

@@ -7,19 +7,12 @@
 #include "../project.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cfenv>
-#include <chrono>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <system_error>
-#include <thread>
 
 #include "../normal_table.h"
 #include "choose.h"
 #include "columns.h"
+#include "team.h"
 
 namespace trak_fast {
 namespace {
@@ -30,100 +23,7 @@ constexpr int64_t kAccBytes = 16 << 20;    // all sums
 constexpr int64_t kMaxChunkUnits = 16;     // a power of two: then no chunk spans two values of the high block bits
 constexpr int64_t kTasksWanted = 32;       // enough for this many threads
 constexpr int64_t kRowsPerPass = 16384;
-constexpr int64_t kPackUnits = 4;        // one packing task: this many units of one sample
-constexpr double kWorkForThreads = 4e6;  // multiply-adds below which starting threads costs more than it gains
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class T>
-struct FreeMemory {
-  void operator()(T* p) const { std::free(p); }
-};
-template <class T>
-using Aligned = std::unique_ptr<T[], FreeMemory<T>>;
-
-// Zeroed, aligned to a page.
-template <class T>
-Aligned<T> allocate(int64_t count) {
-  const auto bytes =
-      static_cast<size_t>(divide_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), 4096)) * 4096;
-  auto* p = static_cast<T*>(std::aligned_alloc(4096, bytes));
-  if (p == nullptr) throw std::bad_alloc();
-  std::memset(p, 0, bytes);
-  return Aligned<T>(p);
-}
-
-// The default floating-point environment: a caller's flush-to-zero mode must not change the result. Threads started
-// within inherit it.
-class DefaultFloats {
- public:
-  DefaultFloats() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloats() { std::fesetenv(&saved_); }
-  DefaultFloats(const DefaultFloats&) = delete;
-  DefaultFloats& operator=(const DefaultFloats&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
-
-// Tasks of consecutive phases, done by a team of threads that starts and ends with the object's run().
-class Team {
- public:
-  // Runs task(phase, i) for i < tasks in each phase, phases one after the other. Returns false if keep_going said no.
-  template <class Task>
-  bool run(int threads, int64_t phases, int64_t tasks, bool (*keep_going)(), const Task& task) {
-    const auto work = [&](bool caller) {
-      auto asked = std::chrono::steady_clock::now();
-      for (int64_t phase = 0; phase < phases && !halted_.load(); ++phase) {
-        for (int64_t i; (i = next_.fetch_add(1)) < tasks;) {
-          if (!stop_.load(std::memory_order_relaxed)) task(phase, i);
-          if (caller && std::chrono::steady_clock::now() - asked > std::chrono::milliseconds(50)) {
-            if (!keep_going()) stop_.store(true);
-            asked = std::chrono::steady_clock::now();
-          }
-        }
-        meet();
-      }
-    };
-    std::vector<std::thread> others;
-    try {
-      while (static_cast<int>(others.size()) + 1 < threads) {
-        others.emplace_back([&] {
-          while (size_.load() == 0) std::this_thread::yield();
-          work(false);
-        });
-      }
-    } catch (const std::system_error&) {
-      // No more threads to be had: those there are do the work.
-    }
-    size_.store(static_cast<int>(others.size()) + 1);
-    work(true);
-    for (auto& thread : others) thread.join();
-    return !stop_.load();
-  }
-
- private:
-  // A barrier. The last to arrive opens the next phase, or ends the work for all: if each thread looked at stop_ for
-  // itself, some might begin a phase that others never join.
-  void meet() {
-    const int64_t phase = phase_.load();
-    if (arrived_.fetch_add(1) + 1 == size_.load()) {
-      arrived_.store(0);
-      next_.store(0);
-      halted_.store(stop_.load());
-      phase_.store(phase + 1);
-    } else {
-      while (phase_.load() == phase) std::this_thread::yield();
-    }
-  }
-
-  std::atomic<int> size_{0}, arrived_{0};
-  std::atomic<int64_t> next_{0}, phase_{0};
-  std::atomic<bool> stop_{false}, halted_{false};
-};
+constexpr int64_t kPackUnits = 4;  // one packing task: this many units of one sample
 
 // A pass: at most kMaxPanelRows panel rows and kRowsPerPass rows of P, all columns.
 class Pass {
@@ -169,13 +69,14 @@ class Pass {
     if (work < kWorkForThreads) threads = 1;
     threads = static_cast<int>(std::min<int64_t>(threads, std::max(packs, multiplies)));
     // Phase 0 packs the first chunks; phase n multiplies chunks n - 1 and packs chunks n.
-    const bool done = Team().run(threads, rounds_ + 1, packs + multiplies, keep_going, [&](int64_t phase, int64_t i) {
-      if (i < packs) {
-        if (phase < rounds_) pack(phase, i);
-      } else if (phase > 0) {
-        multiply(phase - 1, i - packs);
-      }
-    });
+    const bool done =
+        Team().run(threads, rounds_ + 1, packs + multiplies, keep_going, [&](int64_t phase, int64_t i, int) {
+          if (i < packs) {
+            if (phase < rounds_) pack(phase, i);
+          } else if (phase > 0) {
+            multiply(phase - 1, i - packs);
+          }
+        });
     if (done) reduce();
     return done;
   }

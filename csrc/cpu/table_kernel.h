@@ -21,6 +21,15 @@ class TableKernel {
     for (; b < m.batch; ++b) multiply_rows<1>(m, b);
   }
 
+  // For the adjoint: acc += the signed sums of 128 panel columns, vector after vector. words[n / 32][..][n % 32] holds
+  // the signs of vector n, four words of 32 columns each.
+  static void add_vectors(const float* x, int64_t batch, const typename L::Words (&words)[4][4][32], float* acc) {
+    int64_t b = 0;
+    for (; b + L::kTableBatch <= batch; b += L::kTableBatch) add_vectors<L::kTableBatch>(x, batch, b, words, acc);
+    for (; b + 4 <= batch; b += 4) add_vectors<4>(x, batch, b, words, acc);
+    for (; b < batch; ++b) add_vectors<1>(x, batch, b, words, acc);
+  }
+
  private:
   using Floats = typename L::Floats;
   static constexpr int kLookUps = (32 + L::kTableBits - 1) / L::kTableBits;  // for one word
@@ -45,6 +54,18 @@ class TableKernel {
           }
         }
       }
+    }
+  }
+
+  template <int kBatch>
+  static void add_vectors(const float* x, int64_t batch, int64_t b, const typename L::Words (&words)[4][4][32],
+                          float* acc) {
+    alignas(64) float tables[4][kLookUps][kBatch][L::kLanes];
+    fill(x + b * kPanelRow, tables);
+    for (int n = 0; n < 128; ++n) {
+      const typename L::Words signs[4] = {words[n / 32][0][n % 32], words[n / 32][1][n % 32], words[n / 32][2][n % 32],
+                                          words[n / 32][3][n % 32]};
+      add_signed(signs, tables, acc + (n * batch + b) * L::kLanes);
     }
   }
 

@@ -9,9 +9,20 @@ std::string cuda_architectures() { return ""; }
 int cuda_version() { return 0; }
 int cuda_device_count() { return 0; }
 
-void matrix_block_cuda(Kind, uint64_t, uint32_t, uint32_t, int64_t, uint64_t, int64_t, const uint16_t*, float*, int,
-                       void*) {
-  throw std::runtime_error("trak_fast was built without CUDA: install it again where nvcc is found");
+std::vector<std::string> cuda_kernels(int) { return {}; }
+
+namespace {
+constexpr const char* kAbsent = "trak_fast was built without CUDA: install it again where nvcc is found";
 }
+
+int64_t cuda_scratch_bytes(const Projection&, int, const std::string&) { throw std::runtime_error(kAbsent); }
+
+void project_cuda(const Projection&, const void*, void*, int, void*, const std::string&) {
+  throw std::runtime_error(kAbsent);
+}
+
+int64_t adjoint_cuda_scratch_bytes(const Adjoint&) { throw std::runtime_error(kAbsent); }
+
+void project_adjoint_cuda(const Adjoint&, const void*, void*, int, void*) { throw std::runtime_error(kAbsent); }
 
 }  // namespace trak_fast

@@ -1,0 +1,275 @@
+// The CUDA projection: which kernel, how the work is cut, and the launches in order.
+//
+// A pass treats up to 256 panel rows (samples times bf16 terms) against all rows and columns of P: tiles multiply, each
+// for some rows of P and a share of the columns, into sums of their own; reduce adds those up. A large tensor whose
+// memory is a panel already is read where it is; all else is packed, chunk by chunk, into one buffer of bounded size.
+// The cut depends on the shapes and the device alone, so the same call gives the same bits.
+#include <algorithm>
+
+#include "../normal_table.h"
+#include "../project.h"
+#include "launch.cuh"
+#include "panel.h"
+#include "tile.cuh"
+
+namespace trak_fast {
+namespace {
+
+constexpr int64_t kPassRows = 256;
+constexpr int64_t kPanelBytes = 32 << 20;    // of the packed chunk: stays in the L2 cache of a large GPU
+constexpr int64_t kSpanColumns = 1 << 30;    // of one launch: TMA's coordinates, and no change of the high block bits
+constexpr int64_t kDirectColumns = 1 << 16;  // a tensor with fewer is packed with its neighbours
+constexpr int kLeastUnits = 4;               // that a split is worth starting for
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+enum class Family { sm80, sm90, sm90_wide };
+
+struct Name {
+  const char* name;
+  Family family;
+};
+constexpr Name kNames[] = {{"sm90", Family::sm90}, {"sm90_wide", Family::sm90_wide}, {"sm80", Family::sm80}};
+
+#ifdef TRAK_FAST_SM90
+constexpr bool kHasSm90 = true;
+#else
+constexpr bool kHasSm90 = false;
+#endif
+
+std::vector<Name> usable_kernels(int device) {
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  std::vector<Name> names;
+  for (const Name& candidate : kNames) {
+    const bool hopper = candidate.family != Family::sm80;
+    if (hopper ? kHasSm90 && major == 9 && minor == 0 : major >= 8) names.push_back(candidate);
+  }
+  return names;
+}
+
+Family choose_kernel(int device, const std::string& wanted) {
+  std::string known;
+  for (const Name& candidate : usable_kernels(device)) {
+    if (wanted.empty() || wanted == candidate.name) return candidate.family;
+    known += (known.empty() ? "" : ", ") + std::string(candidate.name);
+  }
+  if (known.empty()) {
+    throw std::runtime_error("CUDA device " + std::to_string(device) +
+                             " is older than compute capability 8.0, which the projection needs");
+  }
+  throw std::invalid_argument("CUDA kernel '" + wanted + "' is not one that device " + std::to_string(device) +
+                              " can run: " + known);
+}
+
+// Parts of one launch or of one packed run, and the columns (counted from the first part's first) that they hold.
+struct Span {
+  size_t first, last;  // parts
+  int64_t begin, end;
+  bool direct;
+};
+
+// One cut of a projection: everything but the data.
+class Plan {
+ public:
+  Plan(const Projection& projection, int device, const std::string& kernel)
+      : p_(projection), family_(choose_kernel(device, kernel)) {
+    multiprocessors_ = device_attribute(cudaDevAttrMultiProcessorCount, device);
+    const Dtype first = p_.parts.empty() ? Dtype::float32 : p_.parts.front().dtype;
+    const bool same = std::all_of(p_.parts.begin(), p_.parts.end(), [&](const Part& q) { return q.dtype == first; });
+    native_ = same && (first == Dtype::bfloat16 || first == Dtype::float16);
+    bf16_ = !native_ || first == Dtype::bfloat16;
+    terms_ = native_ ? 1 : p_.terms;
+    cut_columns();
+    for (int64_t b = 0; b < p_.batch; b += pass_samples(b)) {
+      const int64_t panel_rows = pass_samples(b) * terms_;
+      sums_bytes_ = std::max(sums_bytes_, cut(panel_rows).sums_bytes);
+      if (packs_) panel_bytes_ = std::max(panel_bytes_, panel_rows * chunk_units(panel_rows) * kUnit * 2);
+    }
+    panel_bytes_ = divide_up(panel_bytes_, 256) * 256;
+  }
+
+  int64_t scratch_bytes() const { return panel_bytes_ + sums_bytes_; }
+
+  void run(const void* half_table, void* scratch, void* stream) const {
+    auto* panel = static_cast<uint16_t*>(scratch);
+    auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + panel_bytes_);
+    Tile tile = {};
+    tile.generator = make_generator(p_.seed, p_.stream);
+    tile.half_table = static_cast<const uint16_t*>(half_table) + (bf16_ ? 0 : kNormalHalf);
+    tile.rows = p_.rows;
+    tile.sums = sums;
+    for (int64_t b = 0; b < p_.batch; b += pass_samples(b)) {
+      const int64_t samples = pass_samples(b);
+      const Cut c = cut(samples * terms_);
+      tile.batch_tiles = c.batch_tiles;
+      tile.splits = c.splits;
+      tile.add = false;
+      for (const Span& span : spans_) {
+        const int64_t step = span.direct ? kSpanColumns : chunk_units(samples * terms_) * kUnit;
+        const int64_t first = static_cast<int64_t>(p_.offset) + span.begin;
+        const int64_t end = static_cast<int64_t>(p_.offset) + span.end;
+        for (int64_t from = first; from < end;) {
+          // Steps end at multiples of their length, so a column meets the same multiplication wherever it comes from.
+          const int64_t to = std::min((from / step + 1) * step, end);
+          tile.first_unit = from / kUnit;
+          tile.units = static_cast<int>(divide_up(to, kUnit) - tile.first_unit);
+          tile.units_per_split = static_cast<int>(divide_up(tile.units, c.splits));
+          if (span.direct) {
+            tile.panel = part_as_panel(p_.parts[span.first], b, samples, from - first, to - first);
+            tile.panel.first += first;
+          } else {
+            tile.panel =
+                pack(span, b, samples, first, tile.first_unit * kUnit, int64_t{tile.units} * kUnit, panel, stream);
+          }
+          launch_tile(c.shape, tile, stream);
+          tile.add = true;
+          from = to;
+        }
+      }
+      launch_reduce({sums, c.splits, p_.rows, int64_t{c.batch_tiles} * c.shape.width, samples, terms_,
+                     p_.out + b * p_.out_batch_stride, p_.out_batch_stride, p_.out_row_stride},
+                    stream);
+    }
+  }
+
+ private:
+  // How a pass is cut.
+  struct Cut {
+    TileShape shape;
+    int batch_tiles, splits;
+    int64_t sums_bytes;
+  };
+
+  // Samples of the pass that begins at sample b.
+  int64_t pass_samples(int64_t b) const {
+    const int64_t rows = (p_.batch - b) * terms_;
+    // 129 to 192 rows are better served as 128 and a narrower rest than by 256.
+    return std::min(p_.batch - b, (rows <= 192 ? kPassRows / 2 : kPassRows) / terms_);
+  }
+
+  TileShape shape(int64_t panel_rows) const {
+#ifdef TRAK_FAST_SM90
+    if (family_ != Family::sm80) return tile_shape_sm90(p_.kind, panel_rows, family_ == Family::sm90_wide);
+#endif
+    return tile_shape_sm80(p_.kind, panel_rows);
+  }
+
+  void launch_tile(const TileShape& shape, const Tile& tile, void* stream) const {
+#ifdef TRAK_FAST_SM90
+    if (family_ != Family::sm80) return launch_tile_sm90(p_.kind, bf16_, shape, tile, stream);
+#endif
+    launch_tile_sm80(p_.kind, bf16_, shape, tile, stream);
+  }
+
+  Cut cut(int64_t panel_rows) const {
+    Cut c = {shape(panel_rows), 0, 1, 0};
+    c.batch_tiles = static_cast<int>(divide_up(panel_rows, c.shape.width));
+    const int64_t blocks = divide_up(p_.rows, c.shape.rows) * c.batch_tiles;
+    const int64_t room = int64_t{multiprocessors_} * c.shape.blocks_per_multiprocessor;
+    // Columns are split until the last wave of blocks is about as full as it gets.
+    const int64_t most = std::max<int64_t>(
+        1, std::min(std::max<int64_t>(4, room * 2 / blocks), longest_launch(panel_rows) / kLeastUnits));
+    double best = 0;
+    for (int64_t splits = 1; splits <= most; ++splits) {
+      const auto all = static_cast<double>(blocks * splits);
+      const auto waves = static_cast<double>(divide_up(blocks * splits, room));
+      const double full = all / (waves * static_cast<double>(room));
+      if (full > best * 1.03) {
+        best = full;
+        c.splits = static_cast<int>(splits);
+      }
+    }
+    c.sums_bytes = c.splits * p_.rows * c.batch_tiles * c.shape.width * static_cast<int64_t>(sizeof(float));
+    return c;
+  }
+
+  int64_t chunk_units(int64_t panel_rows) const { return std::max<int64_t>(1, kPanelBytes / (panel_rows * kUnit * 2)); }
+
+  // Units of the longest launch.
+  int64_t longest_launch(int64_t panel_rows) const {
+    int64_t longest = 1;
+    for (const Span& span : spans_) {
+      const int64_t units = divide_up(span.end - span.begin, kUnit);
+      longest = std::max(longest, std::min(units, span.direct ? kSpanColumns / kUnit : chunk_units(panel_rows)));
+    }
+    return longest;
+  }
+
+  // Whether a tensor's memory is a panel as it stands.
+  bool is_panel(const Part& part) const {
+    const bool inner = part.sizes.empty() || (part.sizes.size() == 1 && part.strides[0] == 1);
+    const bool rows = p_.batch == 1 || (part.batch_stride >= part.columns && part.batch_stride % 8 == 0);
+    return native_ && inner && rows && reinterpret_cast<uintptr_t>(part.data) % 16 == 0;
+  }
+
+  void cut_columns() {
+    int64_t column = 0;
+    for (size_t i = 0; i < p_.parts.size(); ++i) {
+      const Part& part = p_.parts[i];
+      // sm80 copies 16 bytes at a time from columns that are multiples of 8; TMA reads from any column.
+      const bool aligned = family_ != Family::sm80 || (p_.offset + static_cast<uint64_t>(column)) % 8 == 0;
+      const bool direct = is_panel(part) && aligned && (part.columns >= kDirectColumns || p_.parts.size() == 1);
+      if (part.columns > 0 && (direct || spans_.empty() || spans_.back().direct)) {
+        spans_.push_back({i, i + 1, column, column + part.columns, direct});
+      } else if (part.columns > 0) {
+        spans_.back().last = i + 1;
+        spans_.back().end = column + part.columns;
+      }
+      packs_ = packs_ || (part.columns > 0 && !direct);
+      column += part.columns;
+    }
+  }
+
+  // Columns begin to end of a part's samples; its first column counts from the part's first.
+  Panel part_as_panel(const Part& part, int64_t b, int64_t samples, int64_t begin, int64_t end) const {
+    const int64_t skipped = begin / 8 * 8;  // keeps the address aligned
+    const auto* data = static_cast<const uint16_t*>(part.data) + b * part.batch_stride + skipped;
+    const int64_t stride = p_.batch == 1 ? divide_up(part.columns, 8) * 8 : part.batch_stride;
+    return {data, stride, samples, end - skipped, skipped};
+  }
+
+  Panel pack(const Span& span, int64_t b, int64_t samples, int64_t offset, int64_t first, int64_t columns,
+             uint16_t* panel, void* stream) const {
+    const std::vector<Part> parts(p_.parts.begin() + static_cast<int64_t>(span.first),
+                                  p_.parts.begin() + static_cast<int64_t>(span.last));
+    const PanelType type = native_ ? PanelType::copy_16_bits : PanelType::bf16_terms;
+    launch_pack({type, terms_, b, samples, first, columns, static_cast<uint64_t>(offset), panel}, parts, stream);
+    return {panel, columns, samples * terms_, columns, first};
+  }
+
+  const Projection& p_;
+  const Family family_;
+  int multiprocessors_ = 0, terms_ = 1;
+  bool native_ = false, bf16_ = true, packs_ = false;
+  std::vector<Span> spans_;
+  int64_t panel_bytes_ = 0, sums_bytes_ = 0;
+};
+
+}  // namespace
+
+std::string cuda_architectures() { return TRAK_FAST_CUDA_ARCHITECTURES; }
+int cuda_version() { return CUDART_VERSION; }
+
+int cuda_device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+std::vector<std::string> cuda_kernels(int device) {
+  std::vector<std::string> names;
+  for (const Name& candidate : usable_kernels(device)) names.emplace_back(candidate.name);
+  return names;
+}
+
+int64_t cuda_scratch_bytes(const Projection& projection, int device, const std::string& kernel) {
+  return Plan(projection, device, kernel).scratch_bytes();
+}
+
+void project_cuda(const Projection& projection, const void* half_table, void* scratch, int device, void* stream,
+                  const std::string& kernel) {
+  const DeviceGuard guard(device);
+  Plan(projection, device, kernel).run(half_table, scratch, stream);
+}
+
+}  // namespace trak_fast

@@ -1,0 +1,83 @@
+// What the host's plan (project.cu) hands to a tile kernel: sums[split] = or += P times a panel, for one span of
+// columns.
+//
+// A panel is a row-major matrix of 16-bit elements in global memory, one row a sample and bf16 term: either the
+// caller's gradients themselves or what pack.cu made of them. Kernels read it at absolute column positions modulo 512;
+// what lies outside of it counts as zeros.
+#pragma once
+#include <cstdint>
+
+#include "fragment.cuh"
+
+namespace trak_fast {
+
+struct Panel {
+  const void* data;    // aligned to 16 bytes
+  int64_t row_stride;  // in elements, a multiple of 8
+  int64_t rows, columns;
+  int64_t first;  // absolute column of its first column
+};
+
+struct Tile {
+  Generator generator;
+  const uint16_t* half_table;  // of the panel's type, in device memory (normal only)
+  Panel panel;
+  int64_t rows;        // of P
+  int64_t first_unit;  // of `units`, which share the block number's bits above 2^32
+  int units, units_per_split, splits;
+  int batch_tiles;  // each of the kernel's width
+  bool add;         // to what sums hold already
+  float* sums;      // [splits][rows][batch_tiles * width]
+};
+
+// Columns that are summed in the tensor core's own accumulators, which round toward zero (Fasi et al., "Numerical
+// behavior of NVIDIA tensor cores", PeerJ CS 2021), before they are added to `sums` with proper rounding.
+constexpr int kUnitsPerSegment = 32;
+
+// One row's two neighbours in sums[split]: = or += (x, y). Each place belongs to one thread.
+__device__ __forceinline__ void store_pair(const Tile& tile, int64_t row, int64_t column, int64_t width, bool add,
+                                           float x, float y) {
+  struct alignas(8) Pair {
+    float x, y;
+  };
+  if (row >= tile.rows) return;
+  auto* place = reinterpret_cast<Pair*>(tile.sums + (blockIdx.z * tile.rows + row) * width + column);
+  const Pair old = add ? *place : Pair{0, 0};
+  *place = {old.x + x, old.y + y};
+}
+
+// A lane's accumulators of `width` panel rows: those of rows `row` and `row` + 8 of P, as all tensor cores lay them
+// out.
+template <int width>
+__device__ __forceinline__ void store_tile(const Tile& tile, const float (&sums)[width / 2], int64_t row, bool add) {
+  const int64_t total = int64_t{tile.batch_tiles} * width, column = int64_t{blockIdx.y} * width + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < width / 8; ++n) {
+    store_pair(tile, row, column + 8 * n, total, add, sums[4 * n], sums[4 * n + 1]);
+    store_pair(tile, row + 8, column + 8 * n, total, add, sums[4 * n + 2], sums[4 * n + 3]);
+  }
+}
+
+// The table to shared memory, by all threads of the block; a barrier must follow.
+__device__ __forceinline__ void copy_half_table(uint16_t* shared, const uint16_t* half_table) {
+  struct alignas(16) Vector {
+    uint32_t x[4];
+  };
+  for (unsigned i = threadIdx.x; i < kNormalHalf * sizeof(uint16_t) / sizeof(Vector); i += blockDim.x) {
+    reinterpret_cast<Vector*>(shared)[i] = reinterpret_cast<const Vector*>(half_table)[i];
+  }
+}
+
+// Panel rows of one batch tile and rows of P of one row tile, of the kernel that serves a number of panel rows.
+struct TileShape {
+  int width, rows, blocks_per_multiprocessor;
+};
+
+// wide: 256 panel rows in one tile instead of two.
+TileShape tile_shape_sm80(Kind kind, int64_t panel_rows);
+TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide);
+
+void launch_tile_sm80(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream);
+void launch_tile_sm90(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream);
+
+}  // namespace trak_fast

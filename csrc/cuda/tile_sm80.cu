@@ -1,0 +1,200 @@
+// The tile kernel for every tensor core since sm_80, by mma.sync.
+//
+// Eight warps stand one above the other: each makes its own 16 or 32 rows of P and multiplies them with the same panel
+// columns, which arrive in shared memory by cp.async, a few stages of 128 columns ahead. The panel is the B operand, so
+// that a small batch fills an instruction whose smaller side is 8. P exists in registers alone.
+#include "launch.cuh"
+#include "tile.cuh"
+
+namespace trak_fast {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kStageColumns = 128, kStagesPerUnit = kUnit / kStageColumns, kStepsPerStage = kStageColumns / 16;
+constexpr int kSharedBytes = 99 * 1024;  // what a block may have on every one of these architectures
+constexpr int kTableBytes = 2 * kNormalHalf;
+
+template <Kind kind, int width>
+struct Config {
+  static constexpr int tiles = width <= 64 ? 2 : 1;  // 16-row fragments of a warp
+  static constexpr int rows = kWarps * 16 * tiles;
+  static constexpr int stage_bytes = width * kStageColumns * 2;
+  static constexpr int table_bytes = kind == Kind::normal ? kTableBytes : 0;
+  static constexpr int stages = (kSharedBytes - table_bytes) / stage_bytes < 3 ? 2 : 3;
+  static constexpr int shared_bytes = stages * stage_bytes + table_bytes;
+  static constexpr int blocks_per_multiprocessor = 2 * shared_bytes <= kSharedBytes ? 2 : 1;
+  static_assert(shared_bytes <= kSharedBytes, "too much shared memory");
+};
+
+// Starts the copy of 128 columns, from absolute column `column`, of the batch tile's rows. Rows of 64 columns are
+// swizzled: the 16-byte piece c of row r stands at c ^ (r % 8), so that the eight rows of an ldmatrix meet no bank
+// twice.
+template <int width>
+__device__ __forceinline__ void load_stage(char* stage, const Panel& panel, int64_t first_row, int64_t column) {
+  constexpr int pieces = kStageColumns / 8;
+  for (int i = static_cast<int>(threadIdx.x); i < width * pieces; i += kThreads) {
+    const int row = i / pieces, piece = i % pieces;
+    const int64_t panel_row = first_row + row, first = column + 8 * piece - panel.first;
+    const int64_t left = panel_row < panel.rows && first >= 0 ? panel.columns - first : 0;
+    const int valid = left > 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
+    const auto* from =
+        static_cast<const uint16_t*>(panel.data) + (valid > 0 ? panel_row * panel.row_stride + first : 0);
+    const int box = piece / 8, place = (piece % 8) ^ (row % 8);
+    ptx::cp_async_16(stage + (box * width + row) * 128 + place * 16, from, 2 * valid);
+  }
+}
+
+// Where this lane's row of an ldmatrix stands within a stage, for step 0 and group 0.
+template <int width>
+__device__ __forceinline__ int operand_offset() {
+  const int lane = static_cast<int>(threadIdx.x % 32), matrix = lane / 8;
+  const int row = width == 8 ? lane % 8 : 8 * (matrix / 2) + lane % 8, piece = width == 8 ? matrix : matrix % 2;
+  return row * 128 + (piece ^ (row % 8)) * 16;
+}
+
+// B operands of the eight-row groups `group` and `group` + 1 (or, for a panel of eight rows, of steps `step` and
+// `step` + 1).
+template <int width>
+__device__ __forceinline__ void load_operands(uint32_t (&b)[4], const char* stage, int offset, int step, int group) {
+  // A step's two pieces of 16 bytes change bits 5 and 6, which nothing else does but the swizzle.
+  ptx::ldmatrix_x4(b, stage + (offset ^ step % 4 * 32) + (step / 4 * width + 8 * group) * 128);
+}
+
+template <Kind kind, bool bf16, int width>
+__global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_multiprocessor)
+    tile_sm80(const __grid_constant__ Tile tile) {
+  using C = Config<kind, width>;
+  constexpr int tiles = C::tiles, groups = width / 8;
+  char* stages = ptx::dynamic_shared();
+  auto* table = reinterpret_cast<uint16_t*>(stages + C::stages * C::stage_bytes);
+  if constexpr (kind == Kind::normal) copy_half_table(table, tile.half_table);
+
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  const uint32_t first_row = blockIdx.x * C::rows + static_cast<uint32_t>(warp * 16 * tiles + lane / 4);
+  const int begin = static_cast<int>(blockIdx.z) * tile.units_per_split;
+  const int units = tile.units - begin < tile.units_per_split ? tile.units - begin : tile.units_per_split;
+  const int64_t first_unit = tile.first_unit + begin, first_block = first_unit * (kUnit / block_columns(kind));
+  const PhiloxCalls<kind, tiles> calls(tile.generator, first_row, 16, lane % 4,
+                                       static_cast<uint32_t>(first_block >> 32));
+  const uint32_t one = packed_one<bf16>();
+  const int offset = operand_offset<width>();
+
+  const auto load = [&](int stage) {
+    if (stage < units * kStagesPerUnit) {
+      load_stage<width>(stages + stage % C::stages * C::stage_bytes, tile.panel, int64_t{blockIdx.y} * width,
+                        first_unit * kUnit + int64_t{stage} * kStageColumns);
+    }
+    ptx::cp_async_commit();
+  };
+  for (int stage = 0; stage + 1 < C::stages; ++stage) load(stage);
+
+  float sums[tiles][width / 2] = {};
+  bool add = tile.add;
+  const auto flush = [&] {
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) {
+      store_tile<width>(tile, sums[m], int64_t{first_row} + 16 * m, add);
+#pragma unroll
+      for (float& x : sums[m]) x = 0;
+    }
+    add = true;
+  };
+
+  typename PhiloxCalls<kind, tiles>::State words[2 * tiles];
+  for (int stage = 0; stage < units * kStagesPerUnit; ++stage) {
+    const int unit = stage / kStagesPerUnit, quarter = stage % kStagesPerUnit;
+    const auto block = static_cast<uint32_t>(first_block + unit * (kUnit / block_columns(kind)));
+    ptx::cp_async_wait<C::stages - 2>();
+    ptx::block_barrier();  // this stage is there for all, and all are done with the one that is loaded next
+    load(stage + C::stages - 1);
+    const char* columns = stages + stage % C::stages * C::stage_bytes;
+    if constexpr (kind == Kind::rademacher) {
+      if (quarter == 0) {
+        calls.finish(block, words);
+      } else {
+#pragma unroll
+        for (auto& w : words) w = {{w.c[1], w.c[2], w.c[3], 0}};  // the quarter's word comes first
+      }
+    }
+    uint32_t b[4];
+#pragma unroll
+    for (int s = 0; s < kStepsPerStage; ++s) {
+      if constexpr (kind == Kind::normal) {
+        if (s % 2 == 0) calls.finish(block + static_cast<uint32_t>((quarter * kStepsPerStage + s) / 2), words);
+      }
+      uint32_t a[tiles][4];
+#pragma unroll
+      for (int m = 0; m < tiles; ++m) {
+        make_fragment<kind, bf16>(a[m], words[2 * m].c, words[2 * m + 1].c, s, one, table);
+      }
+#pragma unroll
+      for (int n = 0; n < groups; ++n) {
+        // Four registers are the operands of two groups, or of the one group in two steps.
+        if (width == 8 ? s % 2 == 0 : n % 2 == 0) load_operands<width>(b, columns, offset, s, n);
+        const int i = (width == 8 ? s : n) % 2 * 2;
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) ptx::mma_m16n8k16<bf16>(&sums[m][4 * n], a[m], b[i], b[i + 1]);
+      }
+    }
+    if (stage % (kStagesPerUnit * kUnitsPerSegment) == kStagesPerUnit * kUnitsPerSegment - 1) flush();
+  }
+  if (units <= 0 ? !add : units % kUnitsPerSegment != 0) flush();  // sums that hold nothing yet get zeros
+}
+
+template <Kind kind, bool bf16, int width>
+void launch_width(const Tile& tile, void* stream) {
+  using C = Config<kind, width>;
+  const dim3 grid(static_cast<unsigned>((tile.rows + C::rows - 1) / C::rows), static_cast<unsigned>(tile.batch_tiles),
+                  static_cast<unsigned>(tile.splits));
+  launch(tile_sm80<kind, bf16, width>, grid, kThreads, C::shared_bytes, stream, tile);
+}
+
+template <Kind kind, bool bf16>
+void launch_kind(int width, const Tile& tile, void* stream) {
+  switch (width) {
+    case 8:
+      return launch_width<kind, bf16, 8>(tile, stream);
+    case 16:
+      return launch_width<kind, bf16, 16>(tile, stream);
+    case 32:
+      return launch_width<kind, bf16, 32>(tile, stream);
+    case 64:
+      return launch_width<kind, bf16, 64>(tile, stream);
+    default:
+      if constexpr (kind == Kind::rademacher) return launch_width<kind, bf16, 128>(tile, stream);
+  }
+}
+
+template <Kind kind, int width>
+TileShape shape() {
+  return {width, Config<kind, width>::rows, Config<kind, width>::blocks_per_multiprocessor};
+}
+
+}  // namespace
+
+TileShape tile_shape_sm80(Kind kind, int64_t panel_rows) {
+  if (kind == Kind::normal) {
+    // With the table beside it, a panel of 128 rows would not leave room for two stages.
+    if (panel_rows <= 8) return shape<Kind::normal, 8>();
+    if (panel_rows <= 16) return shape<Kind::normal, 16>();
+    if (panel_rows <= 32) return shape<Kind::normal, 32>();
+    return shape<Kind::normal, 64>();
+  }
+  if (panel_rows <= 8) return shape<Kind::rademacher, 8>();
+  if (panel_rows <= 16) return shape<Kind::rademacher, 16>();
+  if (panel_rows <= 32) return shape<Kind::rademacher, 32>();
+  if (panel_rows <= 64) return shape<Kind::rademacher, 64>();
+  return shape<Kind::rademacher, 128>();
+}
+
+void launch_tile_sm80(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {
+  if (kind == Kind::rademacher) {
+    bf16 ? launch_kind<Kind::rademacher, true>(shape.width, tile, stream)
+         : launch_kind<Kind::rademacher, false>(shape.width, tile, stream);
+  } else {
+    bf16 ? launch_kind<Kind::normal, true>(shape.width, tile, stream)
+         : launch_kind<Kind::normal, false>(shape.width, tile, stream);
+  }
+}
+
+}  // namespace trak_fast

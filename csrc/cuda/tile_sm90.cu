@@ -1,0 +1,264 @@
+// The tile kernel for Hopper, by wgmma with P in registers.
+//
+// One warp fetches panel columns by TMA into a ring of stages; two warpgroups multiply, each with its own rows of P. A
+// wgmma runs while its warpgroup makes the next operand: fragments are kept in `kDepth` sets of registers, a set is
+// rewritten once the wgmma that read it is done, and the Philox rounds of the next words are spread over the steps.
+// Loops over the steps of a unit are unrolled, so that every register index and every choice is known to the compiler.
+#include "launch.cuh"
+#include "tensor_map.cuh"
+#include "tile.cuh"
+
+namespace trak_fast {
+namespace {
+
+constexpr int kConsumers = 2;  // warpgroups that multiply
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kStages = 4;
+constexpr int kBoxColumns = 64;  // 128 bytes: one swizzled row
+constexpr int kTableBytes = 2 * kNormalHalf;
+
+template <Kind kind, int width>
+struct Config {
+  static constexpr int tiles = width <= 128 ? 2 : 1;  // 64-row fragments of a warpgroup
+  static constexpr int rows = kConsumers * 64 * tiles;
+  static constexpr int depth = width <= 32 ? 4 : 2;  // sets of fragment registers
+  static constexpr int stage_columns = width <= 32 ? 256 : width <= 128 ? 128 : 64;
+  static constexpr int stage_bytes = width * stage_columns * 2;
+  static constexpr int steps = stage_columns / 16;  // of one stage
+  static constexpr int table_bytes = kind == Kind::normal ? kTableBytes : 0;
+  static constexpr int barriers_at = kStages * stage_bytes + table_bytes;
+  static constexpr int shared_bytes = barriers_at + 2 * kStages * static_cast<int>(sizeof(uint64_t));
+  static_assert(shared_bytes <= 227 * 1024, "too much shared memory");
+  static_assert(depth <= steps, "a stage must outlast the wgmmas that are under way");
+};
+
+// A place in the ring, and how often (modulo 2) the ring went round.
+struct Slot {
+  int index = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++index == kStages) index = 0, parity ^= 1;
+  }
+};
+
+// What all threads of a block agree on.
+template <Kind kind, bool bf16, int width>
+struct Block {
+  char* stages;
+  uint16_t* table;
+  uint64_t *full, *empty;  // mbarriers, one a stage
+  int64_t first_unit;
+  int units;
+
+  __device__ __forceinline__ explicit Block(const Tile& tile) {
+    using C = Config<kind, width>;
+    stages = ptx::dynamic_shared();
+    table = reinterpret_cast<uint16_t*>(stages + kStages * C::stage_bytes);
+    full = reinterpret_cast<uint64_t*>(stages + C::barriers_at);
+    empty = full + kStages;
+    const int begin = static_cast<int>(blockIdx.z) * tile.units_per_split;
+    first_unit = tile.first_unit + begin;
+    units = tile.units - begin < tile.units_per_split ? tile.units - begin : tile.units_per_split;
+  }
+};
+
+// The producer: keeps the ring filled. One thread.
+template <Kind kind, bool bf16, int width>
+__device__ __forceinline__ void fetch(const Block<kind, bf16, width>& block, const Tile& tile,
+                                      const ptx::TensorMap& map) {
+  using C = Config<kind, width>;
+  ptx::prefetch_tensor_map(&map);
+  const int stage_count = block.units * (kUnit / C::stage_columns);
+  const auto row = static_cast<int32_t>(blockIdx.y * width);
+  auto column = static_cast<int32_t>(block.first_unit * kUnit - tile.panel.first);
+  Slot slot;
+  for (int stage = 0; stage < stage_count; ++stage, slot.advance()) {
+    ptx::mbarrier_wait(&block.empty[slot.index], slot.parity ^ 1);
+    ptx::mbarrier_arrive_expect(&block.full[slot.index], C::stage_bytes);
+    char* to = block.stages + slot.index * C::stage_bytes;
+#pragma unroll
+    for (int c = 0; c < C::stage_columns; c += kBoxColumns, to += width * kBoxColumns * 2, column += kBoxColumns) {
+      ptx::tma_load(to, &map, &block.full[slot.index], column, row);
+    }
+  }
+}
+
+// Words of the current unit or block, and those of the next in the making.
+template <Kind kind, int tiles>
+struct WordStream {
+  using Calls = PhiloxCalls<kind, tiles>;
+  static constexpr int kCalls = Calls::kCalls;
+  // Steps that share a block's words, in which the next block's are made: rounds are spread over them.
+  static constexpr int kSteps = kind == Kind::rademacher ? kStepsPerUnit : 2;
+  static constexpr int kRounds = kCalls * (kPhiloxRounds - Calls::kFirstRound);
+
+  Calls calls;
+  typename Calls::State now[kCalls], next[kCalls];
+
+  // Work of step s on the next block's words.
+  __device__ __forceinline__ void prepare(int s, uint32_t next_block) {
+    if (s == 0) {
+      const auto shared = calls.block(next_block);
+#pragma unroll
+      for (int c = 0; c < kCalls; ++c) next[c] = calls.begin(shared, c);
+    }
+#pragma unroll
+    for (int i = kRounds * s / kSteps; i < kRounds * (s + 1) / kSteps; ++i) {
+      calls.round(next[i % kCalls], Calls::kFirstRound + i / kCalls);
+    }
+  }
+
+  __device__ __forceinline__ void turn() {
+#pragma unroll
+    for (int c = 0; c < kCalls; ++c) now[c] = next[c];
+  }
+};
+
+template <Kind kind, bool bf16, int width>
+__device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, const Tile& tile) {
+  using C = Config<kind, width>;
+  constexpr int tiles = C::tiles, depth = C::depth, blocks_per_unit = kUnit / block_columns(kind);
+  const int consumer = static_cast<int>(threadIdx.x / 128) - 1, warp = static_cast<int>(threadIdx.x / 32 % 4);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const uint32_t first_row = blockIdx.x * C::rows + static_cast<uint32_t>(consumer * 64 * tiles + warp * 16 + lane / 4);
+  const auto first_block = static_cast<uint64_t>(block.first_unit * blocks_per_unit);
+  const uint32_t one = packed_one<bf16>();
+
+  using Words = WordStream<kind, tiles>;
+  Words words = {
+      {tile.generator, first_row, 64, static_cast<uint32_t>(lane % 4), static_cast<uint32_t>(first_block >> 32)},
+      {},
+      {}};
+  words.calls.finish(static_cast<uint32_t>(first_block), words.now);
+
+  float sums[tiles][width / 2];
+  uint32_t a[depth][tiles][4];
+  bool add = tile.add;
+  Slot slot, done;
+  uint64_t stage = 0;  // descriptor of its first step's operand
+  for (int unit = 0; unit < block.units; unit += kUnitsPerSegment) {
+    const int end = block.units - unit < kUnitsPerSegment ? block.units : unit + kUnitsPerSegment;
+    for (int u = unit; u < end; ++u) {
+      const auto number = static_cast<uint32_t>(first_block) + static_cast<uint32_t>(u * blocks_per_unit);
+#pragma unroll
+      for (int s = 0; s < kStepsPerUnit; ++s) {
+        if (s % C::steps == 0) {
+          ptx::mbarrier_wait(&block.full[slot.index], slot.parity);
+          stage = ptx::swizzled_descriptor(block.stages + slot.index * C::stage_bytes);
+        }
+        uint32_t (&fragments)[tiles][4] = a[s % depth];
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) {
+          make_fragment<kind, bf16>(fragments[m], words.now[2 * m].c, words.now[2 * m + 1].c, s, one, block.table);
+        }
+        // A step is 32 bytes further within a box's rows.
+        const uint64_t operand = stage + (s % C::steps / 4 * (width * kBoxColumns * 2) + s % 4 * 32) / 16;
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) ptx::wgmma_operand(fragments[m]);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) {
+          ptx::wgmma_m64k16<width, bf16>(sums[m], fragments[m], operand, u > unit || s > 0);
+        }
+        ptx::wgmma_commit();
+        words.prepare(s % Words::kSteps, number + static_cast<uint32_t>(s / Words::kSteps) + 1);
+        if (s % Words::kSteps == Words::kSteps - 1) words.turn();
+        ptx::wgmma_wait<depth - 1>();
+        // The wgmmas of the stage before this one are done once `depth` steps of this one were issued.
+        if (s % C::steps == depth - 2 && (u > unit || s >= C::steps)) {
+          if (lane == 0) ptx::mbarrier_arrive(&block.empty[done.index]);
+          done.advance();
+        }
+        if (s % C::steps == C::steps - 1) slot.advance();
+      }
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) ptx::wgmma_operand(sums[m]);
+    if (lane == 0) ptx::mbarrier_arrive(&block.empty[done.index]);
+    done.advance();
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) store_tile<width>(tile, sums[m], int64_t{first_row} + 64 * m, add);
+    add = true;
+  }
+  if (block.units <= 0 && !add) {  // sums that hold nothing yet get zeros
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) {
+#pragma unroll
+      for (float& x : sums[m]) x = 0;
+      store_tile<width>(tile, sums[m], int64_t{first_row} + 64 * m, false);
+    }
+  }
+}
+
+template <Kind kind, bool bf16, int width>
+__global__ void __launch_bounds__(kThreads, 1)
+    tile_sm90(const __grid_constant__ Tile tile, const __grid_constant__ ptx::TensorMap map) {
+  const Block<kind, bf16, width> block(tile);
+  if constexpr (kind == Kind::normal) copy_half_table(block.table, tile.half_table);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&block.full[i], 1);
+      ptx::mbarrier_init(&block.empty[i], 4 * kConsumers);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  ptx::block_barrier();
+  if (threadIdx.x < 128) {
+    ptx::decrease_registers<24>();
+    if (threadIdx.x == 0) fetch(block, tile, map);
+  } else {
+    ptx::increase_registers<240>();
+    multiply(block, tile);
+  }
+}
+
+template <Kind kind, bool bf16, int width>
+void launch_width(const Tile& tile, void* stream) {
+  using C = Config<kind, width>;
+  const dim3 grid(static_cast<unsigned>((tile.rows + C::rows - 1) / C::rows), static_cast<unsigned>(tile.batch_tiles),
+                  static_cast<unsigned>(tile.splits));
+  const ptx::TensorMap map = make_tensor_map(tile.panel, bf16, kBoxColumns, width);
+  launch(tile_sm90<kind, bf16, width>, grid, kThreads, C::shared_bytes, stream, tile, map);
+}
+
+template <Kind kind, bool bf16>
+void launch_kind(int width, const Tile& tile, void* stream) {
+  switch (width) {
+    case 8:
+      return launch_width<kind, bf16, 8>(tile, stream);
+    case 16:
+      return launch_width<kind, bf16, 16>(tile, stream);
+    case 32:
+      return launch_width<kind, bf16, 32>(tile, stream);
+    case 64:
+      return launch_width<kind, bf16, 64>(tile, stream);
+    case 128:
+      return launch_width<kind, bf16, 128>(tile, stream);
+    default:
+      return launch_width<kind, bf16, 256>(tile, stream);
+  }
+}
+
+}  // namespace
+
+TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
+  int width = 8;
+  // Making normal entries costs more than reading the panel twice as often, so they always serve 256 rows at once.
+  const int widest = wide || kind == Kind::normal ? 256 : 128;
+  while (width < panel_rows && width < widest) width *= 2;
+  return {width, width <= 128 ? Config<Kind::rademacher, 128>::rows : Config<Kind::rademacher, 256>::rows, 1};
+}
+
+void launch_tile_sm90(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {
+  if (kind == Kind::rademacher) {
+    bf16 ? launch_kind<Kind::rademacher, true>(shape.width, tile, stream)
+         : launch_kind<Kind::rademacher, false>(shape.width, tile, stream);
+  } else {
+    bf16 ? launch_kind<Kind::normal, true>(shape.width, tile, stream)
+         : launch_kind<Kind::normal, false>(shape.width, tile, stream);
+  }
+}
+
+}  // namespace trak_fast
