@@ -184,7 +184,12 @@ class Plan {
     return c;
   }
 
-  int64_t chunk_units(int64_t panel_rows) const { return std::max<int64_t>(1, kPanelBytes / (panel_rows * kUnit * 2)); }
+  // A power of two: then no launch meets two values of the block number's high bits.
+  int64_t chunk_units(int64_t panel_rows) const {
+    int64_t units = kSpanColumns / kUnit;
+    while (units > 1 && units * panel_rows * kUnit * 2 > kPanelBytes) units /= 2;
+    return units;
+  }
 
   // Units of the longest launch.
   int64_t longest_launch(int64_t panel_rows) const {
