@@ -168,12 +168,9 @@ Fiber* previous;
 Fiber launcher;
 const std::function<void()>* body;
 
-[[noreturn]] void leave_block(std::string report) {
-  block->report = std::move(report);
-  previous = current;
-  switch_fiber(*current, launcher, true);
-  std::abort();
-}
+struct Failure {
+  std::string report;
+};
 
 std::string name(const Thread& thread) { return "thread " + std::to_string(thread.number); }
 
@@ -272,17 +269,21 @@ void end_of_thread() {
 // Not instrumented: the last switch never comes back to clean up this frame.
 __attribute__((no_sanitize("address"), noinline)) void run_thread() {
   arrived_in_fiber(*previous, nullptr);
-  (*body)();
-  end_of_thread();
   Thread* const self = current;
-  previous = self;
-  if (block->running == 0) {
-    switch_fiber(*self, launcher, true);
-  } else {
-    Thread* const next = next_thread();
-    resume(next);
-    switch_fiber(*self, *next, true);
+  Fiber* to = &launcher;
+  try {
+    (*body)();
+    end_of_thread();
+    if (block->running > 0) {
+      Thread* const next = next_thread();
+      resume(next);
+      to = next;
+    }
+  } catch (const Failure& failure) {
+    block->report = failure.report;
   }
+  previous = self;
+  switch_fiber(*self, *to, true);
   std::abort();
 }
 
@@ -310,7 +311,7 @@ std::string run_block(const cudaLaunchConfig_t& config) {
   void* shared = nullptr;
   if (here.shared_bytes > 0 && posix_memalign(&shared, 1024, here.shared_bytes) != 0) throw std::bad_alloc();
   here.shared = static_cast<char*>(shared);
-  std::memset(shared, 0xFF, here.shared_bytes);
+  if (shared != nullptr) std::memset(shared, 0xFF, here.shared_bytes);
   here.warps.resize((count + 31) / 32);
   here.warpgroups.resize(count % 128 == 0 ? count / 128 : 0);
   constexpr size_t pauses[] = {0, 8, 64}, work[] = {0, 32, 256};
@@ -479,7 +480,7 @@ void retire(const InFlight& item) {
 void fail(const std::string& what) {
   const std::string place = "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
                             std::to_string(blockIdx.z) + "): ";
-  leave_block(place + (what.rfind("deadlock", 0) == 0 ? what : name(*current) + ": " + what));
+  throw Failure{place + (what.rfind("deadlock", 0) == 0 ? what : name(*current) + ": " + what)};
 }
 
 void pause() {
