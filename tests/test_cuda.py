@@ -43,10 +43,7 @@ KERNELS = ["sm90", "sm90_wide", "sm80"]
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each tile kernel that the device can run."""
     monkeypatch.setenv("TRAK_FAST_CUDA_KERNEL", request.param)
-    try:
-        project(torch.zeros(1, 1, device="cuda"), 1)
-    except ValueError as error:
-        assert "can run" in str(error)
+    if request.param not in trak_fast.info()["cuda_devices"][0]["kernels"]:
         pytest.skip(f"this device cannot run {request.param}")
     return request.param
 

@@ -364,9 +364,7 @@ def info() -> dict[str, Any]:
         "instruction_sets_built": _C.built_instruction_sets(),
         "cuda_version": _C.cuda_version(),
         "cuda_architectures": _C.cuda_architectures().split(",") if _C.cuda_architectures() else [],
-        "cuda_devices": [
-            f"{torch.cuda.get_device_name(i)} ({', '.join(_C.cuda_kernels(i)) or 'too old'})" for i in range(devices)
-        ]
+        "cuda_devices": [{"name": torch.cuda.get_device_name(i), "kernels": _C.cuda_kernels(i)} for i in range(devices)]
         if torch.cuda.is_available()
         else [],
     }
@@ -410,7 +408,7 @@ def _normal_table(kind: int, device: torch.device) -> int:
 
 @functools.lru_cache
 def _device_table(device: torch.device) -> Tensor:
-    """The normal table's upper half as bfloat16 and as float16, which holds its values exactly too: (2, 32768) int16."""
+    """The normal table's upper half as bfloat16 and as float16, which both hold it exactly: (2, 32768) int16."""
     bits = bytearray(ctypes.string_at(_C.normal_half_table(), 2 * 32768))
     bf16 = torch.frombuffer(bits, dtype=torch.bfloat16)
     return torch.stack([bf16.view(torch.int16), bf16.to(torch.float16).view(torch.int16)]).to(device)
