@@ -182,9 +182,7 @@ void launch_adjoint(const Job& job, void* stream) {
 
 template <Kind kind, int width>
 void launch_terms(int terms, const Job& job, void* stream) {
-  if (terms == 1) return launch_adjoint<kind, width, 1>(job, stream);
-  if (terms == 2) return launch_adjoint<kind, width, 2>(job, stream);
-  return launch_adjoint<kind, width, 3>(job, stream);
+  terms == 1 ? launch_adjoint<kind, width, 1>(job, stream) : launch_adjoint<kind, width, 3>(job, stream);
 }
 
 // Samples of a pass, and the rows of P of a launch, rounded up to what a stage holds.
@@ -193,8 +191,8 @@ int64_t launch_rows(const Adjoint& a) {
   return (std::min(a.y.columns, kLaunchRows) + kStageRows - 1) / kStageRows * kStageRows;
 }
 
-// bf16 terms that hold all bits of a float32, or of the shorter types.
-int terms_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? 1 : dtype == Dtype::float16 ? 2 : 3; }
+// bf16 terms that hold all bits of bf16, or of any other type up to float32.
+int terms_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? 1 : 3; }
 
 }  // namespace
 

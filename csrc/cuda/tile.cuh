@@ -34,27 +34,35 @@ struct Tile {
 // behavior of NVIDIA tensor cores", PeerJ CS 2021), before they are added to `sums` with proper rounding.
 constexpr int kUnitsPerSegment = 32;
 
-// One row's two neighbours in sums[split]: = or += (x, y). Each place belongs to one thread.
-__device__ __forceinline__ void store_pair(const Tile& tile, int64_t row, int64_t column, int64_t width, bool add,
-                                           float x, float y) {
+// A lane's accumulators of `width` panel rows: sums[split] = or += those of rows `row` and `row` + 8 of P, as all
+// tensor cores lay them out. Each place belongs to one thread. `at_once` loads go ahead of their stores, as far as
+// registers reach: the compiler could not decide that, as it does not know that the places differ.
+template <int width, int at_once>
+__device__ __forceinline__ void store_tile(const Tile& tile, const float (&sums)[width / 2], int64_t row, bool add) {
   struct alignas(8) Pair {
     float x, y;
   };
-  if (row >= tile.rows) return;
-  auto* place = reinterpret_cast<Pair*>(tile.sums + (blockIdx.z * tile.rows + row) * width + column);
-  const Pair old = add ? *place : Pair{0, 0};
-  *place = {old.x + x, old.y + y};
-}
-
-// A lane's accumulators of `width` panel rows: those of rows `row` and `row` + 8 of P, as all tensor cores lay them
-// out.
-template <int width>
-__device__ __forceinline__ void store_tile(const Tile& tile, const float (&sums)[width / 2], int64_t row, bool add) {
+  constexpr int groups = width / 8;
+  static_assert(groups % at_once == 0);
   const int64_t total = int64_t{tile.batch_tiles} * width, column = int64_t{blockIdx.y} * width + threadIdx.x % 4 * 2;
+  auto* sum = reinterpret_cast<Pair*>(tile.sums + (blockIdx.z * tile.rows + row) * total + column);
 #pragma unroll
-  for (int n = 0; n < width / 8; ++n) {
-    store_pair(tile, row, column + 8 * n, total, add, sums[4 * n], sums[4 * n + 1]);
-    store_pair(tile, row + 8, column + 8 * n, total, add, sums[4 * n + 2], sums[4 * n + 3]);
+  for (int first = 0; first < groups; first += at_once) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (row + 8 * h >= tile.rows) break;
+      Pair* place = sum + h * 4 * total + 4 * first;
+      Pair pairs[at_once] = {};
+#pragma unroll
+      for (int n = 0; n < at_once; ++n) {
+        if (add) pairs[n] = place[4 * n];
+      }
+#pragma unroll
+      for (int n = 0; n < at_once; ++n) {
+        const int i = 4 * (first + n) + 2 * h;
+        place[4 * n] = {pairs[n].x + sums[i], pairs[n].y + sums[i + 1]};
+      }
+    }
   }
 }
 

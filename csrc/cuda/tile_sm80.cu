@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
   const auto flush = [&] {
 #pragma unroll
     for (int m = 0; m < tiles; ++m) {
-      store_tile<width>(tile, sums[m], int64_t{first_row} + 16 * m, add);
+      store_tile<width, 1>(tile, sums[m], int64_t{first_row} + 16 * m, add);
 #pragma unroll
       for (float& x : sums[m]) x = 0;
     }

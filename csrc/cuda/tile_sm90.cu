@@ -22,6 +22,7 @@ struct Config {
   static constexpr int tiles = width <= 128 ? 2 : 1;  // 64-row fragments of a warpgroup
   static constexpr int rows = kConsumers * 64 * tiles;
   static constexpr int depth = width <= 32 ? 4 : 2;  // sets of fragment registers
+  static constexpr int stores_at_once = width <= 64 ? width / 8 : 8;
   static constexpr int stage_columns = width <= 32 ? 256 : width <= 128 ? 128 : 64;
   static constexpr int stage_bytes = width * stage_columns * 2;
   static constexpr int steps = stage_columns / 16;  // of one stage
@@ -179,7 +180,8 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
     if (lane == 0) ptx::mbarrier_arrive(&block.empty[done.index]);
     done.advance();
 #pragma unroll
-    for (int m = 0; m < tiles; ++m) store_tile<width>(tile, sums[m], int64_t{first_row} + 64 * m, add);
+    for (int m = 0; m < tiles; ++m)
+      store_tile<width, C::stores_at_once>(tile, sums[m], int64_t{first_row} + 64 * m, add);
     add = true;
   }
   if (block.units <= 0 && !add) {  // sums that hold nothing yet get zeros
@@ -187,7 +189,7 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
     for (int m = 0; m < tiles; ++m) {
 #pragma unroll
       for (float& x : sums[m]) x = 0;
-      store_tile<width>(tile, sums[m], int64_t{first_row} + 64 * m, false);
+      store_tile<width, C::stores_at_once>(tile, sums[m], int64_t{first_row} + 64 * m, false);
     }
   }
 }
