@@ -93,11 +93,11 @@ PYBIND11_MODULE(TRAK_FAST_MODULE, m) {
   m.def("cuda_scratch_bytes", [](const ProjectionTuple& arguments, int device, const std::string& kernel) {
     return cuda_scratch_bytes(projection_from(arguments), device, kernel);
   });
-  m.def("project_cuda", [](const ProjectionTuple& arguments, uintptr_t half_table, uintptr_t scratch, int device,
-                           uintptr_t cuda_stream, const std::string& kernel) {
+  m.def("project_cuda", [](const ProjectionTuple& arguments, bool add, uintptr_t half_table, uintptr_t scratch,
+                           int device, uintptr_t cuda_stream, const std::string& kernel) {
     const Projection p = projection_from(arguments);
     const py::gil_scoped_release no_gil;
-    project_cuda(p, reinterpret_cast<const void*>(half_table), reinterpret_cast<void*>(scratch), device,
+    project_cuda(p, add, reinterpret_cast<const void*>(half_table), reinterpret_cast<void*>(scratch), device,
                  reinterpret_cast<void*>(cuda_stream), kernel);
   });
   m.def("adjoint_cuda_scratch_bytes",

@@ -73,13 +73,14 @@ int cuda_version();
 int cuda_device_count();
 std::vector<std::string> cuda_kernels(int device);
 
-// The projection of tensors on a CUDA device, in the order of its stream: it only launches kernels. half_table: the
+// The projection of tensors on a CUDA device, in the order of its stream: it only launches kernels. add: to what out
+// holds, which need not be set otherwise. half_table: the
 // normal table's upper half on the device, as bf16 and then as fp16, each kNormalHalf values (unused for rademacher).
 // scratch: cuda_scratch_bytes(...) bytes on the device, aligned to 256. kernel: one of cuda_kernels(device), or empty
 // for the best. Throws std::runtime_error for errors of CUDA.
 int64_t cuda_scratch_bytes(const Projection& projection, int device, const std::string& kernel);
-void project_cuda(const Projection& projection, const void* half_table, void* scratch, int device, void* stream,
-                  const std::string& kernel);
+void project_cuda(const Projection& projection, bool add, const void* half_table, void* scratch, int device,
+                  void* stream, const std::string& kernel);
 
 // The adjoint, likewise, with adjoint_cuda_scratch_bytes(...) bytes of scratch.
 int64_t adjoint_cuda_scratch_bytes(const Adjoint& adjoint);

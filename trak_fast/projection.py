@@ -32,6 +32,7 @@ __all__ = ["Accumulator", "Projector", "info", "matrix", "project", "project_adj
 
 ISA_VARIABLE = "TRAK_FAST_ISA"
 KERNEL_VARIABLE = "TRAK_FAST_CUDA_KERNEL"
+_CUDA_DIMENSIONS = 7  # that kernels take, the batch included; tensors with more are flattened before
 
 
 def project(
@@ -95,17 +96,21 @@ def project(
         checks.check_out(out, (batch, proj_dim), "(B, proj_dim)", "grads", tensors, memory=not compiling)
     if compiling or differentiable:
         return operators.project(tensors, proj_dim, kind, seed, model_id, offset, precision, out, differentiable)
+    add = out is not None
     if out is None:
-        out = torch.zeros(batch, proj_dim, dtype=torch.float32, device=device)
+        sets = device.type == "cuda" and batch > 0 and columns > 0  # the CPU's kernels always add
+        out = (torch.empty if sets else torch.zeros)(batch, proj_dim, dtype=torch.float32, device=device)
     if batch == 0 or columns == 0:
         return out
+    if device.type == "cuda":
+        tensors = [tensor.flatten(1) if tensor.ndim > _CUDA_DIMENSIONS else tensor for tensor in tensors]
     projection = (
         *(kind, seed, model_id, proj_dim, batch, offset, terms),
         [checks.describe(tensor) for tensor in tensors if tensor.numel()],
         *(out.data_ptr(), out.stride(0), out.stride(1)),
     )
     if device.type == "cuda":
-        _project_cuda(projection, kind, device)
+        _project_cuda(projection, add, kind, device)
     else:
         _C.project(projection, _instruction_set(), torch.get_num_threads())
     return out
@@ -359,7 +364,9 @@ def info() -> dict[str, Any]:
         "instruction_sets_built": _C.built_instruction_sets(),
         "cuda_version": _C.cuda_version(),
         "cuda_architectures": _C.cuda_architectures().split(",") if _C.cuda_architectures() else [],
-        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(devices)] if torch.cuda.is_available() else [],
+        "cuda_devices": [{"name": torch.cuda.get_device_name(i), "kernels": _C.cuda_kernels(i)} for i in range(devices)]
+        if torch.cuda.is_available()
+        else [],
     }
 
 
@@ -371,11 +378,11 @@ def _instruction_set() -> str:
     return name
 
 
-def _project_cuda(projection: _C.Projection, kind: int, device: torch.device) -> None:
+def _project_cuda(projection: _C.Projection, add: bool, kind: int, device: torch.device) -> None:
     """Launches the projection on the current stream; all memory that it needs comes from torch's allocator."""
     kernel = os.environ.get(KERNEL_VARIABLE, "")
     scratch = _scratch(_C.cuda_scratch_bytes(projection, device.index, kernel), device)
-    _C.project_cuda(projection, _normal_table(kind, device), scratch.data_ptr(), *_place(device), kernel)
+    _C.project_cuda(projection, add, _normal_table(kind, device), scratch.data_ptr(), *_place(device), kernel)
 
 
 def _adjoint_cuda(adjoint: _C.Adjoint, kind: int, device: torch.device) -> None:
@@ -401,7 +408,7 @@ def _normal_table(kind: int, device: torch.device) -> int:
 
 @functools.lru_cache
 def _device_table(device: torch.device) -> Tensor:
-    """The normal table's upper half as bfloat16 and as float16, which holds its values exactly too: (2, 32768) int16."""
+    """The normal table's upper half as bfloat16 and as float16, which both hold it exactly: (2, 32768) int16."""
     bits = bytearray(ctypes.string_at(_C.normal_half_table(), 2 * 32768))
     bf16 = torch.frombuffer(bits, dtype=torch.bfloat16)
     return torch.stack([bf16.view(torch.int16), bf16.to(torch.float16).view(torch.int16)]).to(device)

@@ -17,7 +17,7 @@ constexpr const char* kAbsent = "trak_fast was built without CUDA: install it ag
 
 int64_t cuda_scratch_bytes(const Projection&, int, const std::string&) { throw std::runtime_error(kAbsent); }
 
-void project_cuda(const Projection&, const void*, void*, int, void*, const std::string&) {
+void project_cuda(const Projection&, bool, const void*, void*, int, void*, const std::string&) {
   throw std::runtime_error(kAbsent);
 }
 

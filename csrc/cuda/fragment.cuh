@@ -122,8 +122,11 @@ __device__ __forceinline__ uint32_t rademacher_pair(uint32_t word, int n, uint32
 __device__ __forceinline__ uint32_t normal_pair(uint32_t word, const uint16_t* half_table) {
   const uint32_t positive = ptx::permute_bytes(word, 0, 0xBB99);  // 0xFFFF for each half with its high bit set
   const uint32_t index = (word ^ ~positive) & 0x7FFF7FFFU;
-  const uint32_t magnitudes = half_table[index & 0xFFFF] | static_cast<uint32_t>(half_table[index >> 16]) << 16;
-  return magnitudes | (~word & 0x80008000U);
+  // In bytes: the halves' high bits are 0, so a shift by 15 leaves nothing of the low half.
+  const auto* bytes = reinterpret_cast<const char*>(half_table);
+  const uint32_t first = *reinterpret_cast<const uint16_t*>(bytes + (index << 1 & 0xFFFE));
+  const uint32_t second = *reinterpret_cast<const uint16_t*>(bytes + (index >> 15));
+  return (second * 0x10000 + first) | (~word & 0x80008000U);
 }
 
 // The four registers of a fragment in step s of a unit, from the words of rows g and g + 8 (of the step's block).

@@ -31,11 +31,12 @@ struct ReduceJob {
   int64_t splits, rows, width;
   int64_t samples;
   int terms;
+  bool add;
   float* out;
   int64_t batch_stride, row_stride;
 };
 
-// out[b][i] += the sum over splits and terms, in a fixed order.
+// out[b][i] = or += the sum over splits and terms, in a fixed order.
 void launch_reduce(const ReduceJob& job, void* stream);
 
 }  // namespace trak_fast

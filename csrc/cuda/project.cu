@@ -84,14 +84,14 @@ class Plan {
     for (int64_t b = 0; b < p_.batch; b += pass_samples(b)) {
       const int64_t panel_rows = pass_samples(b) * terms_;
       sums_bytes_ = std::max(sums_bytes_, cut(panel_rows).sums_bytes);
-      if (packs_) panel_bytes_ = std::max(panel_bytes_, panel_rows * chunk_units(panel_rows) * kUnit * 2);
+      panel_bytes_ = std::max(panel_bytes_, panel_rows * longest_launch(panel_rows, true) * kUnit * 2);
     }
     panel_bytes_ = divide_up(panel_bytes_, 256) * 256;
   }
 
   int64_t scratch_bytes() const { return panel_bytes_ + sums_bytes_; }
 
-  void run(const void* half_table, void* scratch, void* stream) const {
+  void run(bool add, const void* half_table, void* scratch, void* stream) const {
     auto* panel = static_cast<uint16_t*>(scratch);
     auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + panel_bytes_);
     Tile tile = {};
@@ -127,7 +127,7 @@ class Plan {
           from = to;
         }
       }
-      launch_reduce({sums, c.splits, p_.rows, int64_t{c.batch_tiles} * c.shape.width, samples, terms_,
+      launch_reduce({sums, c.splits, p_.rows, int64_t{c.batch_tiles} * c.shape.width, samples, terms_, add,
                      p_.out + b * p_.out_batch_stride, p_.out_batch_stride, p_.out_row_stride},
                     stream);
     }
@@ -184,19 +184,26 @@ class Plan {
     return c;
   }
 
-  // A power of two: then no launch meets two values of the block number's high bits.
+  // Units of a packed chunk. A power of two: then no launch meets two values of the block number's high bits.
   int64_t chunk_units(int64_t panel_rows) const {
     int64_t units = kSpanColumns / kUnit;
     while (units > 1 && units * panel_rows * kUnit * 2 > kPanelBytes) units /= 2;
     return units;
   }
 
-  // Units of the longest launch.
-  int64_t longest_launch(int64_t panel_rows) const {
-    int64_t longest = 1;
+  // Units that the columns begin .. end of the projection meet.
+  int64_t units_of(const Span& span) const {
+    const int64_t offset = static_cast<int64_t>(p_.offset);
+    return divide_up(offset + span.end, kUnit) - (offset + span.begin) / kUnit;
+  }
+
+  // Units of the longest launch, and of the longest that packs.
+  int64_t longest_launch(int64_t panel_rows, bool packed_only = false) const {
+    int64_t longest = 0;
     for (const Span& span : spans_) {
-      const int64_t units = divide_up(span.end - span.begin, kUnit);
-      longest = std::max(longest, std::min(units, span.direct ? kSpanColumns / kUnit : chunk_units(panel_rows)));
+      if (span.direct && packed_only) continue;
+      longest =
+          std::max(longest, std::min(units_of(span), span.direct ? kSpanColumns / kUnit : chunk_units(panel_rows)));
     }
     return longest;
   }
@@ -221,7 +228,6 @@ class Plan {
         spans_.back().last = i + 1;
         spans_.back().end = column + part.columns;
       }
-      packs_ = packs_ || (part.columns > 0 && !direct);
       column += part.columns;
     }
   }
@@ -246,7 +252,7 @@ class Plan {
   const Projection& p_;
   const Family family_;
   int multiprocessors_ = 0, terms_ = 1;
-  bool native_ = false, bf16_ = true, packs_ = false;
+  bool native_ = false, bf16_ = true;
   std::vector<Span> spans_;
   int64_t panel_bytes_ = 0, sums_bytes_ = 0;
 };
@@ -271,10 +277,10 @@ int64_t cuda_scratch_bytes(const Projection& projection, int device, const std::
   return Plan(projection, device, kernel).scratch_bytes();
 }
 
-void project_cuda(const Projection& projection, const void* half_table, void* scratch, int device, void* stream,
-                  const std::string& kernel) {
+void project_cuda(const Projection& projection, bool add, const void* half_table, void* scratch, int device,
+                  void* stream, const std::string& kernel) {
   const DeviceGuard guard(device);
-  Plan(projection, device, kernel).run(half_table, scratch, stream);
+  Plan(projection, device, kernel).run(add, half_table, scratch, stream);
 }
 
 }  // namespace trak_fast

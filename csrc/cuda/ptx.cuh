@@ -38,9 +38,10 @@ __device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) 
   return d;
 }
 
-// x, which the compiler no longer knows to be a constant: it stays in a register.
+// x, of which the compiler knows nothing: constants stay in registers, and what is computed from x is computed here,
+// not kept from before.
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {
-  asm("" : "+r"(x));
+  asm volatile("" : "+r"(x));
   return x;
 }
 

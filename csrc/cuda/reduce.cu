@@ -34,7 +34,9 @@ __global__ void __launch_bounds__(kThreads) reduce(const __grid_constant__ Reduc
   const int row = thread % kRows, sample = thread / kRows;
   const int64_t i = first_row + row, b = first_sample + sample;
   if (i < job.rows && b < job.samples) {
-    job.out[b * job.batch_stride + i * job.row_stride] += tile[row * (kSamples + 1) + sample];
+    float& out = job.out[b * job.batch_stride + i * job.row_stride];
+    const float sum = tile[row * (kSamples + 1) + sample];
+    out = job.add ? out + sum : sum;
   }
 }
 

@@ -32,6 +32,7 @@ struct Config {
 template <int width>
 __device__ __forceinline__ void load_stage(char* stage, const Panel& panel, int64_t first_row, int64_t column) {
   constexpr int pieces = kStageColumns / 8;
+#pragma unroll 2  // more would take registers that the sums need
   for (int i = static_cast<int>(threadIdx.x); i < width * pieces; i += kThreads) {
     const int row = i / pieces, piece = i % pieces;
     const int64_t panel_row = first_row + row, first = column + 8 * piece - panel.first;
@@ -74,8 +75,7 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
   const int begin = static_cast<int>(blockIdx.z) * tile.units_per_split;
   const int units = tile.units - begin < tile.units_per_split ? tile.units - begin : tile.units_per_split;
   const int64_t first_unit = tile.first_unit + begin, first_block = first_unit * (kUnit / block_columns(kind));
-  const PhiloxCalls<kind, tiles> calls(tile.generator, first_row, 16, lane % 4,
-                                       static_cast<uint32_t>(first_block >> 32));
+  const auto block_high = static_cast<uint32_t>(first_block >> 32);
   const uint32_t one = packed_one<bf16>();
   const int offset = operand_offset<width>();
 
@@ -110,12 +110,25 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
     const char* columns = stages + stage % C::stages * C::stage_bytes;
     if constexpr (kind == Kind::rademacher) {
       if (quarter == 0) {
-        calls.finish(block, words);
+        // Two calls at a time, with nothing kept in between: the sums need the registers.
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) {
+          const uint32_t row = ptx::opaque(first_row + 16 * static_cast<uint32_t>(m));
+          const PhiloxCalls<kind, 1> calls(tile.generator, row, 0, lane % 4, block_high);
+          typename PhiloxCalls<kind, 1>::State made[2];
+          calls.finish(block, made);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+#pragma unroll
+            for (int v = 0; v < 4; ++v) words[2 * m + h].c[v] = ptx::opaque(made[h].c[v]);
+          }
+        }
       } else {
 #pragma unroll
         for (auto& w : words) w = {{w.c[1], w.c[2], w.c[3], 0}};  // the quarter's word comes first
       }
     }
+    const PhiloxCalls<kind, tiles> calls(tile.generator, first_row, 16, lane % 4, block_high);
     uint32_t b[4];
 #pragma unroll
     for (int s = 0; s < kStepsPerStage; ++s) {
