@@ -1,0 +1,113 @@
+"""The CUDA kernels on an emulated device, for tests: builds tests/emulator and the module, and stands in for a GPU."""
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {"sm80": 80, "sm90": 90, "sm90_wide": 90}  # and a compute capability that has them
+
+
+@functools.cache
+def build() -> Path:
+    """The folder of the emulated module and of the emulator's own tests, built there with CMake.
+
+    TRAK_FAST_SANITIZE names sanitizers to build with; their libraries have to be loaded before Python is.
+    """
+    missing = [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
+    if importlib.util.find_spec("pybind11") is None:
+        missing.append("pybind11")
+    if missing:
+        pytest.skip(f"building the emulated device needs {', '.join(missing)}")
+    import pybind11
+
+    sanitizers = os.environ.get("TRAK_FAST_SANITIZE", "")
+    folder = ROOT / "build" / ("emulated-sanitized" if sanitizers else "emulated")
+    variables = {
+        "TRAK_FAST_EMULATE": "ON",
+        "TRAK_FAST_SANITIZE": sanitizers,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+    for command in ([*configure, *(f"-D{k}={v}" for k, v in variables.items())], ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.fail(f"{' '.join(command)}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}", pytrace=False)
+    return folder
+
+
+@functools.cache
+def module() -> ModuleType:
+    (path,) = build().glob("_C_emulated.*.so")
+    spec = importlib.util.spec_from_file_location("_C_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+class Device:
+    """Stands in for the compiled module: what it would do on the CPU is done by CUDA kernels on the emulated device.
+
+    Attributes:
+        kernel: The tile kernel to use; "" for the device's best.
+    """
+
+    def __init__(self, kernel: str = "") -> None:
+        self.kernel = kernel
+        self._module = module()
+        self._library = ctypes.CDLL(self._module.__file__)
+        self._library.emulator_count.restype = ctypes.c_int64
+        bits = bytearray(ctypes.string_at(self._module.normal_half_table(), 2 * 32768))
+        bf16 = torch.frombuffer(bits, dtype=torch.bfloat16)
+        self._table = torch.stack([bf16.view(torch.int16), bf16.to(torch.float16).view(torch.int16)])
+        self.set(KERNELS.get(kernel, 90))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def set(self, capability: int, multiprocessors: int = 4, seed: int = 0) -> None:
+        """What the device says of itself, and the order in which its threads run from here on."""
+        self._library.emulator_set_device(1, capability, multiprocessors)
+        self._library.emulator_set_seed(ctypes.c_uint64(seed))
+
+    def count(self, what: str) -> int:
+        """How often an instruction ("wgmma", "mma bf16", "block" ...) was performed since the last call."""
+        return int(self._library.emulator_count(what.encode()))
+
+    def project(self, projection: tuple[Any, ...], instruction_set: str = "", threads: int = 1) -> None:
+        """Adds to what is at the projection's out, as the CPU's does."""
+        self.run(projection, add=True)
+
+    def run(self, projection: tuple[Any, ...], add: bool) -> None:
+        with scratch(self._module.cuda_scratch_bytes(projection, 0, self.kernel)) as place:
+            self._module.project_cuda(projection, add, self._table.data_ptr(), place, 0, 0, self.kernel)
+
+    def project_adjoint(self, adjoint: tuple[Any, ...], instruction_set: str = "", threads: int = 1) -> None:
+        with scratch(self._module.adjoint_cuda_scratch_bytes(adjoint)) as place:
+            self._module.project_adjoint_cuda(adjoint, self._table.data_ptr(), place, 0, 0)
+
+
+@contextlib.contextmanager
+def scratch(size: int) -> Iterator[int]:
+    """The address, a multiple of 256, of `size` bytes full of NaN, beside which nothing may be written."""
+    memory = torch.full((size + 768,), 255, dtype=torch.uint8)
+    start = 256 + -memory.data_ptr() % 256
+    yield memory.data_ptr() + start
+    assert memory[:start].eq(255).all()
+    assert memory[start + size :].eq(255).all()

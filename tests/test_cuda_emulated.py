@@ -1,0 +1,220 @@
+"""The CUDA projection without a GPU: host planning and kernels as they are, on the emulated device.
+
+Most tests are test_projection.py's own. What is below looks at what only these kernels have: tiles, splits, stages,
+chunks, scratch memory and the order of threads.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from emulated import KERNELS, Device
+from test_projection import (  # noqa: F401
+    KINDS,
+    MODEL_ID,
+    SEED,
+    check,
+    entries,
+    random,
+    test_dtypes_and_precisions,
+    test_nonfinite_values_stay_in_their_row,
+    test_odd_shapes,
+    test_one_column_keeps_the_bits_of_its_precision,
+    test_parts_at_their_offsets_add_up,
+    test_per_parameter_tensors_act_as_their_concatenation,
+    test_strides,
+    tolerance,
+)
+
+from trak_fast import checks, projection, reference
+
+
+@pytest.fixture(scope="module", params=KERNELS, autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """The emulated device, in the place of the compiled module."""
+    device = Device(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projection, "_C", device)
+        yield device
+    assert device.count("wgmma" if "sm90" in request.param else "mma bf16") > 0
+
+
+@pytest.fixture(autouse=True)
+def usual_device(device: Device) -> None:
+    device.set(KERNELS[device.kernel])
+
+
+@pytest.fixture
+def isa() -> str:
+    return "emulated"
+
+
+def describe(
+    grads: torch.Tensor | list[torch.Tensor], out: torch.Tensor, kind: str, offset: int = 0, terms: int = 3
+) -> tuple[Any, ...]:
+    """A projection as the compiled module takes it."""
+    tensors = grads if isinstance(grads, list) else [grads]
+    parts = [checks.describe(tensor) for tensor in tensors]
+    place = (out.data_ptr(), out.stride(0), out.stride(1))
+    return (checks.KINDS[kind], SEED, MODEL_ID, out.shape[1], len(out), offset, terms, parts, *place)
+
+
+def project(
+    device: Device, grads: torch.Tensor | list[torch.Tensor], proj_dim: int, kind: str, **options: int
+) -> torch.Tensor:
+    """Into an output of NaN, every element of which has to be written."""
+    batch = (grads if isinstance(grads, torch.Tensor) else grads[0]).shape[0]
+    out = torch.full((batch, proj_dim), torch.nan)
+    device.run(describe(grads, out, kind, **options), add=False)
+    return out
+
+
+@pytest.mark.parametrize("offset", [0, 5, 2**37 - 300, 2**41 - 300, 2**48 - 600])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_hot_gradients_give_the_columns_of_the_matrix(device: Device, kind: str, offset: int) -> None:
+    """Of each kernel's widths, and in all dtypes: the last rows have their ones in the last columns."""
+    for batch, dtype in [(600, torch.bfloat16), (40, torch.float32), (11, torch.float16), (5, torch.bfloat16)]:
+        columns = torch.arange(600)[-batch:]
+        grads = torch.zeros(batch, 600, dtype=dtype)
+        grads[torch.arange(batch), columns] = 1
+        expected = entries(kind, offset, 70, 600)[:, columns.numpy()].T
+        assert np.array_equal(project(device, grads, 70, kind, offset=offset).numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes(device: Device, kind: str) -> None:
+    # Around the widths of tiles (panel rows), stages and units (columns), and tiles (rows of P).
+    batches = [1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 193, 256, 257]
+    grad_dims = [1, 8, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1024, 1031]
+    proj_dims = [1, 15, 16, 17, 64, 127, 128, 129, 255, 256, 257, 300]
+    for n, batch in enumerate(batches * 2):
+        grad_dim, proj_dim = grad_dims[n * 5 % 13], proj_dims[n * 7 % 12]
+        dtype = [torch.bfloat16, torch.float32, torch.float16][n % 3]
+        grads = random(batch, grad_dim, dtype=dtype)
+        expected = grads.double().numpy() @ entries(kind)[:proj_dim, :grad_dim].T
+        check(project(device, grads, proj_dim, kind), expected, tolerance(grads, "highest"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_order_of_threads_gives_the_same_bits(device: Device, kind: str) -> None:
+    grads = random(20, 3000)
+    first = project(device, grads, 300, kind, offset=77)
+    for seed in range(1, 12):
+        device.set(KERNELS[device.kernel], seed=seed)
+        assert torch.equal(project(device, grads, 300, kind, offset=77), first), seed
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_any_number_of_multiprocessors(device: Device, dtype: torch.dtype, multiprocessors: int) -> None:
+    """Fewer or more splits; with one multiprocessor, several segments of the tensor core's sums in each."""
+    device.set(KERNELS[device.kernel], multiprocessors)
+    grads = random(5, 70001, dtype=dtype)
+    expected = grads.double().numpy() @ entries("rademacher", 7, 33, 70001).T
+    check(project(device, grads, 33, "rademacher", offset=7), expected, tolerance(grads, "highest"))
+
+
+def test_chunks_of_the_packed_panel_add_up(device: Device) -> None:
+    """256 panel rows of packed columns fill a chunk every 65536 columns."""
+    grads = random(128, 66000)
+    expected = grads.double().numpy() @ entries("rademacher", 65000, 20, 66000).T
+    y = project(device, grads, 20, "rademacher", offset=65000, terms=2)
+    check(y, expected, tolerance(grads, "high"))
+
+
+def test_steps_of_tensors_that_are_read_in_place(device: Device) -> None:
+    """A launch ends at every multiple of 2^30 columns."""
+    grads = random(9, 1000, dtype=torch.bfloat16)
+    for offset in (2**30 - 512, 2**30 - 504, 2**30 - 8, 3 * 2**30 - 1000):
+        expected = grads.double().numpy() @ entries("rademacher", offset, 40, 1000).T
+        check(project(device, grads, 40, "rademacher", offset=offset), expected, tolerance(grads))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_and_small_tensors_in_one_call(device: Device, kind: str) -> None:
+    """Large 16-bit tensors are read where they are, small ones between them are packed together."""
+    widths = [3, 65600, 0, 7, 1, 70, 66000, 2]
+    parts = [random(4, width, dtype=torch.bfloat16, seed=i) for i, width in enumerate(widths)]
+    whole = torch.cat(parts, dim=1)
+    expected = whole.double().numpy() @ entries(kind, 13, 20, whole.shape[1]).T
+    y = project(device, [part for part in parts if part.numel()], 20, kind, offset=13)
+    check(y, expected, tolerance(whole))
+
+
+def test_many_small_tensors(device: Device) -> None:
+    """More than a launch of the packing kernel takes."""
+    parts = [random(6, 1 + i * 7 % 40, seed=i) for i in range(100)]
+    whole = torch.cat(parts, dim=1)
+    expected = whole.double().numpy() @ entries("rademacher", 3, 20, whole.shape[1]).T
+    check(project(device, parts, 20, "rademacher", offset=3), expected, tolerance(whole, "highest"))
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_output_of_any_strides_and_nothing_beside_it(device: Device, add: bool) -> None:
+    grads = random(21, 700)
+    expected = grads.double().numpy() @ entries("rademacher")[:50, :700].T + (1 if add else 0)
+    memory = torch.full((3 * 21, 2 * 50), 1.0 if add else torch.nan)
+    before = memory.clone()
+    for out in (memory[1::3, ::2], memory.flatten()[: 21 * 50].view(50, 21).T):
+        memory.copy_(before)
+        device.run(describe(grads, out, "rademacher"), add)
+        check(out, expected, tolerance(grads, "highest") + 2.0**-23)
+        out.fill_(1 if add else torch.nan)
+        assert torch.equal(memory.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_kernels_by_compute_capability(device: Device) -> None:
+    for capability, kernels in {75: [], 80: ["sm80"], 86: ["sm80"], 89: ["sm80"], 100: ["sm80"], 120: ["sm80"]}.items():
+        device.set(capability)
+        assert device.cuda_kernels(0) == kernels
+    device.set(90)
+    assert device.cuda_kernels(0) == ["sm90", "sm90_wide", "sm80"]
+
+
+def test_kernels_that_a_device_cannot_run(device: Device) -> None:
+    out = torch.zeros(1, 2)
+    wanted = describe(torch.ones(1, 3), out, "rademacher")
+    device.set(89)
+    with pytest.raises(ValueError, match=r"'sm90' .* device 0 can run: sm80"):
+        device.cuda_scratch_bytes(wanted, 0, "sm90")
+    device.set(75)
+    with pytest.raises(RuntimeError, match=r"older than compute capability 8\.0"):
+        device.cuda_scratch_bytes(wanted, 0, "")
+    with pytest.raises(RuntimeError, match=r"invalid device ordinal"):
+        device.cuda_scratch_bytes(wanted, 1, "")
+
+
+@pytest.mark.parametrize("capability", [86, 120])
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_with_less_shared_memory(device: Device, kind: str, capability: int) -> None:
+    if device.kernel != "sm80":
+        pytest.skip("these run the sm80 kernel only")
+    device.set(capability)
+    for batch in (8, 16, 32, 64, 128):
+        grads = random(batch, 600, dtype=torch.float16)
+        expected = grads.double().numpy() @ entries(kind)[:40, :600].T
+        check(project(device, grads, 40, kind), expected, tolerance(grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("proj_dim", [512, 4096, 16384])
+@pytest.mark.parametrize("batch", [1, 32, 256])
+def test_scratch_memory_is_bounded(device: Device, batch: int, proj_dim: int, dtype: torch.dtype) -> None:
+    """64 MiB and the sums of splits, of which there are not many more than multiprocessors need."""
+    device.set(KERNELS[device.kernel], 132)
+    out = torch.empty(batch, proj_dim)
+    for grad_dim in (10**5, 10**7, 10**9):
+        grads = torch.empty(1, dtype=dtype).expand(batch, grad_dim)  # only its shape matters here
+        size = device.cuda_scratch_bytes(describe(grads, out, "rademacher"), 0, device.kernel)
+        rows = batch * (3 if dtype == torch.float32 else 1)
+        sums = 4 * proj_dim * min(256, 2 * rows + 8)
+        assert 0 < size <= 64 * 2**20 + 4 * sums + 8 * 132 * 128 * 256 * 4
+
+
+def test_reference_of_this_file() -> None:
+    """`entries`, which the tests above compare with, against the slower function of the reference."""
+    grads = random(3, 600)
+    slow = reference.project(grads.numpy(), 20, "normal", SEED, MODEL_ID, 5)
+    assert np.allclose(slow, grads.double().numpy() @ entries("normal", 5, 20, 600).T, rtol=0, atol=1e-9)
