@@ -47,4 +47,4 @@ def bits(name: str, value: SupportsIndex, width: int) -> int:
     """An integer as callers of other libraries pass it, negative or too long, as its `width` low bits."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__} ({value!r})")
-    return operator.index(value) % 2**width
+    return operator.index(value) % (1 << width)
