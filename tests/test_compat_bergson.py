@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from trak_fast.compat import bergson as layer
 needs("bergson.hessians.apply_hessian")
 import bergson.collector.collector as collector  # noqa: E402
 import bergson.hessians.apply_hessian as apply_hessian  # noqa: E402
-from bergson.gradients import OuterProductGradients  # noqa: E402
+import datasets  # noqa: E402
+from bergson.collector.in_memory_collector import InMemoryCollector  # noqa: E402
+from bergson.config.config import IndexConfig  # noqa: E402
+from bergson.gradients import GradientProcessor, OuterProductGradients  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # bergson's libraries about each other
 
 KINDS = ["normal", "rademacher"]
 NAME = "model.layers.0.mlp.up_proj/single/seed42"
@@ -63,28 +70,43 @@ def test_outer_products_in_slabs(case: str, kind: str, slab: int, monkeypatch: p
     )
 
 
-def test_patched_bergson_sums_its_modules_with_it() -> None:
-    """What its hooks do for each module, with its own identifiers."""
+def test_bergson_s_collection_of_a_language_model(tmp_path: Path) -> None:
+    """Its hooks on a small Llama: the global features are the sum of what the reference makes of each module."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    tokens = np.random.default_rng(0).integers(0, 50, (8, 12))
+    data = datasets.Dataset.from_dict({"input_ids": tokens.tolist()})
+    (tmp_path / "run.part").mkdir()
 
-    class Collector:
-        mod_grads: dict[str, Tensor]
-        projection_identifier = staticmethod(collector.HookCollectorBase.projection_identifier)
+    def collect(projection_dim: int, target: str) -> dict[str, Tensor]:
+        config = IndexConfig(run_path=str(tmp_path / "run"), projection_dim=projection_dim)
+        processor = GradientProcessor(
+            projection_dim=projection_dim or None, projection_target=target, projection_seed=7
+        )
+        hooks = InMemoryCollector(model=model.base_model, data=data, cfg=config, processor=processor)
+        computer = collector.CollectorComputer(
+            model=model, data=data, collector=hooks, batches=[[0, 1, 2], [3], [4, 5, 6, 7]], cfg=config
+        )
+        computer.run_with_collector_hooks()
+        return hooks.gradients
 
-    class Processor:
-        projection_target, projection_dim, projection_type = "global", 40, "rademacher"
-        projection_scale, projection_seed = "jl", 7
-
-    hooks = Collector()
-    hooks.mod_grads, hooks.processor = {}, Processor()  # type: ignore[attr-defined]
+    modules = collect(0, "per_module")
+    assert len(modules) == 14
+    own = collect(500, "global")["gradients"]
     before = collector.project_global
-    modules = {"a": torch.randn(6, 300), "b": torch.randn(6, 200).bfloat16(), "c": torch.randn(6, 100)}
     with layer.patch():
         assert collector.project_global is apply_hessian.project_global is layer.project_global
-        for name, grads in modules.items():
-            assert collector.HookCollectorBase.accumulate_global_projection(hooks, name, grads)
+        ours = collect(500, "global")["gradients"]
     assert collector.project_global is apply_hessian.project_global is before
-    total = sum(expected(grads, 40, "rademacher", "jl", f"{name}/single/seed7") for name, grads in modules.items())
-    np.testing.assert_allclose(hooks.mod_grads["gradients"].numpy(), total, rtol=0, atol=5e-5)
+    total = sum(
+        expected(grads.reshape(8, -1), 500, "rademacher", "jl", f"{name}/single/seed7")
+        for name, grads in modules.items()
+    )
+    np.testing.assert_allclose(ours.numpy(), total, rtol=0, atol=1e-5 * np.abs(total).max())
+    exact = sum(grads.reshape(8, -1).double().square().sum(1) for grads in modules.values())
+    for features in (own, ours):
+        assert torch.all((features.double().square().sum(1) / exact - 1).abs() < 5 * math.sqrt(2 / 500))
 
 
 @pytest.mark.parametrize("kind", KINDS)
