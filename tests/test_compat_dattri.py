@@ -1,0 +1,121 @@
+"""dattri 0.3 itself, run with our projection."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from libraries import needs
+from numpy.typing import NDArray
+from retrained import network, retrained
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trak_fast import reference
+from trak_fast.compat import dattri as layer
+from trak_fast.metrics import lds
+
+needs("dattri.algorithm.trak")
+import dattri.algorithm.trak  # noqa: E402
+import dattri.func.projection  # noqa: E402
+from dattri.task import AttributionTask  # noqa: E402
+
+K = 128
+
+
+def scores(folder: Path, seed: int) -> NDArray[np.float32]:
+    """dattri's TRAK, as its documentation has it."""
+    data, model = retrained(), network()
+    files = []
+    for number, checkpoint in enumerate(data.checkpoints):
+        files.append(str(folder / f"{number}.pt"))
+        torch.save(checkpoint, files[-1])
+
+    def loss(params: dict[str, Tensor], sample: tuple[Tensor, Tensor]) -> Tensor:
+        image, label = sample
+        output = torch.func.functional_call(model, params, image.unsqueeze(0))
+        return nn.functional.cross_entropy(output, label.unsqueeze(0))
+
+    def logit(params: dict[str, Tensor], sample: tuple[Tensor, Tensor]) -> Tensor:
+        p = torch.exp(-loss(params, sample))
+        return torch.log(p / (1 - p))
+
+    def probability(params: dict[str, Tensor], sample: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.exp(-loss(params, sample))
+
+    attributor = dattri.algorithm.trak.TRAKAttributor(
+        task=AttributionTask(loss_func=logit, model=model, checkpoints=files),
+        correct_probability_func=probability,
+        projector_kwargs={"proj_dim": K, "proj_max_batch_size": 32, "proj_seed": seed, "device": "cpu"},
+        device="cpu",
+        regularization=1e-3,
+    )
+    attributor.cache(DataLoader(TensorDataset(*data.train), batch_size=100))
+    with torch.no_grad():
+        result = attributor.attribute(DataLoader(TensorDataset(*data.targets), batch_size=100))
+    return result.numpy()
+
+
+def test_scores_are_as_good_as_with_dattri_s_own_projector(tmp_path: Path) -> None:
+    """The LDS of either projector scatters with its seed; means over seeds differ by less than 4 standard errors."""
+    data, seeds = retrained(), range(4)
+    own = np.array([lds(scores(tmp_path, seed), data.masks, data.outputs).mean for seed in seeds])
+    before = dattri.func.projection.random_project
+    with layer.patch():
+        assert dattri.algorithm.trak.random_project is layer.random_project
+        ours = np.array([lds(scores(tmp_path, seed), data.masks, data.outputs).mean for seed in seeds])
+    assert dattri.algorithm.trak.random_project is before is dattri.func.projection.random_project
+    assert own.mean() > 0.1
+    assert not np.array_equal(own, ours)
+    assert abs(ours.mean() - own.mean()) < 4 * np.sqrt((own.var(ddof=1) + ours.var(ddof=1)) / len(seeds))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("proj_type", ["normal", "rademacher"])
+def test_random_project(proj_type: str, dtype: torch.dtype) -> None:
+    features = {"w": torch.randn(5, 7, 9).to(dtype), "b": torch.randn(5).to(dtype), "v": torch.randn(5, 3).to(dtype)}
+    flat = torch.cat([f.reshape(5, -1) for f in features.values()], 1)
+    exact = reference.project(flat.double().numpy(), 40, proj_type, 2**64 - 3, 2) / 40**0.5
+    for given in (features, flat):
+        project = layer.random_project(given, 5, 40, 16, proj_seed=-3, proj_type=proj_type, device="cpu")
+        result = project(given, ensemble_id=2)
+        assert (result.shape, result.dtype) == ((5, 40), dtype)
+        rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-6
+        np.testing.assert_allclose(result.double().numpy(), exact, rtol=rounding, atol=2e-5)
+        assert not torch.equal(project(given), result)  # ensemble 0
+
+
+def test_make_random_projector_as_dattri_calls_it() -> None:
+    kinds = dattri.func.projection.ProjectionType
+    projector = layer.make_random_projector(
+        [30, 20], 5, 40, 32, torch.device("cpu"), proj_seed=np.int64(4), proj_type=kinds.rademacher, dtype=torch.float32
+    )
+    x = torch.randn(5, 50)
+    expected = reference.project(x.double().numpy(), 40, "rademacher", 4, 1) / 40**0.5
+    np.testing.assert_allclose(projector.project(x, 1).numpy(), expected, rtol=0, atol=1e-5)
+    projector.free_memory()
+    np.testing.assert_allclose(projector.project(x, ensemble_id=1).numpy(), expected, rtol=0, atol=1e-5)
+    assert (projector.feature_dim, projector.proj_dim, projector.device) == (50, 40, torch.device("cpu"))
+
+
+def test_other_kinds_are_dattri_s_own() -> None:
+    x = torch.randn(5, 50)
+    for patched in (False, True):
+        own = dattri.func.projection.random_project(x, 5, 10, 32, 0, "random_mask")(x)
+        if patched:
+            with layer.patch():
+                result = dattri.func.projection.random_project(x, 5, 10, 32, 0, "random_mask")(x)
+                with pytest.raises(ValueError, match="Invalid proj_type"):
+                    dattri.func.projection.random_project(x, 5, 10, 32, 0, "sjlt")
+        else:
+            result = layer.random_project(x, 5, 10, 32, 0, "random_mask")(x)
+        assert torch.equal(result, own)
+        assert set(result.flatten().tolist()) <= set(x.flatten().tolist())
+
+
+def test_making_a_projector_makes_no_matrix() -> None:
+    """dattri's TRAK makes one for each batch; here it would have 4e15 entries."""
+    features = torch.zeros(1, 1).expand(32, 10**12)
+    project = layer.random_project(features, 32, 4096, 32)
+    with pytest.raises(ValueError, match="grads has 5 columns, but grad_dim is 1000000000000"):
+        project(features[:, :5])

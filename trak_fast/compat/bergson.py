@@ -1,0 +1,106 @@
+"""bergson 2.5's global projection (`bergson.collector.collector.project_global`).
+
+Either `patch()`, which puts it into bergson, or the function itself. The identifier of a module's matrix, with whatever
+seed bergson has put into it, becomes a seed and a model_id of trak_fast by SHA-256.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..projection import matrix, project
+from .patching import Patch
+
+__all__ = ["patch", "project_global"]
+
+_SLAB = 1 << 26  # entries of outer products that are formed at a time
+_patch: Patch | None = None
+
+
+def project_global(
+    identifier: str, P: Any, m: int, projection_type: str = "normal", projection_scale: str = "jl"
+) -> Tensor:
+    """``P @ R.T`` for the (m, n) projection matrix R that is named `identifier`.
+
+    Args:
+        identifier: Names the matrix: other identifiers, other matrices.
+        P: Gradients (N, n), or bergson's `OuterProductGradients`, which are formed in slabs.
+        m: Rows of R.
+        projection_type: "normal" or "rademacher".
+        projection_scale: "jl" divides by √m; "row_norm" divides each output by the norm of its row of R.
+
+    Returns:
+        Float32 (N, m), also for gradients in half precision: bergson adds the modules' results in the dtype of the
+        first one.
+
+    Raises:
+        ValueError: `projection_scale` is unknown, or a size or `projection_type` is out of range.
+    """
+    if projection_scale not in ("jl", "row_norm"):
+        raise ValueError(f"projection_scale is {projection_scale!r}, allowed are jl, row_norm")
+    seed, model_id = matrix_of(identifier)
+    options: dict[str, Any] = {"proj_type": projection_type, "seed": seed, "model_id": model_id}
+    if isinstance(P, Tensor):
+        columns = P.shape[1]
+        result = project(P, m, **options)
+    else:
+        rows, width = P.g.shape[-1], P.a.shape[-1]
+        columns = rows * width
+        result = torch.zeros(len(P.g), m, dtype=torch.float32, device=P.g.device)
+        step = max(1, _SLAB // max(1, width * len(P.g)))
+        for first in range(0, rows, step):
+            slab = _rows(P, first, min(first + step, rows)).materialize().flatten(1)
+            project(slab, m, offset=first * width, out=result, **options)
+    if projection_scale == "jl":
+        return result.div_(math.sqrt(m))
+    if projection_type == "rademacher":
+        return result.div_(math.sqrt(columns))
+    return result.div_(_row_norms(seed, model_id, m, columns).to(result.device))
+
+
+def matrix_of(identifier: str) -> tuple[int, int]:
+    """The seed and model_id of trak_fast that an identifier stands for."""
+    digest = hashlib.sha256(identifier.encode()).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:12], "little")
+
+
+def _rows(grads: Any, first: int, last: int) -> Any:
+    """The part of outer products that holds rows first to last - 1 of the (O, W) gradients."""
+    bias = None if grads.bias is None else grads.bias[..., first:last]
+    divisor = None if grads.divisor is None else grads.divisor[first:last]
+    return replace(grads, g=grads.g[..., first:last], bias=bias, divisor=divisor)
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_norms(seed: int, model_id: int, rows: int, columns: int) -> Tensor:
+    """Norms of the rows of a normal matrix, (rows,) float32."""
+    squares = torch.zeros(rows, dtype=torch.float64)
+    step = max(1, (1 << 24) // rows)
+    for first in range(0, columns, step):
+        block = matrix("normal", seed, model_id, range(rows), range(first, min(first + step, columns)))
+        squares += block.double().square().sum(1)
+    return squares.sqrt().float()
+
+
+def patch() -> Patch:
+    """Puts `project_global` into an installed bergson, and wherever its own was imported to.
+
+    Returns:
+        The patch, which can be undone.
+
+    Raises:
+        ImportError: bergson is not installed.
+    """
+    global _patch
+    if _patch is None or not _patch.active:
+        collector = importlib.import_module("bergson.collector.collector")
+        _patch = Patch(collector, {"project_global": project_global})
+    return _patch

@@ -1,0 +1,170 @@
+"""dattri 0.3's random projections (`dattri.func.projection`) of kind "normal" and "rademacher".
+
+Either `patch()`, which puts them into dattri, or `from trak_fast.compat.dattri import random_project`. A projector
+holds a few numbers and no matrix, so it costs nothing that dattri's TRAK makes a new one for each batch. Other kinds
+("sjlt", "random_mask", "grass", "identity") are left to dattri.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from ..projection import Projector
+from .patching import Patch, bits
+
+__all__ = ["make_random_projector", "patch", "random_project"]
+
+_KINDS = ("normal", "rademacher")
+_patch: Patch | None = None
+
+
+class DattriProjector:
+    """dattri's projector protocol: scaled by 1/√k, and in the features' dtype.
+
+    Attributes:
+        feature_dim: D.
+        proj_dim: k.
+        seed: As given.
+        proj_type: As given.
+        device: Where mappings of features are taken to be projected.
+        dtype: Has no influence.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        proj_dim: int,
+        seed: SupportsIndex,
+        proj_type: str | enum.Enum,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.feature_dim, self.proj_dim, self.seed, self.proj_type = feature_dim, proj_dim, seed, proj_type
+        self.device, self.dtype = torch.device(device), dtype
+        self._projector = Projector(feature_dim, proj_dim, bits("proj_seed", seed, 64), proj_type)
+
+    def project(self, features: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:
+        """Projects (B, D), or a mapping of (B, ...), to a new tensor (B, k) of the features' dtype."""
+        if isinstance(features, Mapping):
+            features = {name: feature.to(self.device) for name, feature in features.items()}
+            dtype = next(iter(features.values())).dtype
+        else:
+            features = features.to(self.device)
+            dtype = features.dtype
+        result = self._projector.project(features, bits("ensemble_id", ensemble_id, 32))
+        return result.div_(self.proj_dim**0.5).to(dtype)
+
+    dict_project = project
+
+    def free_memory(self) -> None:
+        """Does nothing: there is no matrix to free."""
+
+
+def make_random_projector(
+    param_shape_list: Sequence[int],
+    feature_batch_size: int,
+    proj_dim: int,
+    proj_max_batch_size: int,
+    device: torch.device | str,
+    proj_seed: SupportsIndex = 0,
+    proj_type: str | enum.Enum = "sjlt",
+    *,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> Any:
+    """dattri's `make_random_projector`.
+
+    Args:
+        param_shape_list: Sizes of the features' parts; D is their sum.
+        feature_batch_size: Has no influence.
+        proj_dim: k.
+        proj_max_batch_size: Has no influence: the projector takes any batch.
+        device: Where mappings of features are taken to be projected.
+        proj_seed: Any integer; its low 64 bits count.
+        proj_type: "normal" or "rademacher" in string or enum; others are left to dattri.
+        dtype: Has no influence: results have the features' dtype.
+        **kwargs: For dattri.
+
+    Returns:
+        An object with `project(features, ensemble_id)` and `free_memory()`.
+    """
+    if getattr(proj_type, "value", proj_type) not in _KINDS:
+        return _dattri_s("make_random_projector")(
+            *(param_shape_list, feature_batch_size, proj_dim, proj_max_batch_size, device, proj_seed, proj_type),
+            dtype=dtype,
+            **kwargs,
+        )
+    return DattriProjector(sum(param_shape_list), proj_dim, proj_seed, proj_type, device, dtype)
+
+
+def random_project(
+    feature: Tensor | Mapping[str, Tensor],
+    feature_batch_size: int,
+    proj_dim: int,
+    proj_max_batch_size: int,
+    proj_seed: SupportsIndex = 0,
+    proj_type: str | enum.Enum = "normal",
+    *,
+    device: torch.device | str = "cpu",
+) -> Callable[..., Tensor]:
+    """dattri's `random_project`: a function of (features, ensemble_id=0) that projects and scales by 1/√k.
+
+    Args:
+        feature: Features of the size and dtype that will be projected: (B, D), or a mapping of (B, ...).
+        feature_batch_size: B of `feature`.
+        proj_dim: k.
+        proj_max_batch_size: Has no influence.
+        proj_seed: Any integer; its low 64 bits count.
+        proj_type: "normal" or "rademacher"; others are left to dattri.
+        device: Where the projection is made.
+
+    Returns:
+        The function.
+    """
+    if getattr(proj_type, "value", proj_type) not in _KINDS:
+        original: Callable[..., Tensor] = _dattri_s("random_project")(
+            *(feature, feature_batch_size, proj_dim, proj_max_batch_size, proj_seed, proj_type), device=device
+        )
+        return original
+    parts = list(feature.values()) if isinstance(feature, Mapping) else [feature]
+    sizes = [part.numel() // max(feature_batch_size, 1) for part in parts]
+    projector = make_random_projector(
+        *(sizes, feature_batch_size, proj_dim, proj_max_batch_size, device, proj_seed, proj_type), dtype=parts[0].dtype
+    )
+
+    def random_project_func(feature: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:
+        result: Tensor = projector.project(feature, ensemble_id)
+        return result
+
+    return random_project_func
+
+
+def _dattri_s(name: str) -> Callable[..., Any]:
+    if _patch is not None and _patch.active:
+        original: Callable[..., Any] = _patch.originals[name]
+        return original
+    found: Callable[..., Any] = getattr(importlib.import_module("dattri.func.projection"), name)
+    return found
+
+
+def patch() -> Patch:
+    """Puts these functions into an installed dattri, and wherever its own were imported to.
+
+    Returns:
+        The patch, which can be undone.
+
+    Raises:
+        ImportError: dattri is not installed.
+    """
+    global _patch
+    if _patch is None or not _patch.active:
+        projection = importlib.import_module("dattri.func.projection")
+        functions = {"random_project": random_project, "make_random_projector": make_random_projector}
+        _patch = Patch(projection, functions)
+    return _patch

@@ -1,0 +1,50 @@
+"""Replacing a library's names wherever they have been imported to, and putting them back."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, SupportsIndex
+
+
+class Patch:
+    """Names that are replaced until `undo()`, or until the end of a `with` block."""
+
+    def __init__(self, module: ModuleType, replacements: Mapping[str, Any]) -> None:
+        """Replaces names of `module`, and the same objects under any name in modules that have imported them."""
+        self.originals = {name: getattr(module, name) for name in replacements}
+        self._changed: list[tuple[dict[str, Any], str, Any]] = []
+        new = {id(self.originals[name]): replacement for name, replacement in replacements.items()}
+        for user in list(sys.modules.values()):
+            if not isinstance(user, ModuleType) or user.__name__.startswith("trak_fast."):
+                continue
+            names = vars(user)
+            for name, value in list(names.items()):
+                if id(value) in new:
+                    self._changed.append((names, name, value))
+                    names[name] = new[id(value)]
+
+    @property
+    def active(self) -> bool:
+        return bool(self._changed)
+
+    def undo(self) -> None:
+        """Puts back what was replaced."""
+        for names, name, value in self._changed:
+            names[name] = value
+        self._changed.clear()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+def bits(name: str, value: SupportsIndex, width: int) -> int:
+    """An integer as callers of other libraries pass it, negative or too long, as its `width` low bits."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__} ({value!r})")
+    return operator.index(value) % (1 << width)

@@ -1,0 +1,74 @@
+"""The projection matrix as a `scipy.sparse.linalg.LinearOperator`."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+
+from ..projection import Projector
+
+__all__ = ["ProjectionOperator"]
+
+
+class ProjectionOperator(LinearOperator):  # type: ignore[misc]
+    """scale · P, (k, D): `matvec` and `matmat` project, `rmatvec` and `rmatmat` apply the adjoint; no matrix is stored.
+
+    Args:
+        grad_dim: D, the number of columns.
+        proj_dim: k, the number of rows.
+        seed: See :func:`trak_fast.project`, as for `proj_type` and `model_id`.
+        proj_type: "rademacher" or "normal".
+        model_id: 0 to 2**32 - 1.
+        scale: Number that the matrix is multiplied with, such as 1/√k to keep lengths.
+
+    Raises:
+        ValueError: A number is out of range.
+        TypeError: Something has the wrong type.
+    """
+
+    def __init__(
+        self,
+        grad_dim: int,
+        proj_dim: int,
+        seed: int = 0,
+        proj_type: str | enum.Enum = "rademacher",
+        model_id: int = 0,
+        *,
+        scale: float = 1.0,
+    ) -> None:
+        self.projector = Projector(grad_dim, proj_dim, seed, proj_type, precision="highest")
+        self.model_id, self.scale = model_id, scale
+        super().__init__(np.dtype(np.float32), (self.projector.proj_dim, self.projector.grad_dim))
+
+    def _matmat(self, X: NDArray[Any]) -> NDArray[np.float32]:
+        return self._scaled(self.projector.project(_batch(X), self.model_id))
+
+    def _rmatmat(self, X: NDArray[Any]) -> NDArray[np.float32]:
+        return self._scaled(self.projector.adjoint(_batch(X), self.model_id))
+
+    def _matvec(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        return self._matmat(x.reshape(-1, 1))[:, 0]
+
+    def _rmatvec(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        return self._rmatmat(x.reshape(-1, 1))[:, 0]
+
+    def _scaled(self, result: torch.Tensor) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = result.mul_(self.scale).numpy().T
+        return array
+
+
+def _batch(X: NDArray[Any]) -> torch.Tensor:
+    """Columns as the rows of a tensor, in place where the dtype allows."""
+    X = np.asarray(X)
+    if X.dtype.kind == "c":
+        raise TypeError("complex vectors are not supported: project the real and the imaginary part")
+    if X.dtype not in (np.float16, np.float32, np.float64):
+        X = X.astype(np.float64)
+    if not X.flags.writeable or any(step < 0 for step in X.strides):
+        X = X.copy()
+    return torch.from_numpy(X.T)

@@ -1,0 +1,140 @@
+"""A random projection for scikit-learn, in the manner of its `GaussianRandomProjection`."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.random_projection import johnson_lindenstrauss_min_dim
+from sklearn.utils import check_random_state, gen_batches
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from ..projection import Projector, matrix
+
+__all__ = ["FusedRandomProjection"]
+
+_DENSE = 1 << 24  # elements of a sparse matrix that are made dense at a time
+
+
+class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Reduces features by a random matrix that is made inside the multiplication and never stored.
+
+    Distances are kept: results are scaled by 1/√n_components. Whatever the number of features, the transformer itself
+    holds a seed.
+
+    Parameters:
+        n_components: Number of components, or "auto": as many as `eps` needs (Johnson-Lindenstrauss).
+        eps: Distortion of distances that "auto" aims at, in (0, 1).
+        proj_type: "normal" (each entry standard normal) or "rademacher" (±1).
+        random_state: An int, a `numpy.random.RandomState`, or None for a new matrix at each `fit`.
+
+    Attributes:
+        n_components_: Number of components.
+        n_features_in_: Number of features seen by `fit`.
+        feature_names_in_: Their names, where they have any.
+        seed_: What determines the matrix, with `proj_type`.
+        components_: The scaled matrix (n_components, n_features), made anew at each access.
+    """
+
+    n_components_: int
+    n_features_in_: int
+    seed_: int
+
+    def __init__(
+        self,
+        n_components: int | str = "auto",
+        *,
+        eps: float = 0.1,
+        proj_type: str = "normal",
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.eps = eps
+        self.proj_type = proj_type
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> FusedRandomProjection:
+        """Takes the number of features, and draws the seed.
+
+        Args:
+            X: (n_samples, n_features), dense or sparse; only its shape counts.
+            y: Ignored.
+
+        Returns:
+            The transformer.
+
+        Raises:
+            ValueError: A parameter is out of its range, or X is no matrix of numbers.
+        """
+        X = self._validated(X, reset=True)
+        if isinstance(self.n_components, str):
+            if self.n_components != "auto":
+                raise ValueError(f"n_components is {self.n_components!r}, allowed are 'auto' and integers >= 1")
+            if not isinstance(self.eps, Real) or not 0 < self.eps < 1:
+                raise ValueError(f"eps is {self.eps!r}, allowed are numbers in (0, 1)")
+            self.n_components_ = int(johnson_lindenstrauss_min_dim(X.shape[0], eps=self.eps))
+            if not 1 <= self.n_components_ <= X.shape[1]:
+                raise ValueError(
+                    f"eps={self.eps} and n_samples={X.shape[0]} lead to {self.n_components_} components, "
+                    f"which is not in 1 to n_features={X.shape[1]}"
+                )
+        elif isinstance(self.n_components, Integral) and not isinstance(self.n_components, bool):
+            self.n_components_ = int(self.n_components)
+        else:
+            raise ValueError(f"n_components is {self.n_components!r}, allowed are 'auto' and integers >= 1")
+        high, low = check_random_state(self.random_state).randint(0, 2**32, 2, dtype=np.uint64).tolist()
+        self.seed_ = high << 32 | low
+        self._projector()  # checks the rest
+        return self
+
+    def transform(self, X: Any) -> NDArray[Any]:
+        """Projects.
+
+        Args:
+            X: (n_samples, n_features), dense or sparse; sparse ones are made dense in blocks of rows.
+
+        Returns:
+            (n_samples, n_components), float32 for float32 input, otherwise float64.
+
+        Raises:
+            ValueError: X does not have the features of `fit`.
+        """
+        check_is_fitted(self)
+        X = self._validated(X, reset=False)
+        projector = self._projector()
+        result = np.empty((X.shape[0], self.n_components_), X.dtype)
+        for rows in gen_batches(X.shape[0], max(1, _DENSE // X.shape[1] if hasattr(X, "toarray") else X.shape[0])):
+            block = X[rows].toarray() if hasattr(X, "toarray") else X[rows]
+            if not block.flags.writeable or min(block.strides) < 0:
+                block = block.copy()
+            result[rows] = projector.project(torch.from_numpy(block)).numpy()
+        result /= np.sqrt(self.n_components_)
+        return result
+
+    @property
+    def components_(self) -> NDArray[np.float32]:
+        """The scaled matrix (n_components, n_features)."""
+        check_is_fitted(self)
+        P = matrix(self.proj_type, self.seed_, 0, range(self.n_components_), range(self.n_features_in_))
+        components: NDArray[np.float32] = P.div_(self.n_components_**0.5).numpy()
+        return components
+
+    def _projector(self) -> Projector:
+        return Projector(self.n_features_in_, self.n_components_, self.seed_, self.proj_type, precision="highest")
+
+    def _validated(self, X: Any, reset: bool) -> Any:
+        return validate_data(self, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.n_components_
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.input_tags.sparse = True
+        return tags
