@@ -58,7 +58,7 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, g: Tensor)
         (count * outputs, inputs, *kernel),
         g.reshape(1, -1, *g.shape[2:]),
         layer.stride,
-        layer.padding,
+        0 if layer.padding == "valid" else layer.padding,
         layer.dilation,
         count * layer.groups,
     )
