@@ -35,7 +35,9 @@ class _NoProjection:
     proj_dim = 0
     proj_type = "none"
 
-    def project(self, grads: Mapping[str, Tensor], model_id: int) -> Tensor:
+    def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
+        if isinstance(grads, Tensor):
+            return grads.clone()
         return torch.cat([g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in grads.values()], dim=1)
 
     def free_memory(self) -> None:
