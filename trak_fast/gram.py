@@ -107,8 +107,8 @@ class PartialGram:
 def load(path: Path, num_rows: int, width: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
     """A saved sum and its rows; None where there is none, or nothing of use: the rows are then read again."""
     try:
-        with np.load(path) as file:
-            gram, rows = file["gram"], np.unpackbits(file["rows"])[:num_rows].astype(np.bool_)
+        with path.open("rb") as file, np.load(file) as saved:
+            gram, rows = saved["gram"], np.unpackbits(saved["rows"])[:num_rows].astype(np.bool_)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
