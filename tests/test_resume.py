@@ -104,6 +104,14 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
     assert set(progress) >= {0, 5, 10, 12}  # and others only where the writing of flags was cut in two
 
 
+def test_runs_killed_at_random_moments_end_with_the_same_scores() -> None:
+    """A few of the kills of the benchmark that makes a hundred."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "kills.py"), "--kills", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("5 kills")
+
+
 def test_of_a_batch_that_is_done_in_part_only_the_rest_is_computed(tmp_path: Path) -> None:
     seen: list[Tensor] = []
 

@@ -86,7 +86,7 @@ class ScoreMatrix:
                     scores = self._product(features.result(), solved[checkpoint], present)
                     total = scores if checkpoint == 0 else total.add_(scores)
                     if checkpoint == len(self.checkpoints) - 1:
-                        yield present, total.cpu() * self.weights[present, None]
+                        yield present, total.cpu().mul_(self.weights[present, None])
                 waiting = following
 
     def _features(self, rows: slice, index: int) -> Tensor | None:
@@ -224,7 +224,7 @@ def top_scores(matrix: ScoreMatrix, rows: slice, count: int, largest: bool = Tru
         for columns in matrix.groups():
             best = _Best(count, columns.stop - columns.start)
             for part, block in matrix.blocks(rows, columns):
-                best.add(part, sign * block)
+                best.add(part, block if largest else -block)
                 bar.update(block.numel())
             result.indices[columns] = best.rows.reshape(-1, count)
             result.scores[columns] = sign * best.values.reshape(-1, count)
