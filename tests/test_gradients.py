@@ -150,9 +150,24 @@ def test_parameters_come_in_the_order_of_the_model() -> None:
 
 
 @pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["5.*"], ["5.weight", "5.bias"]),
+        (["*.bias"], ["0.bias", "1.bias", "5.bias"]),
+        (["*.bias", "0.[vw]*"], ["0.weight", "0.bias", "1.bias", "5.bias"]),
+        (["?.weight", "1.bias"], ["0.weight", "1.weight", "1.bias", "5.weight"]),
+    ],
+)
+def test_parameters_are_chosen_by_patterns(patterns: list[str], names: list[str]) -> None:
+    assert list(select_parameters(convolutional(), patterns)) == names
+
+
+@pytest.mark.parametrize(
     ("grad_wrt", "error", "message"),
     [
         (["5.bias", "head"], ValueError, "no parameter head; it has 0.weight, "),
+        (["*.bias", "head.*"], ValueError, r"no parameter head\.\*; it has"),
+        (["5.BIAS"], ValueError, r"no parameter 5\.BIAS"),
         ([], ValueError, "grad_wrt names no parameter"),
         ("5.bias", TypeError, "not the string '5.bias'"),
     ],

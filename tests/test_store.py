@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from trak_fast import rows as rows_module
 from trak_fast import store
-from trak_fast.store import Rows, Store, describe, digest
+from trak_fast.files import replacing
+from trak_fast.rows import Rows
+from trak_fast.store import Store, describe, digest
 
 N, K = 6, 3
 MANIFEST: dict[str, Any] = {"seed": 0, "proj_dim": K, "parameters": ["a torch.float32 (2,)", "b torch.float32 (3,)"]}
@@ -44,7 +48,7 @@ def opened(tmp_path: Path) -> Store:
         ({"parameters": ["a torch.float32 (2,)"]}, r"parameters\[1\]: stored 'b torch.float32 \(3,\)', given None"),
         ({"parameters": MANIFEST["parameters"][::-1]}, r"parameters\[0\]: stored 'a torch.float32 \(2,\)', given 'b "),
         ({"extra": 2.5}, "extra: stored None, given 2.5"),
-        ({"format": 99}, "format: stored 1, given 99"),
+        ({"format": 99}, "format: stored 2, given 99"),
     ],
 )
 def test_another_manifest_is_refused_by_what_differs(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -87,23 +91,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(opened: Store, monkeypatch: pyte
         patch.setattr(os if step == "fsync" else Path, step, failing(OSError("disk")))
         with pytest.raises(OSError, match="disk"):
             opened.save_gram(0, np.zeros((2, 2)))
-        with pytest.raises(OSError, match="disk"), opened.writing_scores("x", 4):
-            pass
+        with pytest.raises(OSError, match="disk"), replacing(opened.path / "manifest.json") as temporary:
+            temporary.write_text("{}")
     assert (opened.gram(0) == np.eye(2)).all()
     assert tree(opened.path) == before
 
 
 def test_json_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
-    fsync, replace = os.fsync, Path.replace
+    fsync, link = os.fsync, os.link
     monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
 
-    def checked(self: Path, target: Path) -> Path:
-        assert self.stat().st_ino in synced
-        assert json.loads(self.read_text())["seed"] == 0
-        return replace(self, target)
+    def checked(source: Path, target: Path) -> None:
+        assert source.stat().st_ino in synced
+        assert json.loads(source.read_text())["seed"] == 0
+        link(source, target)
 
-    monkeypatch.setattr(Path, "replace", checked)
+    monkeypatch.setattr(os, "link", checked)
     Store(tmp_path, MANIFEST, N, K)
     assert (tmp_path / "manifest.json").stat().st_ino in synced
 
@@ -113,13 +117,14 @@ def test_a_flag_is_set_only_after_its_row_is_on_disk(opened: Store, monkeypatch:
     inds = np.array([4, 1])
     rows.write(inds, features=np.ones((2, K)), weights=np.ones(2))
     flags = []
-    flush = np.memmap.flush
+    fdatasync = os.fdatasync
 
-    def watch(self: np.memmap) -> None:
-        flags.append((Path(str(self.filename)).name, opened.train(0).done[[4, 1]].tolist()))
-        flush(self)
+    def watch(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        flags.append((name, opened.train(0).done[[4, 1]].tolist()))
+        fdatasync(handle)
 
-    monkeypatch.setattr(np.memmap, "flush", watch)
+    monkeypatch.setattr(os, "fdatasync", watch)
     rows.write(inds, features=np.full((2, K), 2), weights=np.full(2, 3))
     down, up = [False, False], [True, True]
     assert flags == [("done.npy", down), ("features.npy", down), ("weights.npy", down), ("done.npy", up)]
@@ -161,7 +166,7 @@ def test_damaged_arrays_are_an_error_that_names_them(opened: Store, file: str, d
 def test_a_checkpoint_that_fails_halfway_leaves_nothing(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(opened.path)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_json", failing(KeyboardInterrupt()))
+        patch.setattr(store, "write_json", failing(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             opened.register(1, WEIGHTS)
     assert opened.model_ids() == [0]
@@ -187,13 +192,13 @@ def test_of_two_processes_that_make_a_checkpoint_one_wins(opened: Store, monkeyp
 def test_too_little_disk_space_is_an_error_before_anything_is_made(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = store.shutil.disk_usage(opened.path)
-    needed = 4 * N * K + 4 * N
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    usage = rows_module.shutil.disk_usage(opened.path)
+    needed = 4 * N * K + 4 * N + N
+    monkeypatch.setattr(rows_module.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(OSError, match="free"):
         opened.register(1, WEIGHTS)
     assert opened.model_ids() == [0]
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    monkeypatch.setattr(rows_module.shutil, "disk_usage", lambda _: usage._replace(free=needed))
     opened.register(1, WEIGHTS)
 
 
@@ -248,20 +253,6 @@ def test_targets_are_kept_by_experiment(opened: Store) -> None:
             opened.targets(0, name, 4)
 
 
-def test_scores_appear_whole_and_callers_cannot_change_them(opened: Store) -> None:
-    with opened.writing_scores("x", 4) as scores:
-        assert not scores.any()
-        scores[:] = 1
-    with pytest.raises(ValueError, match="broadcast"), opened.writing_scores("x", 9) as scores:
-        scores[:] = np.zeros(8)
-    mine = opened.scores("x")
-    assert mine.shape == (N, 4)
-    assert (mine == 1).all()
-    mine += 1
-    assert (opened.scores("x") == 1).all()
-    assert sorted(p.name for p in (opened.path / "scores").iterdir()) == ["x.npy"]
-
-
 def test_a_manifest_says_what_features_depend_on() -> None:
     class Enumerated:
         value = "normal"
@@ -273,7 +264,8 @@ def test_a_manifest_says_what_features_depend_on() -> None:
         proj_type, seed, definition = "rademacher", 7, 1
 
     parameters = {"w": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.zeros(())}
-    manifest = describe(Foreign(), 8, Enumerated(), parameters, 100)
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    manifest = describe(Foreign(), 8, Enumerated(), model, parameters, 100)
     assert manifest == {
         "matrix_definition": manifest["matrix_definition"],
         "proj_type": "normal",
@@ -283,12 +275,14 @@ def test_a_manifest_says_what_features_depend_on() -> None:
         "train_set_size": 100,
         "task": manifest["task"],
         "dtype": "float32",
+        "modules": ["Sequential", "0 Linear", "1 ReLU"],
         "parameters": ["w torch.bfloat16 (2, 3)", "b torch.float32 ()"],
     }
     assert manifest["matrix_definition"].endswith("Foreign")
     assert manifest["task"].endswith("Enumerated")
     assert json.loads(json.dumps(manifest)) == manifest
-    assert describe(Numbered(), 8, Enumerated(), parameters, 100)["matrix_definition"] == 1
+    assert describe(Numbered(), 8, Enumerated(), model, parameters, 100)["matrix_definition"] == 1
+    assert describe(Numbered(), 8, Enumerated(), model, parameters, 100, half=True)["dtype"] == "float16"
 
 
 def test_other_folders_are_not_taken_for_checkpoints(opened: Store) -> None:

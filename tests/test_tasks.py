@@ -1,15 +1,28 @@
 """Tasks against the definitions of f and Q, in decimal arithmetic of many digits."""
 
 from decimal import Decimal, localcontext
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
-from trak_fast.tasks import ImageClassification, Task, TextClassification, margin, resolve_task
+from trak_fast import FunctionTask, TRAKer
+from trak_fast.gradients import FunctionalGradientComputer
+from trak_fast.tasks import (
+    ImageClassification,
+    IterativeImageClassification,
+    Regression,
+    Task,
+    TextClassification,
+    margin,
+    resolve_task,
+)
 
 
 def exact(logits: Tensor, label: int) -> tuple[float, float]:
@@ -121,10 +134,96 @@ def test_tasks_are_found_by_name_or_taken_as_they_are() -> None:
     assert isinstance(resolve_task("image_classification"), ImageClassification)
     assert isinstance(resolve_task("text_classification"), TextClassification)
     assert resolve_task(own) is own  # type: ignore[arg-type,comparison-overlap]
-    with pytest.raises(ValueError, match="'image_classification', 'text_classification', or a Task, not 'clip'"):
-        resolve_task("clip")
+    with pytest.raises(ValueError, match=r"'image_classification', .*, a Task or a function, not 'classification'"):
+        resolve_task("classification")
     for wrong in (ImageClassification, object()):
         with pytest.raises(TypeError, match="get_output and get_out_to_loss_grad"):
             resolve_task(wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="abstract"):
         Task()  # type: ignore[abstract]
+
+
+def linear() -> tuple[nn.Linear, list[Tensor]]:
+    torch.manual_seed(0)
+    return nn.Linear(5, 3).double(), [torch.randn(7, 5, dtype=torch.float64), torch.randint(3, (7,))]
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 1)])
+def test_regression(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1).double()
+    if len(shape) == 1:
+        model = nn.Sequential(model, nn.Flatten(0))  # type: ignore[assignment]
+    x, y = torch.randn(7, 5, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    computer = FunctionalGradientComputer(model, Regression())
+    *_, weight, bias = computer.compute_per_sample_grad([x, y]).values()
+    torch.testing.assert_close(weight, x.unsqueeze(1))
+    torch.testing.assert_close(bias, torch.ones(7, 1, dtype=torch.float64))
+    torch.testing.assert_close(computer.compute_loss_grad([x, y]), (y - model(x).view(shape)).view(7).detach())
+
+
+def test_regression_of_several_numbers_is_refused() -> None:
+    model, (x, _) = linear()
+    with pytest.raises(ValueError, match=r"one number a sample, \(B,\) or \(B, 1\), not \(7, 3\)"):
+        Regression().get_outputs(model, dict(model.named_parameters()), {}, [x, x])
+
+
+def test_a_function_is_a_task(tmp_path: Path) -> None:
+    """The classification's f as a plain function, with the loss written in terms of it."""
+    model, batch = linear()
+    named = ImageClassification()
+
+    def f(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return margin(model(x[None]), y[None])
+
+    own = FunctionTask(f, loss=lambda output, x, y: softplus(-output))
+    expected, computer = (FunctionalGradientComputer(model, task) for task in (named, own))
+    for name, value in computer.compute_per_sample_grad(batch).items():
+        torch.testing.assert_close(value, expected.compute_per_sample_grad(batch)[name])
+    torch.testing.assert_close(computer.compute_loss_grad(batch), expected.compute_loss_grad(batch))
+    traker = TRAKer(model, f, 7, tmp_path, proj_dim=4)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize(batch, num_samples=7)
+    assert (traker.store.train(0).columns["weights"] == 1).all()  # minus the loss is f itself
+    with pytest.raises(ValueError, match=r"task: stored '.*f', given 'ImageClassification'"):
+        TRAKer(model, "image_classification", 7, tmp_path, proj_dim=4)
+
+
+def test_a_task_with_a_loss_gets_its_weighting_by_autograd() -> None:
+    class Squares(Task):
+        def get_output(self, model, weights, buffers, x, y):  # type: ignore[no-untyped-def]
+            return torch.func.functional_call(model, (weights, buffers), x[None])[0, 0]
+
+        def loss(self, output: Tensor, *sample: Tensor) -> Tensor:
+            return (output - sample[1]) ** 2 / 2
+
+    model, (x, y) = linear()
+    q = Squares().get_out_to_loss_grad(model, dict(model.named_parameters()), {}, [x, y])
+    torch.testing.assert_close(q, y - model(x)[:, 0].detach())
+    assert not q.requires_grad
+
+
+def test_functions_that_return_no_number_are_refused() -> None:
+    model, (x, y) = linear()
+    task = FunctionTask(lambda model, x, y: model(x))
+    with pytest.raises(ValueError, match=r"lambda> must return a tensor of one element, not \(3,\)"):
+        task.get_output(model, dict(model.named_parameters()), {}, x[0], y[0])
+
+
+def test_traker_s_iterative_gradient_computer_works(tmp_path: Path) -> None:
+    computers = pytest.importorskip("trak.gradient_computers")
+    model, batch = linear()
+    features = []
+    for folder, options in {
+        "theirs": {"task": "iterative_image_classification", "gradient_computer": computers.IterativeGradientComputer},
+        "ours": {"task": "iterative_image_classification"},
+        "usual": {"task": "image_classification"},
+    }.items():
+        traker = TRAKer(model, train_set_size=7, save_dir=tmp_path / folder, proj_dim=0, **options)  # type: ignore[arg-type]
+        traker.load_checkpoint(model.state_dict(), 0)
+        traker.featurize(batch, num_samples=7)
+        rows = traker.store.train(0).columns
+        features.append(np.column_stack([rows["features"], rows["weights"]]))
+    np.testing.assert_allclose(features[0], features[2], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(features[1], features[2], rtol=1e-6, atol=1e-7)
+    assert isinstance(resolve_task("iterative_image_classification"), IterativeImageClassification)

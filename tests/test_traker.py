@@ -355,7 +355,7 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "clip"}, "task must be one of 'image_classification'"),
+        ({"task": "classification"}, "task must be one of 'image_classification'"),
         ({"train_set_size": 0}, r"train_set_size must be in \[1, \d+\], not 0"),
         ({"chunk_size": 0}, r"chunk_size must be in \[1, \d+\]"),
         ({"lambda_reg": -0.1}, "lambda_reg must be None or a finite number >= 0, not -0.1"),

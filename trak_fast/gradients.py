@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from .tasks import Task
+from .task import Task
 
 
-def _unfused_attention() -> AbstractContextManager[Any]:
+def unfused_attention() -> AbstractContextManager[Any]:
     """Selects the attention that vmap can batch: the fused ones fall back to a loop over samples, with a warning."""
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,16 +29,22 @@ def select_parameters(model: nn.Module, grad_wrt: Iterable[str] | None = None) -
     They come in the model's order, whatever the order of `grad_wrt`: a parameter's place decides which columns of
     the projection matrix it meets.
 
+    Args:
+        model: The model.
+        grad_wrt: Names of parameters, or patterns of them as file names have: "head.*", "*.bias". None: all.
+
     Raises:
         TypeError: `grad_wrt` is a single string.
-        ValueError: `grad_wrt` is empty or names what is no parameter of `model`.
+        ValueError: `grad_wrt` is empty, or one of it fits no parameter of `model`.
     """
     parameters = dict(model.named_parameters())
     if isinstance(grad_wrt, str):
-        raise TypeError(f"grad_wrt must be an iterable of parameter names, not the string {grad_wrt!r}")
-    names = set(parameters if grad_wrt is None else grad_wrt)
-    if unknown := sorted(names - parameters.keys()):
+        raise TypeError(f"grad_wrt must be an iterable of names or patterns of parameters, not the string {grad_wrt!r}")
+    patterns = ["*"] if grad_wrt is None else list(grad_wrt)
+    fitting = {p: {name for name in parameters if name == p or fnmatchcase(name, p)} for p in patterns}
+    if unknown := sorted(pattern for pattern, names in fitting.items() if not names and grad_wrt is not None):
         raise ValueError(f"grad_wrt: the model has no parameter {', '.join(unknown)}; it has {', '.join(parameters)}")
+    names = set().union(*fitting.values())
     if not names:
         raise ValueError("grad_wrt names no parameter" if parameters else "the model has no parameters")
     return {name: parameter for name, parameter in parameters.items() if name in names}
@@ -79,7 +86,7 @@ class FunctionalGradientComputer:
             grad_dim: Not needed here; part of the contract for gradient computers, as are the next two.
             dtype: Not needed here: gradients have their parameter's dtype.
             device: Not needed here: gradients are where their parameter is.
-            grad_wrt: Names of the parameters to differentiate; all of them by default.
+            grad_wrt: Names or patterns of the parameters to differentiate; all of them by default.
 
         Raises:
             TypeError, ValueError: see `select_parameters`.
@@ -110,8 +117,16 @@ class FunctionalGradientComputer:
         def output(selected: dict[str, Tensor], sample: tuple[Tensor, ...]) -> Tensor:
             return self.task.get_output(self.model, {**self.fixed, **selected}, self.buffers, *sample)
 
-        with _unfused_attention():
-            grads = vmap(grad(output), in_dims=(None, 0))(self.selected, tuple(batch))
+        with unfused_attention():
+            try:
+                grads = vmap(grad(output), in_dims=(None, 0))(self.selected, tuple(batch))
+            except RuntimeError as error:
+                if not any(word in str(error) for word in ("vmap", "functorch", "torch.func")):
+                    raise
+                raise RuntimeError(
+                    f"torch.func cannot differentiate this model: {error}\n"
+                    "gradient_computer=trak_fast.HookGradientComputer does without it"
+                ) from error
         return {name: grads[name] for name in self.selected}
 
     def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:

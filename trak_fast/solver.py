@@ -58,6 +58,37 @@ def gram_matrix(features: NDArray[np.float32], device: torch.device) -> Tensor:
     return gram
 
 
+class GramAccumulator:
+    """X'X of rows that come in batches, with products and sums in float64."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        """Starts from zero.
+
+        Args:
+            width: k.
+            device: Where to compute; it needs float64.
+        """
+        self._gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._waiting: list[Tensor] = []
+
+    def add(self, features: Tensor) -> None:
+        """Adds rows, (B, k); they are kept until there are enough of them for an efficient product."""
+        self._waiting.append(features.double())
+        if sum(map(len, self._waiting)) >= min(1024, len(self._gram)):
+            self._flush()
+
+    def value(self) -> Tensor:
+        """The sum so far, (k, k) float64; it changes with the next call of `add`."""
+        self._flush()
+        return self._gram
+
+    def _flush(self) -> None:
+        if self._waiting:
+            block = torch.cat(self._waiting)
+            self._gram.addmm_(block.mT, block)
+            self._waiting = []
+
+
 def default_ridge(gram: Tensor, num_rows: int) -> float:
     """λ = RIDGE_FACTOR × the mean squared norm of the `num_rows` rows of X, from the trace of their Gram matrix."""
     return RIDGE_FACTOR * gram.trace().item() / num_rows
@@ -131,6 +162,21 @@ class Solver:
             else:
                 products = torch.cat([self._rows(rows) @ right for rows in blocks(n, k)])
                 yield slice(0, n), columns, self.inverse(products).float().cpu()
+
+    def solve(self, targets: NDArray[np.float32]) -> Tensor:
+        """All that scores for some targets need apart from X.
+
+        Args:
+            targets: Projected gradients of the targets, (m, k) float32.
+
+        Returns:
+            Float32 on the solver's device. If `primal`, the coefficients S = (X'X + λI)⁻¹ Φ', (k, m), with scores X S;
+            otherwise (n < k) the scores themselves, (n, m).
+        """
+        right = _load(targets, torch.float64, self.device).mT
+        if not self.primal:
+            right = torch.cat([self._rows(rows) @ right for rows in blocks(*self.features.shape)])
+        return self.inverse(right).float()
 
     def self_influence(self) -> Tensor:
         """φ (X'X + λI)⁻¹ φ' of each training sample for itself, the diagonal of X (X'X + λI)⁻¹ X'.

@@ -3,25 +3,22 @@
     save_dir/manifest.json                           what the features are; written once
     save_dir/checkpoint_<model_id>/checkpoint.json   digest of the checkpoint's weights
                                    gram.npy          X'X or XX'; once it is there the checkpoint is finalized
-                                   train/            rows of the training samples
+                                   gram/             parts of it until then (gram.py)
+                                   train/            rows of the training samples (rows.py), locks of their writers
                                    targets/<name>/   rows of the targets of an experiment
-    save_dir/scores/<name>.npy
+    save_dir/scores/<name>.npy, <name>.highest.npz, ...
 
-Rows are memory-mapped arrays with one flag a row. Whole files and folders appear by renaming, and a row's flag is set
-after its values are on disk, so whatever is there after a crash is complete and right. Each checkpoint has its own
-files, and no file holds the state of several.
+Whole files and folders appear by renaming, and a row's flag is set after its values are on disk, so whatever is there
+after a crash is complete and right. Each checkpoint has its own files, and no file holds the state of several.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,58 +27,13 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-FORMAT = 1
+from .files import building, read_array, read_json, replacing, write_json
+from .rows import Rows
+
+FORMAT = 2
 """Number of the folder's format, in each manifest."""
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file name that replaces `path` at the end of the block, unless something was raised."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _building(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` at the end of the block, unless something was raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(path.parent.stat().st_mode & 0o777)  # mkdtemp's own mode is the user's alone
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not path.exists():  # otherwise another process was quicker, and what it made is as good
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot read {path}, it is missing, truncated or corrupt ({error}); use another save_dir, "
-            "or delete this one to start again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is corrupt: it holds no JSON object")
-    return content
 
 
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
@@ -108,16 +60,24 @@ def digest(weights: Mapping[str, Any]) -> str:
 
 
 def describe(
-    projector: Any, proj_dim: int, task: object, parameters: Mapping[str, Tensor], train_set_size: int
+    projector: Any,
+    proj_dim: int,
+    task: object,
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    train_set_size: int,
+    half: bool = False,
 ) -> dict[str, Any]:
     """What features depend on, as a manifest.
 
     Args:
         projector: An object with `proj_type`, and perhaps `seed` and `definition`, the number of its matrix's.
         proj_dim: Size of a feature, k.
-        task: The task, known by its class's name.
+        task: The task, known by its `name` if it has one, else by its class's.
+        model: The model, known by its modules' names and classes.
         parameters: What gradients are taken of, in this order.
         train_set_size: Training samples, n.
+        half: Whether features are stored in float16.
     """
     proj_type, seed = getattr(projector, "proj_type", None), getattr(projector, "seed", None)
     return {
@@ -128,78 +88,11 @@ def describe(
         "proj_dim": proj_dim,
         "grad_dim": sum(parameter.numel() for parameter in parameters.values()),
         "train_set_size": train_set_size,
-        "task": type(task).__qualname__,
-        "dtype": "float32",
+        "task": str(getattr(task, "name", type(task).__qualname__)),
+        "dtype": "float16" if half else "float32",
+        "modules": [f"{name} {type(module).__qualname__}".lstrip() for name, module in model.named_modules()],
         "parameters": [f"{name} {p.dtype} {tuple(p.shape)}" for name, p in parameters.items()],
     }
-
-
-class Rows:
-    """Memory-mapped float32 columns of equal length in one folder, with a flag for each row that is written.
-
-    Attributes:
-        columns: Each column's array, (rows, *shape) float32.
-        done: (rows,) bool.
-    """
-
-    def __init__(self, path: Path, num_rows: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Opens the columns that `create` made.
-
-        Raises:
-            ValueError: A file is missing, truncated, corrupt, or has another shape.
-        """
-        self.columns = {name: _open(path / f"{name}.npy", (num_rows, *shape)) for name, shape in shapes.items()}
-        self.done = _open(path / "done.npy", (num_rows,), np.bool_)
-
-    @staticmethod
-    def create(path: Path, num_rows: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Makes a folder of columns without any row done.
-
-        Raises:
-            OSError: The disk has too little space. (Running out of it in a memory map would kill the process.)
-        """
-        path.mkdir(exist_ok=True)
-        needed = sum(4 * num_rows * int(np.prod(shape)) for shape in shapes.values())
-        if (free := shutil.disk_usage(path).free) < needed:
-            raise OSError(errno.ENOSPC, f"features need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free", str(path))
-        for name, shape in shapes.items():
-            open_memmap(path / f"{name}.npy", "w+", np.float32, (num_rows, *shape)).flush()
-        open_memmap(path / "done.npy", "w+", np.bool_, (num_rows,)).flush()
-
-    def write(self, inds: NDArray[np.integer], **values: NDArray[np.float32] | Tensor) -> None:
-        """Writes rows `inds` of every column; their flags are down meanwhile."""
-        if self.done[inds].any():
-            self.done[inds] = False
-            self.done.flush()
-        for name, column in self.columns.items():
-            column[inds] = values[name]
-            column.flush()
-        self.done[inds] = True
-        self.done.flush()
-
-    def require_all(self, what: str) -> None:
-        """Checks that every row is written.
-
-        Raises:
-            RuntimeError: Some are not; the message counts them as `what` and numbers the first.
-        """
-        if len(missing := np.flatnonzero(~self.done)):
-            numbers = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            raise RuntimeError(f"{len(missing)} of {len(self.done)} {what}: {numbers}")
-
-
-def _read(path: Path) -> np.memmap:
-    try:
-        return open_memmap(path, "r")
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"cannot open {path}, it is missing, truncated or corrupt ({error})") from error
-
-
-def _open(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.memmap:
-    stored = _read(path)  # before it is opened for writing, which would extend a truncated file without a word
-    if stored.shape != shape or stored.dtype != dtype:
-        raise ValueError(f"{path}: stored {stored.dtype} {stored.shape}, expected {np.dtype(dtype)} {shape}")
-    return open_memmap(path, "r+")
 
 
 class Store:
@@ -212,7 +105,8 @@ class Store:
 
         Args:
             save_dir: The folder.
-            manifest: What the features depend on: a JSON object whose values must equal those stored.
+            manifest: What the features depend on: a JSON object whose values must equal those stored. If its "dtype"
+                is "float16", training features are stored so.
             num_rows: Training samples, n.
             width: Size of a projected gradient, k.
 
@@ -222,12 +116,13 @@ class Store:
         """
         self.path = Path(save_dir).resolve()
         self.num_rows, self.width = num_rows, width
+        self._half = ("features",) if manifest.get("dtype") == "float16" else ()
         (self.path / "scores").mkdir(parents=True, exist_ok=True)
         manifest = {"format": FORMAT, **manifest}
         file = self.path / "manifest.json"
         if not file.exists() and not self.model_ids():
-            _write_json(file, manifest)
-        if lines := differences(_read_json(file), manifest):
+            write_json(file, manifest)
+        if lines := differences(read_json(file), manifest):
             more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
             raise ValueError(
                 f"{self.path} holds features made in another way, use another save_dir:\n  "
@@ -248,12 +143,13 @@ class Store:
 
         Raises:
             ValueError: The folder belongs to other weights.
+            OSError: The disk has too little space.
         """
         path = self.checkpoint(model_id)
         if not path.exists():
-            with _building(path) as folder:
-                Rows.create(folder / "train", self.num_rows, self._train_shapes)
-                _write_json(folder / "checkpoint.json", {"digest": digest(weights)})
+            with building(path) as folder:
+                Rows.create(folder / "train", self.num_rows, self._train_shapes, self._half)
+                write_json(folder / "checkpoint.json", {"digest": digest(weights)})
         self.check_weights(model_id, weights)
 
     def check_weights(self, model_id: int, weights: Mapping[str, Any]) -> None:
@@ -262,7 +158,7 @@ class Store:
         Raises:
             ValueError: It does not.
         """
-        stored = _read_json(self.checkpoint(model_id) / "checkpoint.json")
+        stored = read_json(self.checkpoint(model_id) / "checkpoint.json")
         if lines := differences(stored, {"digest": digest(weights)}):
             raise ValueError(
                 f"the features of model_id {model_id} in {self.path} belong to other weights than the "
@@ -283,7 +179,8 @@ class Store:
 
     def train(self, model_id: int) -> Rows:
         """Training rows of a registered checkpoint: `features` (n, k) and `weights` (n,), the task's Q."""
-        return Rows(self.checkpoint(model_id) / "train", self.num_rows, self._train_shapes)
+        path = self.checkpoint(model_id)
+        return Rows(path / "train", self.num_rows, self._train_shapes, self._half)
 
     def targets(self, model_id: int, exp_name: str, num_targets: int | None = None) -> Rows:
         """Target rows of an experiment: `features` (m, k). They are made if `num_targets` is given.
@@ -292,23 +189,27 @@ class Store:
             ValueError: Nothing is stored for this experiment and checkpoint, or another number of targets, or
                 `exp_name` cannot be a file's name.
         """
-        if not exp_name or exp_name.startswith(".") or any(c in exp_name for c in "/\\\0"):
-            raise ValueError(f"exp_name must be a file name, without separators or a leading dot, not {exp_name!r}")
+        check_name(exp_name)
         path = self.checkpoint(model_id) / "targets" / exp_name
         if num_targets is not None and not path.exists():
-            with _building(path) as folder:
+            with building(path) as folder:
                 Rows.create(folder, num_targets, {"features": (self.width,)})
         if not path.exists():
             raise ValueError(f"exp_name {exp_name!r} has no targets for model_id {model_id}")
-        stored = len(_read(path / "done.npy"))
+        stored = len(read_array(path / "done.npy"))
         if num_targets not in (None, stored):
             raise ValueError(f"exp_name {exp_name!r} has {stored} targets for model_id {model_id}, not {num_targets}")
         return Rows(path, stored, {"features": (self.width,)})
 
+    def partial_grams(self, model_id: int) -> Path:
+        """The folder of a checkpoint's sums that are not finished."""
+        return self.checkpoint(model_id) / "gram"
+
     def save_gram(self, model_id: int, gram: NDArray[np.float64]) -> None:
         """Stores a checkpoint's Gram matrix, which makes the checkpoint finalized."""
-        with _replacing(self.checkpoint(model_id) / "gram.npy") as temporary:
-            np.save(temporary, gram)
+        with replacing(self.checkpoint(model_id) / "gram.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, gram)
+        shutil.rmtree(self.partial_grams(model_id), ignore_errors=True)
 
     def is_finalized(self, model_id: int) -> bool:
         """Whether a checkpoint has its Gram matrix."""
@@ -319,14 +220,21 @@ class Store:
         gram: NDArray[np.float64] = np.load(self.checkpoint(model_id) / "gram.npy")
         return gram
 
-    @contextmanager
-    def writing_scores(self, exp_name: str, num_targets: int) -> Iterator[np.memmap]:
-        """A new (n, num_targets) float32 array of zeros, which replaces the stored scores at the end of the block."""
-        with _replacing(self.path / "scores" / f"{exp_name}.npy") as temporary:
-            scores = open_memmap(temporary, "w+", np.float32, (self.num_rows, num_targets))
-            yield scores
-            scores.flush()
+    def scores_file(self, exp_name: str, ending: str = ".npy") -> Path:
+        """Where the scores of an experiment are."""
+        check_name(exp_name)
+        return self.path / "scores" / f"{exp_name}{ending}"
 
     def scores(self, exp_name: str) -> np.memmap:
         """Scores of an experiment, (n, m) float32. Changes that the caller makes do not reach the disk."""
-        return open_memmap(self.path / "scores" / f"{exp_name}.npy", "c")
+        return open_memmap(self.scores_file(exp_name), "c")
+
+
+def check_name(exp_name: str) -> None:
+    """Checks that an experiment's name can be a file's.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if not exp_name or exp_name.startswith(".") or any(c in exp_name for c in "/\\\0"):
+        raise ValueError(f"exp_name must be a file name, without separators or a leading dot, not {exp_name!r}")

@@ -1,154 +1,129 @@
-"""Model output functions f and their loss terms Q (Park et al., "TRAK: Attributing Model Behavior at Scale",
-ICML 2023, sections 2 and 3).
-
-A task says which scalar f(z, θ) of a model is attributed, and how the loss depends on it. The methods have the
-names and signatures of traker's, so tasks written for traker work here as they are.
-"""
+"""The tasks that have names, and those of images and of numbers."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from .task import Classification, FunctionTask, Task, bind, margin
+from .tasks_clip import CLIP
+from .tasks_text import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, TextClassification
+
+__all__ = [
+    "CLIP",
+    "TASKS",
+    "CausalLM",
+    "CausalLMPerToken",
+    "Classification",
+    "FunctionTask",
+    "ImageClassification",
+    "IterativeImageClassification",
+    "MaskedLM",
+    "MaskedLMPerToken",
+    "Regression",
+    "Task",
+    "TextClassification",
+    "margin",
+    "resolve_task",
+]
 
 
-class Task(ABC):
-    """Base class for own tasks. `weights` and `buffers` map the names of `model`'s to the tensors to use instead."""
+class ImageClassification(Classification):
+    """Batches are (images, labels); the model takes the images and returns the logits."""
 
-    @abstractmethod
+    def logits(self, model: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        return model(*inputs)
+
+
+class IterativeImageClassification(ImageClassification):
+    """The same for gradient computers that, as traker's iterative one, ask for f of a whole batch without weights."""
+
     def get_output(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor] | None,
+        buffers: Mapping[str, Tensor] | None,
+        *sample: Tensor,
     ) -> Tensor:
-        """The model output f(z, θ) of one sample, which torch.func differentiates with respect to `weights`.
+        if weights is None:
+            return self.get_outputs(model, {}, {}, sample)
+        return super().get_output(model, weights, buffers or {}, *sample)
 
-        Args:
-            model: The module to call, with `torch.func.functional_call`.
-            weights: Parameters, by name.
-            buffers: Buffers, by name.
-            *sample: The sample's tensors, without the batch dimension.
-
-        Returns:
-            A tensor with one element and no dimensions.
-        """
-
-    @abstractmethod
     def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor] | None,
+        buffers: Mapping[str, Tensor] | None,
+        batch: Sequence[Tensor],
     ) -> Tensor:
-        """The weighting Q of each sample: the magnitude of the derivative of its loss with respect to f.
-
-        Args:
-            model: The module to call, with `torch.func.functional_call`.
-            weights: Parameters, by name.
-            buffers: Buffers, by name.
-            batch: The batch's tensors, (B, ...) each.
-
-        Returns:
-            (B,) or (B, 1).
-        """
+        return super().get_out_to_loss_grad(model, weights or {}, buffers or {}, batch)
 
 
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p/(1 − p) of the labelled class, p by softmax: its logit minus the logsumexp of the others.
+class Regression(Task):
+    """Batches are (inputs, values); the model returns one number a sample, (B,) or (B, 1).
 
-    p itself is never formed, so the margin keeps its relative accuracy where p rounds to 0 or to 1.
-
-    Args:
-        logits: (B, C), floating point, C ≥ 2.
-        labels: (B,), integers in [0, C).
-
-    Returns:
-        (B,), float32, or float64 where `logits` is.
-
-    Raises:
-        ValueError: `logits` has another shape.
-        TypeError: `labels` holds no integers.
+    f is that number and the loss (f − y)²/2, so Q = y − f. A positive score says that the training sample raises the
+    target's number.
     """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"the model must return logits of shape (B, C) with C >= 2, not {tuple(logits.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, not {labels.dtype}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    index = labels.long().unsqueeze(-1)
-    others = logits.scatter(-1, index, -torch.inf).logsumexp(-1)
-    return logits.gather(-1, index).squeeze(-1) - others
 
-
-class _Classification(Task):
-    """f = log p/(1 − p) with the cross-entropy loss −log p, so |∂ℓ/∂f| = 1 − p (section 3.3 of the paper)."""
-
-    @abstractmethod
-    def logits(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Sequence[Tensor]
-    ) -> Any:
-        """What `model` returns for `inputs`, the batch without its labels."""
-
-    def _margins(
+    def get_outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        *inputs, labels = batch
-        output = self.logits(model, weights, buffers, inputs)
-        return margin(getattr(output, "logits", output), labels)
+        """f of each sample of a batch, (B,)."""
+        output: Tensor = bind(model, weights, buffers)(*batch[:-1])
+        if output.shape not in ((len(batch[0]),), (len(batch[0]), 1)):
+            raise ValueError(
+                f"regression: the model must return one number a sample, (B,) or (B, 1), not {tuple(output.shape)}; "
+                "with more, say which by an own function as the task"
+            )
+        return output.reshape(-1)
 
     def get_output(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
     ) -> Tensor:
-        return self._margins(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
+        return self.get_outputs(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
 
     @torch.no_grad()
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        # 1 − p = σ(−f), which has no cancellation where p is close to 1
-        return torch.sigmoid(-self._margins(model, weights, buffers, batch))
+        output = self.get_outputs(model, weights, buffers, batch)
+        return batch[-1].reshape(output.shape) - output
 
 
-class ImageClassification(_Classification):
-    """Batches are (images, labels); the model takes the images and returns the logits."""
-
-    def logits(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Sequence[Tensor]
-    ) -> Any:
-        return functional_call(model, (dict(weights), dict(buffers)), tuple(inputs))
-
-
-class TextClassification(_Classification):
-    """Batches are (input_ids, token_type_ids, attention_mask, labels), as Hugging Face's sequence classifiers take.
-
-    The model is called with the first three as keyword arguments; it returns the logits or an object that has them.
-    """
-
-    inputs = ("input_ids", "token_type_ids", "attention_mask")
-
-    def logits(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Sequence[Tensor]
-    ) -> Any:
-        if len(inputs) != len(self.inputs):
-            raise ValueError(
-                f"text_classification: a batch is ({', '.join(self.inputs)}, labels), {len(self.inputs) + 1} "
-                f"tensors, not {len(inputs) + 1}"
-            )
-        return functional_call(model, (dict(weights), dict(buffers)), (), dict(zip(self.inputs, inputs, strict=True)))
+TASKS: dict[str, type[Task]] = {
+    "image_classification": ImageClassification,
+    "iterative_image_classification": IterativeImageClassification,
+    "text_classification": TextClassification,
+    "regression": Regression,
+    "clip": CLIP,
+    "causal_lm": CausalLM,
+    "causal_lm_per_token": CausalLMPerToken,
+    "masked_lm": MaskedLM,
+    "masked_lm_per_token": MaskedLMPerToken,
+}
 
 
-TASKS: dict[str, type[Task]] = {"image_classification": ImageClassification, "text_classification": TextClassification}
-
-
-def resolve_task(task: str | Task) -> Task:
-    """The task of that name, or `task` itself where it already has a task's methods.
+def resolve_task(task: str | Task | Callable[..., Tensor]) -> Task:
+    """The task of that name, one made of a plain function, or `task` itself where it has a task's methods.
 
     Raises:
         ValueError: No task has that name.
-        TypeError: `task` is neither a name nor an object with a task's methods.
+        TypeError: `task` is neither a name, nor a function, nor an object with a task's methods.
     """
     if isinstance(task, str):
         if task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(map(repr, TASKS))}, or a Task, not {task!r}")
+            raise ValueError(f"task must be one of {', '.join(map(repr, TASKS))}, a Task or a function, not {task!r}")
         return TASKS[task]()
-    if isinstance(task, type) or not (hasattr(task, "get_output") and hasattr(task, "get_out_to_loss_grad")):
-        raise TypeError(f"task must be a name or an instance with get_output and get_out_to_loss_grad, not {task!r}")
-    return task
+    if not isinstance(task, type):
+        if hasattr(task, "get_output") and hasattr(task, "get_out_to_loss_grad"):
+            return task  # type: ignore[return-value]  # one written for traker
+        if callable(task):
+            return FunctionTask(task)
+    raise TypeError(
+        "task must be a name, a function of (model, *sample), or an instance with get_output and "
+        f"get_out_to_loss_grad, not {task!r}"
+    )

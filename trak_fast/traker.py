@@ -6,7 +6,8 @@ import logging
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import gram, memory
+from .batches import Indices, integer, row_numbers
+from .distributed import Ranks
 from .gradients import FunctionalGradientComputer, evaluation_mode, select_parameters
 from .projection import Projector
+from .rows import Rows
+from .scores import Checkpoint, ScoreFile, ScoreMatrix, TopScores, merge_top_scores, top_scores
 from .solver import Solver, default_ridge, gram_matrix
-from .store import Rows, Store, describe
-from .tasks import Task, resolve_task
-
-Indices = Sequence[int] | NDArray[np.integer] | Tensor
+from .store import Store, describe
+from .task import Task
+from .tasks import resolve_task
 
 
 class _NoProjection:
@@ -30,7 +35,9 @@ class _NoProjection:
     proj_dim = 0
     proj_type = "none"
 
-    def project(self, grads: Mapping[str, Tensor], model_id: int) -> Tensor:
+    def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
+        if isinstance(grads, Tensor):
+            return grads.clone()
         return torch.cat([g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in grads.values()], dim=1)
 
     def free_memory(self) -> None:
@@ -49,6 +56,9 @@ class TRAKer:
     and `score`; `finalize_scores`. A killed run is started again with the same calls: training samples whose
     features are stored are not featurized again.
 
+    Where torchrun started several processes, each does its share of every step; all make the same calls with the same
+    batches, and see the same `save_dir`. A process computes the samples in `rows(n)` and passes over the others.
+
     Attributes:
         proj_dim: Size of a feature, k.
         grad_dim: Parameters that gradients are taken of, D.
@@ -59,7 +69,7 @@ class TRAKer:
     def __init__(
         self,
         model: nn.Module,
-        task: str | Task,
+        task: str | Task | Callable[..., Tensor],
         train_set_size: int,
         save_dir: str | os.PathLike[str] = "./trak_results",
         load_from_save_dir: bool = True,
@@ -78,13 +88,16 @@ class TRAKer:
         *,
         proj_type: str = "rademacher",
         chunk_size: int | None = None,
+        memory_budget: int | None = None,
+        distributed: bool | None = None,
     ) -> None:
         """Opens `save_dir`, or makes it.
 
         Args:
             model: The model. Checkpoints are loaded into it. It is run in evaluation mode; between calls its modules
                 are in the mode that they were in.
-            task: "image_classification", "text_classification", or a `Task`.
+            task: A name (see `tasks.TASKS`), a `Task`, or a function `f(model, *sample)` whose value is attributed and
+                that is minus the training loss (`FunctionTask` takes another loss).
             train_set_size: Training samples, n.
             save_dir: Folder for features and scores.
             load_from_save_dir: If False, what is stored for a checkpoint is deleted when it is first loaded, and
@@ -97,16 +110,21 @@ class TRAKer:
             score_computer: Not supported; scores are computed by `trak_fast.solver`.
             proj_dim: Size of the projection, k; 0 for none.
             logging_level: Of the logger "trak_fast".
-            use_half_precision: Has no effect: features are stored in float32, X'X is summed and solved in float64.
+            use_half_precision: Stores training features in float16 with a factor for each sample, which halves the
+                folder and changes features by up to 2^-11. X'X is summed and solved in float64 all the same.
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
-            grad_wrt: Names of the parameters to differentiate; all of them by default.
+            grad_wrt: Names or patterns ("head.*") of the parameters to differentiate; all of them by default.
             lambda_reg: The ridge λ. None: 5 × the mean squared norm of the projected training gradients of each
                 checkpoint (see `solver.RIDGE_FACTOR`). 0: plain TRAK, with the least-norm solution where X'X is
                 singular. With these two, scores do not depend on the scale of P. Another number means what it means
                 in traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
             proj_type: "rademacher" or "normal".
-            chunk_size: Samples to differentiate at a time, which bounds the memory for gradients; default the batch.
+            chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
+            memory_budget: Bytes for gradients and what computing them keeps; by default a quarter of the memory that is
+                free, or half of it on a CUDA device. One sample is taken at a time where it is less than that needs.
+            distributed: Whether to share the work with the other processes of torch.distributed; by default if there
+                are any.
 
         Raises:
             ValueError: An argument is out of its range, or `save_dir` holds features made in another way.
@@ -114,8 +132,9 @@ class TRAKer:
         """
         if saver is not None or score_computer is not None:
             raise ValueError("saver and score_computer are not supported; leave them None")
-        self.train_set_size = _integer("train_set_size", train_set_size)
-        self.chunk_size = None if chunk_size is None else _integer("chunk_size", chunk_size)
+        self.train_set_size = integer("train_set_size", train_set_size)
+        self.chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size)
+        self.memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, high=2**62)
         if lambda_reg is not None and not 0 <= lambda_reg < math.inf:
             raise ValueError(f"lambda_reg must be None or a finite number >= 0, not {lambda_reg!r}")
         self.lambda_reg = lambda_reg
@@ -129,6 +148,7 @@ class TRAKer:
         first = next(iter(parameters.values()))
         self.device = first.device
         self.grad_dim = sum(parameter.numel() for parameter in parameters.values())
+        self._grad_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
         self.gradient_computer = gradient_computer(
             model=model, task=self.task, grad_dim=self.grad_dim, dtype=first.dtype, device=self.device,
             grad_wrt=None if grad_wrt is None else list(parameters),
@@ -141,8 +161,12 @@ class TRAKer:
             raise ValueError(f"projector.grad_dim is {projector.grad_dim}, gradients have {self.grad_dim} elements")
         self.projector = projector
         self.proj_dim = projector.proj_dim or self.grad_dim
-        contents = describe(projector, self.proj_dim, self.task, parameters, self.train_set_size)
-        self.store = Store(save_dir, contents, self.train_set_size, self.proj_dim)
+        contents = describe(
+            projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
+        )
+        self._ranks = Ranks(distributed)
+        with self._ranks.together():
+            self.store = Store(save_dir, contents, self.train_set_size, self.proj_dim)
 
         self.scores: np.memmap | None = None
         self._resume = load_from_save_dir
@@ -150,7 +174,18 @@ class TRAKer:
         self._model_id = 0
         self._train: Rows | None = None
         self._targets: Rows | None = None
+        self._sum: gram.PartialGram | None = None  # of what this process featurizes of the checkpoint
+        self._close_sum: Callable[[], object] | None = None
         self._next = 0  # row that num_samples continues from
+        self._fitting: dict[tuple[torch.Size, ...], int] = {}  # samples at a time, by the shapes of one
+
+    def rows(self, total: int | None = None) -> range:
+        """The training samples, or those of another `total`, that this process computes; the others it passes over.
+
+        Under torchrun a loader of these alone (with `inds` in `featurize`) saves the reading of the rest.
+        """
+        share = self._ranks.rows(self.train_set_size if total is None else total)
+        return range(share.start, share.stop)
 
     def load_checkpoint(
         self, checkpoint: Mapping[str, Tensor], model_id: int, _allow_featurizing_already_registered: bool = False
@@ -166,9 +201,15 @@ class TRAKer:
             ValueError: Features of other weights are stored under `model_id`.
         """
         model_id = self._load(checkpoint, model_id)
-        if _allow_featurizing_already_registered or not (self._resume or model_id in self._seen):
-            self.store.forget(model_id)
-        self.store.register(model_id, self.model.state_dict())
+        forget = _allow_featurizing_already_registered or not (self._resume or model_id in self._seen)
+        if forget:
+            with self._ranks.together():  # nobody has it open any more
+                pass
+        with self._ranks.together():
+            if forget and self._ranks.rank == 0:
+                self.store.forget(model_id)
+        with self._ranks.together():
+            self.store.register(model_id, self.model.state_dict())
         self._seen.add(model_id)
         self._train = self.store.train(model_id)
 
@@ -181,14 +222,16 @@ class TRAKer:
             num_samples: B, instead of `inds`: the samples follow those of the previous call.
 
         Raises:
-            RuntimeError: No checkpoint is loaded.
+            RuntimeError: No checkpoint is loaded, or another process is writing one of these samples.
             ValueError: `inds`, `num_samples` or `batch` do not fit, or a gradient is not finite.
             TypeError: `inds` holds no integers, or `batch` no tensors.
+            OSError: The disk is full, for example; the samples stored before are safe.
         """
         if self._train is None:
             raise RuntimeError("call load_checkpoint before featurize")
-        rows, following = self._row_numbers(batch, inds, num_samples, self.train_set_size)
-        self._fill(self._train, batch, rows, np.flatnonzero(~self._train.done[rows]))
+        rows, following = row_numbers(batch, inds, num_samples, self._next, self.train_set_size)
+        own = self._claim(self._train, rows)
+        self._fill(self._train, batch, rows, own[~self._train.done[rows[own]]])
         self._next = following
 
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:
@@ -203,12 +246,31 @@ class TRAKer:
             RuntimeError: A checkpoint has training samples that are not featurized.
         """
         self.projector.free_memory()
-        for model_id in tqdm(self._model_ids(model_ids), desc="finalizing features", disable=None):
+        with self._ranks.together():
+            if self._sum is not None:
+                self._sum.save()
+        for model_id in self._progress(self._model_ids(model_ids), "finalizing features"):
             if not self.store.is_finalized(model_id):
-                rows = self.store.train(model_id)
-                rows.require_all(f"training samples of model_id {model_id} are not featurized")
-                self.store.save_gram(model_id, gram_matrix(rows.columns["features"], self._solver_device).cpu().numpy())
+                self._finalize(model_id)
+        self._leave()
         self._next = 0
+
+    def _finalize(self, model_id: int) -> None:
+        ranks, rows = self._ranks, self.store.train(model_id)
+        with ranks.together():
+            hint = "; under torchrun, each rank is given all batches" if ranks.size > 1 else ""
+            rows.require_all(f"training samples of model_id {model_id} are not featurized{hint}")
+        part = torch.empty(0)
+        with ranks.together():
+            if self._sums:
+                folder = self.store.partial_grams(model_id)
+                part = gram.total(folder, rows, self._solver_device, ranks.rank, ranks.size)
+            elif ranks.rank == 0:
+                part = gram_matrix(rows.columns["features"], self._solver_device)
+        matrix = ranks.sum(part) if self._sums else part
+        with ranks.together():
+            if ranks.rank == 0:
+                self.store.save_gram(model_id, matrix.cpu().numpy())
 
     def start_scoring_checkpoint(
         self, exp_name: str, checkpoint: Mapping[str, Tensor], model_id: int, num_targets: int
@@ -230,7 +292,8 @@ class TRAKer:
         self._require_finalized([model_id])
         self.store.check_weights(model_id, self.model.state_dict())
         self._seen.add(model_id)
-        self._targets = self.store.targets(model_id, exp_name, _integer("num_targets", num_targets))
+        with self._ranks.together():
+            self._targets = self.store.targets(model_id, exp_name, integer("num_targets", num_targets))
 
     def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
@@ -248,8 +311,8 @@ class TRAKer:
         """
         if self._targets is None:
             raise RuntimeError("call start_scoring_checkpoint before score")
-        rows, following = self._row_numbers(batch, inds, num_samples, len(self._targets.done))
-        self._fill(self._targets, batch, rows, np.arange(len(rows)))
+        rows, following = row_numbers(batch, inds, num_samples, self._next, len(self._targets.done))
+        self._fill(self._targets, batch, rows, self._claim(self._targets, rows))
         self._next = following
 
     def finalize_scores(
@@ -268,34 +331,87 @@ class TRAKer:
         Raises:
             ValueError: A checkpoint was never loaded, or has no targets of this experiment.
             RuntimeError: A checkpoint is not finalized or lacks targets.
+            OSError: The disk has too little space.
         """
-        used: dict[int, Rows] = {}
-        for model_id in self._model_ids(model_ids):
-            try:
-                targets = self.store.targets(model_id, exp_name)
-                targets.require_all(f"targets of exp_name {exp_name!r} are not scored for model_id {model_id}")
-                used[model_id] = targets
-            except (ValueError, RuntimeError) as error:
-                if not allow_skip:
-                    raise
-                self.logger.warning("skipping model_id %d: %s", model_id, error)
-        sizes = {len(targets.done) for targets in used.values()}
-        if len(sizes) != 1:
-            raise ValueError(
-                f"exp_name {exp_name!r} has numbers of targets that differ: {sorted(sizes)}"
-                if sizes
-                else f"exp_name {exp_name!r} has no checkpoint with all its targets"
-            )
-
-        self._require_finalized(used)
-        weights = self._mean_weights(used) / len(used)
-        with self.store.writing_scores(exp_name, sizes.pop()) as scores:
-            for model_id in tqdm(used, desc="finalizing scores", disable=None):
-                for rows, columns, block in self._solver(model_id).scores(used[model_id].columns["features"]):
-                    scores[rows, columns] += (block * weights[rows, None]).numpy()
+        matrix, ranks = self._score_matrix(exp_name, model_ids, allow_skip), self._ranks
+        file = ScoreFile(self.store.scores_file(exp_name), matrix.shape)
+        try:
+            with ranks.together():
+                if ranks.rank == 0:
+                    file.begin()
+            with ranks.together():
+                file.fill(matrix, ranks.rows(self.train_set_size))
+            with ranks.together():
+                if ranks.rank == 0:
+                    file.publish()
+        finally:
+            if ranks.rank == 0:
+                file.discard()
         self.scores = self.store.scores(exp_name)
         self._next = 0
         return self.scores
+
+    def top_scores(
+        self,
+        exp_name: str,
+        k: int,
+        model_ids: Iterable[int] | None = None,
+        largest: bool = True,
+        allow_skip: bool = False,
+    ) -> TopScores:
+        """Computes the k highest scores of each target of an experiment, or the lowest, and no matrix of all.
+
+        They are exactly those of `finalize_scores`, in memory O(m · k), and are saved as
+        save_dir/scores/<exp_name>.highest.npz (lowest.npz); `trak_fast.save_table` writes them for other programs.
+
+        Args:
+            exp_name: The experiment.
+            k: Scores for each target.
+            model_ids: Checkpoints; all by default.
+            largest: Whether the highest.
+            allow_skip: As in `finalize_scores`.
+
+        Raises:
+            As `finalize_scores`.
+        """
+        count = min(integer("k", k), self.train_set_size)
+        matrix, ranks = self._score_matrix(exp_name, model_ids, allow_skip), self._ranks
+        with ranks.together():
+            part = top_scores(matrix, ranks.rows(self.train_set_size), count, largest)
+        result = merge_top_scores(ranks.gather(part), count)
+        with ranks.together():
+            if ranks.rank == 0:
+                result.save(self.store.scores_file(exp_name, ".highest.npz" if largest else ".lowest.npz"))
+        self._next = 0
+        return result
+
+    def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> ScoreMatrix:
+        """The scores of an experiment, once all its targets are there."""
+        with self._ranks.together():  # all have written their targets
+            pass
+        used: dict[int, Rows] = {}
+        with self._ranks.together():
+            for model_id in self._model_ids(model_ids):
+                try:
+                    targets = self.store.targets(model_id, exp_name)
+                    targets.require_all(f"targets of exp_name {exp_name!r} are not scored for model_id {model_id}")
+                    used[model_id] = targets
+                except (ValueError, RuntimeError) as error:
+                    if not allow_skip:
+                        raise
+                    self.logger.warning("skipping model_id %d: %s", model_id, error)
+            sizes = {len(targets.done) for targets in used.values()}
+            if len(sizes) != 1:
+                raise ValueError(
+                    f"exp_name {exp_name!r} has numbers of targets that differ: {sorted(sizes)}"
+                    if sizes
+                    else f"exp_name {exp_name!r} has no checkpoint with all its targets"
+                )
+            self._require_finalized(used)
+        checkpoints = [
+            Checkpoint(self._solver(i), self.store.train(i), rows.columns["features"]) for i, rows in used.items()
+        ]
+        return ScoreMatrix(checkpoints, self._mean_weights(used) / len(used))
 
     def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[np.float32]:
         """The score of each training sample for itself; high values point to wrong labels and outliers.
@@ -315,68 +431,102 @@ class TRAKer:
         ids = self._model_ids(model_ids)
         self._require_finalized(ids)
         total = torch.zeros(self.train_set_size, dtype=torch.float64)
-        for model_id in tqdm(ids, desc="self-influence", disable=None):
+        for model_id in self._progress(ids, "self-influence"):
             total += self._solver(model_id).self_influence()
         return (total / len(ids) * self._mean_weights(ids)).float().numpy()
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
-        model_id = _integer("model_id", model_id, 0, 2**32 - 1)
-        self._train = self._targets = None
+        model_id = integer("model_id", model_id, 0, 2**32 - 1)
+        self._leave()
         self.model.load_state_dict(checkpoint)
         self.gradient_computer.load_model_params(self.model)
         self._model_id, self._next = model_id, 0
         return model_id
 
-    def _row_numbers(
-        self, batch: Sequence[Tensor], inds: Indices | None, num_samples: int | None, num_rows: int
-    ) -> tuple[NDArray[np.intp], int]:
-        """The rows that a batch goes to, (B,), and the row that follows if they were given by `num_samples`."""
-        if isinstance(batch, Tensor) or not all(isinstance(x, Tensor) and x.ndim > 0 for x in batch):
-            raise TypeError(f"batch must be a sequence of tensors (B, ...), not {type(batch).__name__}")
-        if (inds is None) == (num_samples is None):
-            raise ValueError("give either inds or num_samples")
-        if num_samples is not None:
-            rows = np.arange(self._next, self._next + _integer("num_samples", num_samples))
-            following = self._next + len(rows)
-        else:
-            rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
-            if rows.size and not np.issubdtype(rows.dtype, np.integer):
-                raise TypeError(f"inds must be integers, not {rows.dtype}")
-            following = self._next
-        if any(len(x) != len(rows) for x in batch):
-            raise ValueError(
-                f"batch has {[len(x) for x in batch]} samples in its tensors, "
-                f"{'inds' if num_samples is None else 'num_samples'} says {len(rows)}"
-            )
-        if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
-            raise ValueError(f"samples {rows.min()} to {rows.max()} are not all in [0, {num_rows})")
-        if len(np.unique(rows)) != len(rows):
-            raise ValueError("inds has the same number twice")
-        return rows.astype(np.intp), following
+    def _leave(self) -> None:
+        """Ends featurizing or scoring a checkpoint."""
+        if self._close_sum is not None:
+            self._close_sum()
+        for rows in (self._train, self._targets):
+            if rows is not None:
+                rows.release()
+        self._train = self._targets = self._sum = self._close_sum = None
+
+    def _claim(self, stored: Rows, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Positions in `rows` of those that this process computes, which are then kept from other processes."""
+        share = self._ranks.rows(len(stored.done))
+        positions = np.flatnonzero((rows >= share.start) & (rows < share.stop))
+        stored.claim(rows[positions])
+        return positions
+
+    @property
+    def _sums(self) -> bool:
+        """Whether X'X is summed while featurizing; where n < k, XX' is formed in the end."""
+        return self.proj_dim <= self.train_set_size
+
+    def _summing(self, stored: Rows) -> gram.PartialGram:
+        if self._sum is None:
+            folder = self.store.partial_grams(self._model_id)
+            self._sum = gram.PartialGram(folder, self.train_set_size, self.proj_dim, self._solver_device, stored.locks)
+            # also when the interpreter ends or this object goes without finalize_features
+            self._close_sum = weakref.finalize(self, self._sum.close)
+        return self._sum
 
     def _fill(self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp], positions: NDArray[np.intp]) -> None:
         """Computes what `stored` keeps of the samples at some positions of the batch, whose rows there are `rows`."""
-        size = self.chunk_size or max(1, len(positions))
-        for part in (positions[start : start + size] for start in range(0, len(positions), size)):
-            samples = [x[torch.from_numpy(part).to(x.device)].to(self.device) for x in batch]
-            values = {}
+        if len(positions):
+            shapes = tuple(x.shape[1:] for x in batch)
+            if shapes not in self._fitting:
+                self._fitting[shapes] = self.chunk_size or self._samples_at_a_time([x[:1] for x in batch])
+            self._fitting[shapes] = memory.in_parts(
+                len(positions),
+                self._fitting[shapes],
+                lambda part: self._compute(stored, batch, rows[positions[part]], positions[part]),
+            )
+
+    def _samples_at_a_time(self, batch: Sequence[Tensor]) -> int:
+        """Samples like the one in `batch` whose gradients fit into the memory budget, at least one."""
+        budget = self.memory_budget
+        if budget is None:
+            budget = memory.free_bytes(self.device) // (2 if self.device.type == "cuda" else 4)
+        sample = [x[0].to(self.device) for x in batch]
+        weights, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+
+        def forward() -> None:
             with evaluation_mode(self.model):
-                # handed over without a name, so that no gradients are kept while the next are computed
-                values["features"] = self.projector.project(
-                    self.gradient_computer.compute_per_sample_grad(samples), model_id=self._model_id
-                )
-                if "weights" in stored.columns:
-                    values["weights"] = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
-            for name, value in values.items():
-                values[name] = value.detach().to(device="cpu", dtype=torch.float32)
-                expected = (len(part), *stored.columns[name].shape[1:])
-                if value.shape != expected:
-                    raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}")
-                # one row that is not finite would spoil all scores, through X'X
-                if not (finite := values[name].isfinite().reshape(len(part), -1).all(1)).all():
-                    raise ValueError(f"the {name} of samples {rows[part][~finite].tolist()[:5]} are not finite")
-            stored.write(rows[part], **values)
+                self.task.get_output(self.model, weights, buffers, *sample)
+
+        return max(1, budget // memory.sample_bytes(forward, self._grad_bytes))
+
+    def _compute(
+        self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp], positions: NDArray[np.intp]
+    ) -> None:
+        """Computes and stores a part of a batch at once."""
+        samples = [x[torch.from_numpy(positions).to(x.device)].to(self.device) for x in batch]
+        values = {}
+        with evaluation_mode(self.model):
+            # handed over without a name, so that no gradients are kept while the next are computed
+            values["features"] = self.projector.project(
+                self.gradient_computer.compute_per_sample_grad(samples), model_id=self._model_id
+            )
+            if "weights" in stored.columns:
+                values["weights"] = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
+        for name, value in values.items():
+            values[name] = value.detach().to(device="cpu", dtype=torch.float32)
+            expected = (len(rows), *stored.columns[name].shape[1:])
+            if value.shape != expected:
+                raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}")
+            # one row that is not finite would spoil all scores, through X'X
+            if not (finite := values[name].isfinite().reshape(len(rows), -1).all(1)).all():
+                raise ValueError(f"the {name} of samples {rows[~finite].tolist()[:5]} are not finite")
+        written = stored.write(rows, **values)
+        if stored is self._train and self._sums and not self.store.is_finalized(self._model_id):
+            self._summing(stored).add(rows, written["features"])
+
+    def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:
+        bar: Iterable[int] = tqdm(ids, desc=description, disable=None if self._ranks.rank == 0 else True)
+        return bar
 
     def _model_ids(self, model_ids: Iterable[int] | None) -> list[int]:
         stored = self.store.model_ids()
@@ -408,11 +558,3 @@ class TRAKer:
     @property
     def _solver_device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")  # not all others have float64
-
-
-def _integer(name: str, value: int, low: int = 1, high: int = 2**48) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, not {value!r}")
-    if not low <= operator.index(value) <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
-    return operator.index(value)

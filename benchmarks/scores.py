@@ -1,0 +1,148 @@
+"""Times scores of many training samples from disk, and shows what limits them: the disk or the matrix product.
+
+    python benchmarks/scores.py [--samples 1000000] [--targets 1000] [--proj-dim 4096] [--output NAME.json]
+
+Makes a store of random features in float16 (8 GB at the default size) in --folder, then computes the highest scores of
+each target, and with --full also the file of all scores (4 GB), each in a process of its own with cold caches, whose
+peak memory is recorded. For comparison, the file is read once without computing, and the product is computed without
+reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import trak_fast
+from trak_fast.rows import to_halves
+
+BLOCK = 4096
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x[None])[0, 0]
+
+
+def opened(folder: Path, samples: int, proj_dim: int) -> trak_fast.TRAKer:
+    torch.manual_seed(0)
+    return trak_fast.TRAKer(
+        nn.Linear(3, 1), output, samples, folder, proj_dim=proj_dim, use_half_precision=True, lambda_reg=1e-3
+    )
+
+
+def make(folder: Path, samples: int, targets: int, proj_dim: int) -> None:
+    """A finalized store whose features are one random block again and again, its rows shifted each time."""
+    traker = opened(folder, samples, proj_dim)
+    state = traker.model.state_dict()
+    traker.load_checkpoint(state, 0)
+    rng = np.random.default_rng(0)
+    block, scales = to_halves(rng.standard_normal((BLOCK, proj_dim), dtype=np.float32))
+    rows = traker.store.train(0)
+    gram = np.zeros((proj_dim, proj_dim))
+    with (rows.path / "features.npy").open("r+b", buffering=0) as file:
+        file.seek(rows.files["features"].offset)
+        for start in tqdm(range(0, samples, BLOCK), desc="writing features"):
+            file.write(np.roll(block, start // BLOCK, axis=0)[: samples - start].tobytes())
+        os.fsync(file.fileno())
+    for name, values in (("features_scale", np.full(samples, scales[0])), ("weights", np.ones(samples, np.float32))):
+        np.lib.format.open_memmap(rows.path / f"{name}.npy", "r+")[:] = values
+    np.lib.format.open_memmap(rows.path / "done.npy", "r+")[:] = True
+    values = block.astype(np.float32) * scales[0]
+    gram = (values.T @ values).astype(np.float64) * (samples / BLOCK)
+    traker.store.save_gram(0, gram)
+    traker.start_scoring_checkpoint("test", state, 0, num_targets=targets)
+    traker.store.targets(0, "test").write(
+        np.arange(targets), features=rng.standard_normal((targets, proj_dim), dtype=np.float32)
+    )
+
+
+def cold(path: Path) -> None:
+    """Takes a file out of the system's cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(what: str, folder: Path, samples: int, targets: int, proj_dim: int, top: int) -> dict[str, float]:
+    """Seconds, and the peak of this process's memory in MiB."""
+    features = folder / "checkpoint_0" / "train" / "features.npy"
+    cold(features)
+    start = time.perf_counter()
+    if what == "read":
+        buffer = memoryview(bytearray(BLOCK * proj_dim * 2))
+        with features.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    elif what == "product":
+        block, solved = torch.randn(BLOCK // 2, proj_dim), torch.randn(proj_dim, targets)
+        for _ in range(0, samples, len(block)):
+            block @ solved
+    elif what == "top":
+        opened(folder, samples, proj_dim).top_scores("test", top)
+    else:
+        opened(folder, samples, proj_dim).finalize_scores("test")
+    seconds = time.perf_counter() - start
+    with open("/proc/self/status") as status:
+        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    return {"seconds": seconds, "peak_mib": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--targets", type=int, default=1000)
+    parser.add_argument("--proj-dim", type=int, default=4096)
+    parser.add_argument("--top", type=int, default=100)
+    parser.add_argument("--full", action="store_true", help="also write the file of all scores")
+    parser.add_argument("--folder", type=Path, help="where to make the store, on the disk to measure")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    size = (arguments.samples, arguments.targets, arguments.proj_dim)
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.folder, *size, arguments.top)))
+        return
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        make(Path(name), *size)
+        command = [sys.executable, *sys.argv, "--folder", name]
+        for what in ["read", "product", "top", *(["full"] if arguments.full else [])]:
+            answer = subprocess.run([*command, "--measure", what], check=True, stdout=subprocess.PIPE, text=True).stdout
+            results[what] = json.loads(answer)
+    samples, targets, proj_dim = size
+    labels = {
+        "read": f"reading {2e-9 * samples * proj_dim:.1f} GB of features",
+        "product": f"the product alone, {2e-12 * samples * targets * proj_dim:.2f} TFLOP in float32",
+        "top": f"the {arguments.top} highest scores of each target",
+        "full": f"all scores, a file of {4e-9 * samples * targets:.1f} GB",
+    }
+    print(f"{samples} training samples, {targets} targets, k = {proj_dim}")
+    for what, result in results.items():
+        print(f"  {labels[what]:50} {result['seconds']:8.1f} s   peak memory {result['peak_mib']:6.0f} MiB")
+    if arguments.output:
+        machine = {
+            "date": date.today().isoformat(),
+            "command": " ".join(["python", "benchmarks/scores.py", *sys.argv[1:]]),
+            "processor": platform.processor() or platform.machine(),
+            "info": trak_fast.info(),
+        }
+        row = {"n": samples, "m": targets, "k": proj_dim, "top": arguments.top, "results": results}
+        arguments.output.write_text(json.dumps({"machine": machine, **row}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The same script under torchrun with 1, 2 and 4 ranks, against one process; and ranks that die or fail."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_traker import CHECKPOINTS, M, N, build, run
+
+from trak_fast.distributed import Ranks, share
+from trak_fast.scores import TopScores
+from trak_fast.store import Store
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_traker import CHECKPOINTS, TRAIN, N, build, run
+from trak_fast.traker import TRAKer
+
+save_dir, proj_dim, mode = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+rank = int(os.environ["RANK"])
+featurize, calls = TRAKer.featurize, 0
+
+def counting(self, batch, *args, **kwargs):
+    global calls
+    calls += 1
+    if mode == "die" and rank == 1 and calls == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "skip" and rank == 1 and calls == 3:
+        return
+    featurize(self, batch, *args, **kwargs)
+
+TRAKer.featurize = counting
+traker = build(save_dir, proj_dim=proj_dim)
+rows = [*traker.rows()], [*traker.rows(4)]
+print("rows", rank, rows[0][0], rows[0][-1] + 1, rows[1][0], rows[1][-1] + 1, flush=True)
+scores = run(traker)
+assert scores.shape == (N, 4)
+top, low = traker.top_scores("test", 3), traker.top_scores("test", N, largest=False)
+assert (low.indices[:, ::-1] == (-scores).argsort(0, kind="stable").T).all()
+assert traker.self_influence().shape == (N,)
+"""
+
+
+def torchrun(ranks: int, folder: Path, proj_dim: int = 8, mode: str = "whole") -> subprocess.CompletedProcess[str]:
+    script = folder.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, str(script), str(Path(__file__).parent), str(folder), str(proj_dim), mode],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def close(folder: Path, expected: Path) -> None:
+    """Both folders hold the same up to rounding in float32."""
+    for model_id in range(len(CHECKPOINTS)):
+        for name in ("train/features.npy", "train/weights.npy", "targets/test/features.npy", "gram.npy"):
+            ours, theirs = (np.load(path / f"checkpoint_{model_id}" / name) for path in (folder, expected))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+        assert not (folder / f"checkpoint_{model_id}" / "gram").exists()
+    ours, theirs = (np.load(path / "scores" / "test.npy") for path in (folder, expected))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+    top = TopScores.load(folder / "scores" / "test.highest.npz")
+    assert top.indices.shape == (M, 3)
+    np.testing.assert_array_equal(top.scores, np.sort(ours, 0)[::-1][:3].T)
+    np.testing.assert_array_equal(np.take_along_axis(ours, top.indices.T, 0).T, top.scores)
+
+
+@pytest.mark.parametrize(("ranks", "proj_dim"), [(1, 8), (2, 8), (4, 8), (2, 20)])
+def test_any_number_of_ranks_gives_the_same(tmp_path: Path, ranks: int, proj_dim: int) -> None:
+    run(build(tmp_path / "alone", proj_dim=proj_dim))
+    done = torchrun(ranks, tmp_path / "shared", proj_dim)
+    assert done.returncode == 0, done.stderr
+    close(tmp_path / "shared", tmp_path / "alone")
+    numbers = sorted([*map(int, line.split()[1:])] for line in done.stdout.splitlines() if line.startswith("rows"))
+    assert [line[0] for line in numbers] == list(range(ranks))
+    for column, total in ((1, N), (3, M)):  # each row has one rank
+        ends = [0, *(line[column + 1] for line in numbers)]
+        assert [line[column] for line in numbers] == ends[:-1]
+        assert ends[-1] == total
+
+
+def test_a_rank_that_dies_leaves_what_it_stored(tmp_path: Path) -> None:
+    done = torchrun(2, tmp_path / "shared", mode="die")
+    assert done.returncode != 0
+    stored = Store.__new__(Store)  # looks without a manifest
+    stored.path, stored.num_rows, stored.width, stored._half = tmp_path / "shared", N, 8, ()
+    finished = stored.train(0).done
+    assert finished[6:10].all()  # the dead rank's second batch
+    assert not finished[10:].any()
+    assert not stored.is_finalized(0)
+    again = torchrun(2, tmp_path / "shared")
+    assert again.returncode == 0, again.stderr
+    run(build(tmp_path / "alone"))
+    close(tmp_path / "shared", tmp_path / "alone")
+
+
+def test_what_one_rank_lacks_is_an_error_on_all(tmp_path: Path) -> None:
+    done = torchrun(2, tmp_path / "shared", mode="skip")
+    assert done.returncode != 0
+    message = (
+        "2 of 12 training samples of model_id 0 are not featurized; under torchrun, each rank is given all batches"
+    )
+    assert done.stderr.count(f"RuntimeError: {message}") >= 1
+    assert not (tmp_path / "shared" / "checkpoint_0" / "gram.npy").exists()
+
+
+@given(st.integers(0, 100), st.integers(1, 30))
+def test_shares_cover_all_rows_once_and_evenly(total: int, size: int) -> None:
+    parts = [share(total, rank, size) for rank in range(size)]
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(total))
+    assert {part.stop - part.start for part in parts} <= {total // size, -(-total // size)}
+
+
+def test_one_process_is_a_group_of_its_own() -> None:
+    for choice in (None, False):
+        ranks = Ranks(choice)
+        assert (ranks.rank, ranks.size, ranks.rows(7), ranks.gather("x")) == (0, 1, slice(0, 7), ["x"])
+    with pytest.raises(RuntimeError, match=r"distributed=True, but torch\.distributed is not initialised"):
+        Ranks(True)
+    with pytest.raises(KeyError), ranks.together():
+        raise KeyError

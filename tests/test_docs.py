@@ -1,0 +1,53 @@
+"""The code of the documentation runs, and prints what it says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Languages and contents of a page's code blocks."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def execute(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", ["first-run.md", "own-task.md"])
+def test_pages_of_one_script(tmp_path: Path, page: str) -> None:
+    found = blocks(page)
+    assert len(found) > 4
+    script = "\n".join(content for language, content in found if language == "python")
+    printed = execute([sys.executable, "-W", "error", "-c", script], tmp_path)
+    for language, content in found:
+        assert language in ("python", "text")
+        if language == "text":
+            assert content in printed
+
+
+def test_the_page_about_clusters(tmp_path: Path) -> None:
+    """Python blocks add to attribute.py, commands run one after the other; all ways give the same answer."""
+    answers = []
+    for language, content in blocks("cluster.md"):
+        if language == "python":
+            with (tmp_path / "attribute.py").open("a") as file:
+                file.write(content)
+        else:
+            assert language == "bash"
+            printed = execute(["bash", "-euc", content], tmp_path)
+            answers += re.findall(r"best training sample of the first target: (\d+)", printed)
+    assert len(answers) == 4  # of two ranks, and of three times one process
+    assert len(set(answers)) == 1

@@ -1,0 +1,259 @@
+"""What goes wrong with other TRAK drivers and stores and on real machines: full disks, double starts, little memory."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from test_traker import CHECKPOINTS, SEED, TRAIN, M, N, build, data, network, run
+from torch import nn
+
+from trak_fast import TRAKer
+from trak_fast.files import write_at
+
+HERE = str(Path(__file__).parent)
+
+
+def python(script: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {HERE!r})\n" + script, *map(str, arguments)],
+        capture_output=True, text=True, timeout=240, check=False, **options,
+    )  # fmt: skip
+
+
+def wide(folder: Path, scale: float = 1.0, **options: Any) -> tuple[TRAKer, np.ndarray]:
+    """300 samples and 40 targets of a network whose gradients are large or small."""
+    torch.manual_seed(0)
+    model = network()
+    model.load_state_dict(CHECKPOINTS[0])
+
+    def f(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return scale * model(x[None])[0].gather(0, y)
+
+    traker = TRAKer(model, f, 300, folder, proj_dim=64, projector_seed=SEED, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize(data(300, 3), num_samples=300)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, num_targets=40)
+    traker.score(data(40, 4), num_samples=40)
+    return traker, np.array(traker.finalize_scores("test"))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_half_precision_changes_no_ranking(tmp_path: Path, scale: float) -> None:
+    """With magnitudes at which float16 features would be zero, and at which they and X'X would overflow."""
+    whole, expected = wide(tmp_path / "float32", scale)
+    half, scores = wide(tmp_path / "float16", scale, use_half_precision=True)
+    assert np.isfinite(scores).all()
+    for target in range(40):
+        assert spearmanr(scores[:, target], expected[:, target]).statistic > 0.9999
+    first, other = (np.argsort(-x, axis=0)[:10] for x in (scores, expected))
+    assert np.mean([len(set(a) & set(b)) for a, b in zip(first.T, other.T, strict=True)]) > 9.9
+    sizes = [(path / "checkpoint_0/train/features.npy").stat().st_size for path in (whole.store.path, half.store.path)]
+    assert sizes[0] - 2 * sizes[1] < 200
+
+
+def test_half_precision_works_where_there_are_fewer_samples_than_features(tmp_path: Path) -> None:
+    expected = run(build(tmp_path / "float32", proj_dim=20))
+    scores = run(build(tmp_path / "float16", proj_dim=20, use_half_precision=True))
+    np.testing.assert_allclose(scores, expected, rtol=0.01, atol=1e-3 * np.abs(expected).max())
+
+
+def test_another_precision_or_architecture_is_refused(tmp_path: Path) -> None:
+    build(tmp_path)
+    with pytest.raises(ValueError, match="dtype: stored 'float32', given 'float16'"):
+        build(tmp_path, use_half_precision=True)
+    other = network()
+    other[2] = nn.ReLU()
+    with pytest.raises(ValueError, match=r"modules\[3\]: stored '2 Tanh', given '2 ReLU'"):
+        TRAKer(other, "image_classification", N, tmp_path, proj_dim=8, projector_seed=SEED)
+
+
+OPENING = """
+import time
+from test_traker import build
+seed, moment = int(sys.argv[2]), float(sys.argv[3])
+time.sleep(max(0, moment - time.time()))
+try:
+    build(sys.argv[1], projector_seed=seed)
+    print("opened", seed)
+except ValueError as error:
+    print("refused", seed, "seed: stored" in str(error))
+"""
+
+
+def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_wrote(tmp_path: Path) -> None:
+    import time
+
+    moment = time.time() + 12
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {HERE!r})\n" + OPENING, str(tmp_path)]
+    children = [
+        subprocess.Popen([*command, str(seed), str(moment)], stdout=subprocess.PIPE, text=True) for seed in (1, 2, 1, 2)
+    ]
+    lines = [child.communicate()[0].split() for child in children]
+    opened = {line[1] for line in lines if line[0] == "opened"}
+    assert len(opened) == 1
+    assert all(line[0] == "opened" if line[1] in opened else line == ["refused", line[1], "True"] for line in lines)
+    build(tmp_path, projector_seed=int(opened.pop()))
+
+
+CONTINUING = """
+from test_traker import CHECKPOINTS, TRAIN, build
+traker = build(sys.argv[1])
+traker.load_checkpoint(CHECKPOINTS[0], 0)
+for start in range(4, 12, 4):
+    traker.featurize([x[start : start + 4] for x in TRAIN], inds=range(start, start + 4))
+"""
+
+
+def test_a_second_process_with_the_same_samples_is_told(tmp_path: Path) -> None:
+    traker = build(tmp_path)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    traker.featurize([x[7:10] for x in TRAIN], inds=[7, 8, 9])
+    done = python(CONTINUING, tmp_path)
+    assert done.returncode == 1
+    assert f"rows 7 to 7 of {tmp_path}/checkpoint_0/train are being written by another process (pid {os.getpid()})" in (
+        done.stderr
+    )
+    traker.load_checkpoint(CHECKPOINTS[1], 1)  # gives up what it held
+    assert python(CONTINUING, tmp_path).returncode == 0
+    again = build(tmp_path)
+    assert np.flatnonzero(again.store.train(0).done).tolist() == list(range(4, 12))
+
+
+def featurize(folder: Path) -> None:
+    traker = build(folder)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    for start in range(0, N, 2):
+        traker.featurize([x[start : start + 2] for x in TRAIN], num_samples=2)
+
+
+LIMITED = """
+import resource
+from pathlib import Path
+from test_traker import CHECKPOINTS, build
+from test_failures import featurize
+folder = Path(sys.argv[1])
+build(folder).load_checkpoint(CHECKPOINTS[0], 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+featurize(folder)
+"""
+
+
+def resumes(folder: Path, tmp_path: Path, done: int) -> None:
+    """What is stored is whole, and the scores come out as if nothing had happened."""
+    assert build(folder).store.train(0).done.sum() == done
+    assert np.allclose(run(build(folder), 2), run(build(tmp_path / "alone"), 2), rtol=1e-4, atol=1e-6)
+
+
+def test_a_file_that_may_not_grow_is_an_error_and_the_run_resumes(tmp_path: Path) -> None:
+    limit = 128 + 7 * 4 * 8 + 5  # a header and 7 rows of 8 numbers, and some of the next
+    done = python(LIMITED, tmp_path / "limited", limit)
+    assert done.returncode == 1
+    assert "File too large; what was stored before is safe: make room and run the same again" in done.stderr
+    resumes(tmp_path / "limited", tmp_path, 6)
+
+
+def test_a_full_disk_is_an_error_and_the_run_resumes(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=256k", "none", disk], check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        traker = build(disk / "run", proj_dim=0)  # rows of 524 bytes, so that they begin new pages
+        traker.load_checkpoint(CHECKPOINTS[0], 0)
+        traker.featurize([x[:2] for x in TRAIN], num_samples=2)
+        other = os.open(disk / "other", os.O_WRONLY | os.O_CREAT)
+        with pytest.raises(OSError, match="No space left"):
+            write_at(other, memoryview(bytes(1 << 20)), 0)
+        os.close(other)
+        with pytest.raises(OSError, match="what was stored before is safe: make room and run the same again"):
+            traker.featurize([x[2:] for x in TRAIN], num_samples=N - 2)
+        assert traker.store.train(0).done.tolist() == [True] * 2 + [False] * (N - 2)
+        (disk / "other").unlink()
+        scores = run(build(disk / "run", proj_dim=0))
+        np.testing.assert_allclose(scores, run(build(tmp_path / "alone", proj_dim=0)), rtol=1e-3, atol=1e-6)
+        del traker, scores
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+MEMORY = """
+import torch, numpy as np
+from pathlib import Path
+from torch import nn
+from trak_fast import TRAKer
+from trak_fast.files import write_at
+torch.set_num_threads(1)
+n, m = 500_000, 200
+model = nn.Linear(3, 2)
+traker = TRAKer(model, lambda model, x: model(x[None])[0, 0], n, Path(sys.argv[1]), proj_dim=4)
+traker.load_checkpoint(model.state_dict(), 0)
+generator = torch.Generator().manual_seed(0)
+for start in range(0, n, 50_000):
+    traker.featurize([torch.randn(50_000, 3, generator=generator)], num_samples=50_000)
+traker.finalize_features()
+traker.start_scoring_checkpoint("x", model.state_dict(), 0, num_targets=m)
+traker.score([torch.randn(m, 3, generator=generator)], num_samples=m)
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+for compute in (lambda: traker.top_scores("x", 10), lambda: traker.finalize_scores("x")):
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    compute()
+    print(status("VmHWM") - before)
+"""
+
+
+def test_scores_of_many_samples_are_never_in_memory_at_once(tmp_path: Path) -> None:
+    done = python(MEMORY, tmp_path)
+    assert done.returncode == 0, done.stderr
+    top, whole = map(float, done.stdout.split())
+    # all scores are 400 MB; a block is 32 MiB, of which there are a few
+    assert top < 200
+    assert whole < 200
+
+
+def test_scores_before_the_features_are_final_are_an_error_and_no_number(tmp_path: Path) -> None:
+    traker = build(tmp_path)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    traker.featurize(TRAIN, num_samples=N)
+    with pytest.raises(RuntimeError, match=r"model_ids \[0\] are not finalized; call finalize_features first"):
+        traker.start_scoring_checkpoint("test", CHECKPOINTS[0], 0, num_targets=M)
+    for compute in (lambda: traker.finalize_scores("test"), lambda: traker.top_scores("test", 2)):
+        with pytest.raises(ValueError, match="'test' has no targets for model_id 0"):
+            compute()
+
+
+def test_top_scores_are_saved_with_the_others(tmp_path: Path) -> None:
+    traker = build(tmp_path)
+    scores = run(traker)
+    top, low = traker.top_scores("test", 3), traker.top_scores("test", 2, largest=False)
+    assert (top.indices == np.argsort(-scores, 0)[:3].T).all()
+    assert (low.indices == np.argsort(scores, 0)[:2].T).all()
+    assert (top.scores == np.take_along_axis(scores, top.indices.T, 0).T).all()
+    names = {path.name for path in (tmp_path / "scores").iterdir()}
+    assert names == {"test.npy", "test.highest.npz", "test.lowest.npz"}
+    assert traker.top_scores("test", 100).indices.shape == (M, N)
+    with pytest.raises(ValueError, match="k must be in"):
+        traker.top_scores("test", 0)
+
+
+def test_a_limit_on_open_files_is_not_reached(tmp_path: Path) -> None:
+    """Many checkpoints in one run leave few files open."""
+    before = len(os.listdir("/proc/self/fd"))
+    traker = build(tmp_path)
+    for model_id in range(30):
+        traker.load_checkpoint(CHECKPOINTS[0], model_id)
+        traker.featurize(TRAIN, num_samples=N)
+    traker.finalize_features()
+    assert len(os.listdir("/proc/self/fd")) - before < 10
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 10

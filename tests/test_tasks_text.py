@@ -1,0 +1,117 @@
+"""Language modelling against probabilities written out token by token, in float64."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trak_fast.gradients import FunctionalGradientComputer
+from trak_fast.tasks import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, Task
+
+WORDS, LENGTH = 9, 6
+IDS = torch.tensor([[3, 1, 4, 1, 5, 0], [2, 7, 1, 8, 2, 8], [0, 0, 6, 6, 2, 1]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])  # padded right, not, left
+LABELS = torch.tensor([[-100, 1, -100, 2, -100, -100], [5, -100, -100, -100, -100, 3], [-100] * 3 + [4, -100, -100]])
+
+
+class Model(nn.Module):
+    """Logits that depend on the place, its word and the words before it."""
+
+    def __init__(self, wrapped: bool = False) -> None:
+        super().__init__()
+        self.words, self.head, self.wrapped = nn.Embedding(WORDS, 5), nn.Linear(5, WORDS), wrapped
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        x = (self.words(input_ids) * attention_mask.unsqueeze(2)).cumsum(1)
+        logits = self.head(torch.tanh(x))
+        return SimpleNamespace(logits=logits) if self.wrapped else logits
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().double()
+
+
+def probability(model: Model, row: int, place: int, token: int) -> Tensor:
+    """Of `token` by the logits at `place`."""
+    return torch.softmax(model(IDS[row : row + 1], MASK[row : row + 1])[0, place], 0)[token]
+
+
+def check(task: Task, model: Model, batch: list[Tensor], tokens: list[list[tuple[int, int]]]) -> None:
+    """f and Q of sequences whose predicted tokens are known as (place of the logits, token)."""
+    weights = dict(model.named_parameters())
+    q = task.get_out_to_loss_grad(model, weights, {}, batch)
+    grads = FunctionalGradientComputer(model, task).compute_per_sample_grad(batch)
+    for row, places in enumerate(tokens):
+        p = math.prod(probability(model, row, *place) for place in places) ** (1 / len(places))
+        assert isinstance(p, Tensor)
+        f = task.get_output(model, weights, {}, *(x[row] for x in batch))
+        expected = torch.log(p / (1 - p))
+        torch.testing.assert_close(f, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(q[row], 1 - p.detach(), rtol=1e-11, atol=0)
+        # Q ∇f is what training follows: minus the gradient of the mean cross-entropy
+        loss = -sum(probability(model, row, *place).log() for place in places) / len(places)
+        slope = torch.autograd.grad(loss, model.head.weight)[0]
+        torch.testing.assert_close(q[row] * grads["head.weight"][row], -slope, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_causal_sequences(model: Model, wrapped: bool) -> None:
+    model.wrapped = False
+    tokens = [
+        [(0, 1), (1, 4), (2, 1), (3, 5)],  # nothing is predicted for the padding
+        [(0, 7), (1, 1), (2, 8), (3, 2), (4, 8)],
+        [(2, 6), (3, 2), (4, 1)],  # nor the first word from it
+    ]
+    if wrapped:
+        wrapping = Model(wrapped=True).double()
+        wrapping.load_state_dict(model.state_dict())
+        weights = dict(model.named_parameters())
+        torch.testing.assert_close(
+            CausalLM().get_outputs(wrapping, weights, {}, [IDS, MASK]),
+            CausalLM().get_outputs(model, weights, {}, [IDS, MASK]),
+        )
+    else:
+        check(CausalLM(), model, [IDS, MASK], tokens)
+
+
+def test_causal_tokens(model: Model) -> None:
+    check(CausalLMPerToken(), model, [IDS, MASK, torch.tensor([4, 1, 3])], [[(3, 5)], [(0, 7)], [(2, 6)]])
+
+
+def test_masked_sequences(model: Model) -> None:
+    check(MaskedLM(), model, [IDS, MASK, LABELS], [[(1, 1), (3, 2)], [(0, 5), (5, 3)], [(3, 4)]])
+
+
+def test_masked_tokens(model: Model) -> None:
+    positions = torch.tensor([3, 5, 3])
+    check(MaskedLMPerToken(), model, [IDS, MASK, LABELS, positions], [[(3, 2)], [(5, 3)], [(3, 4)]])
+
+
+def test_a_sequence_without_predicted_tokens_has_no_gradient(model: Model) -> None:
+    batch = [IDS[:1], MASK[:1], torch.full((1, LENGTH), -100)]
+    grads = FunctionalGradientComputer(model, MaskedLM()).compute_per_sample_grad(batch)
+    assert all((value == 0).all() for value in grads.values())
+    assert MaskedLM().get_out_to_loss_grad(model, dict(model.named_parameters()), {}, batch).item() == 0
+
+
+def test_probabilities_close_to_1_keep_their_accuracy() -> None:
+    class Sure(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return nn.functional.one_hot(input_ids.roll(-1, 1), WORDS).to(torch.float32) * 60
+
+    # each token's p is 1/(1 + 8 exp(−60)), which float32 rounds to 1
+    others = 8 * math.exp(-60)
+    batch = [IDS[1:2], MASK[1:2]]
+    assert CausalLM().get_output(Sure(), {}, {}, IDS[1], MASK[1]).item() == pytest.approx(-math.log(others), rel=1e-6)
+    q = CausalLM().get_out_to_loss_grad(Sure(), {}, {}, batch)
+    assert q.item() == pytest.approx(others, rel=1e-4)
+
+
+def test_batches_of_another_length_are_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"CausalLM: a batch is \(input_ids, attention_mask\), 2 tensors, not 3"):
+        CausalLM().get_outputs(model, {}, {}, [IDS, MASK, LABELS])

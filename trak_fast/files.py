@@ -1,0 +1,157 @@
+"""Files and folders that are on disk whole or not at all, and what is wrong with them in words."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+
+def sync(handle: int) -> None:
+    """Flushes a file's data, and the size that reading them needs, to the disk."""
+    getattr(os, "fdatasync", os.fsync)(handle)
+
+
+def write_at(handle: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data`, however little the system takes at a time."""
+    while data:
+        count = os.pwrite(handle, data, offset)
+        data, offset = data[count:], offset + count
+
+
+@contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Adds to the errors of a disk what they mean for the store."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)}; what was stored before is safe: make room and run the same again",
+                str(path),
+            ) from error
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's names to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file name that replaces `path` at the end of the block, unless something was raised."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with explaining(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def building(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` at the end of the block, unless something was raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(path.parent.stat().st_mode & 0o777)  # mkdtemp's own mode is the user's alone
+        sync_folder(temporary)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not path.exists():  # otherwise another process was quicker, and what it made is as good
+                raise
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, unless a file is at `path` by then: of several processes the first one wins."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with explaining(path):
+            with temporary.open("w") as file:
+                file.write(json.dumps(content, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return
+            except OSError:  # a file system without hard links
+                temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: It is missing, truncated or corrupt.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot read {path}, it is missing, truncated or corrupt ({error}); use another save_dir, "
+            "or delete this one to start again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is corrupt: it holds no JSON object")
+    return content
+
+
+def create_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> int:
+    """Makes a .npy file of zeros that take no space yet; returns where its data begin."""
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        offset = file.tell()
+        file.truncate(offset + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64)))
+        file.flush()
+        os.fsync(file.fileno())
+    return offset
+
+
+def read_array(path: Path) -> np.memmap:
+    """A read-only memory map of a .npy file.
+
+    Raises:
+        ValueError: It is missing, truncated or corrupt.
+    """
+    try:
+        return open_memmap(path, "r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cannot open {path}, it is missing, truncated or corrupt ({error})") from error
+
+
+def open_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap:
+    """As `read_array`, of a known shape and dtype."""
+    stored = read_array(path)
+    if stored.shape != shape or stored.dtype != dtype:
+        raise ValueError(f"{path}: stored {stored.dtype} {stored.shape}, expected {np.dtype(dtype)} {shape}")
+    return stored

@@ -1,0 +1,266 @@
+"""Scores of many training samples for many targets, a block of rows at a time: all of them, or the extreme ones.
+
+The features of each checkpoint are read once, from first to last, the next block while the present one is multiplied.
+All n × m scores are in memory at no time: they go to a file, or only the highest (or lowest) of each target are kept.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .files import create_array, explaining, replacing, sync, write_at
+from .rows import Rows
+from .solver import Solver
+
+BLOCK_BYTES = 32 << 20
+"""Features of a checkpoint that are read at a time, as float32."""
+
+SOLVED_BYTES = 256 << 20
+"""Solved systems (k × m numbers for each checkpoint) that are kept at a time; with more targets, features are read
+again for each group of targets."""
+
+
+@dataclass
+class Checkpoint:
+    """What scores of one checkpoint are computed from."""
+
+    solver: Solver
+    train: Rows
+    targets: NDArray[np.float32]
+
+
+class ScoreMatrix:
+    """The (n, m) scores of an experiment, which are computed when they are asked for."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], weights: Tensor) -> None:
+        """Describes the matrix Σ_c X_c (X_c'X_c + λ_c I)⁻¹ Φ_c', with each row times its weight.
+
+        Args:
+            checkpoints: With the same samples and targets.
+            weights: (n,).
+        """
+        self.checkpoints, self.weights = checkpoints, weights.float()
+        self.shape = (len(weights), len(checkpoints[0].targets))
+
+    def groups(self) -> Iterator[slice]:
+        """Groups of targets for which all solved systems are kept at a time."""
+        num_rows, num_targets = self.shape
+        heights = (c.targets.shape[1] if c.solver.primal else num_rows for c in self.checkpoints)
+        size = max(1, SOLVED_BYTES // (4 * sum(heights)))
+        for start in range(0, num_targets, size):
+            yield slice(start, min(start + size, num_targets))
+
+    def blocks(self, rows: slice, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        """The scores of some training samples and targets, in blocks of consecutive samples.
+
+        Args:
+            rows: Training samples [start, stop).
+            columns: Targets [start, stop).
+
+        Yields:
+            The block's samples, and their scores for all of `columns`, (rows, columns) float32.
+        """
+        solved = [c.solver.solve(c.targets[columns]) for c in self.checkpoints]
+        width = max(self.checkpoints[0].targets.shape[1], columns.stop - columns.start)
+        size = max(1, BLOCK_BYTES // (4 * width))
+        parts = [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
+        with ThreadPoolExecutor(1) as reader:
+            jobs = itertools.product(parts, range(len(self.checkpoints)))
+            waiting, total = None, torch.empty(0)
+            for part, index in [*jobs, (None, None)]:
+                following = None if part is None else (part, index, reader.submit(self._features, part, index))
+                if waiting is not None:
+                    present, checkpoint, features = waiting
+                    scores = self._product(features.result(), solved[checkpoint], present)
+                    total = scores if checkpoint == 0 else total.add_(scores)
+                    if checkpoint == len(self.checkpoints) - 1:
+                        yield present, total.cpu().mul_(self.weights[present, None])
+                waiting = following
+
+    def _features(self, rows: slice, index: int) -> Tensor | None:
+        checkpoint = self.checkpoints[index]
+        return checkpoint.train.read("features", rows) if checkpoint.solver.primal else None
+
+    def _product(self, features: Tensor | None, solved: Tensor, rows: slice) -> Tensor:
+        # the product may be in float32: nothing amplifies its error
+        return solved[rows].clone() if features is None else features.to(solved.device) @ solved
+
+
+def _progress(name: str, rows: slice, width: int) -> Any:
+    return tqdm(total=(rows.stop - rows.start) * width, desc=name, unit_scale=True, disable=None)
+
+
+class ScoreFile:
+    """A .npy file of (n, m) float32 scores that several processes fill and one of them publishes."""
+
+    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+        """Names the file; `begin` makes it."""
+        self.path, self.shape = path, shape
+        self._partial = path.with_name(f".{path.name}.partial")
+
+    def begin(self) -> None:
+        """Makes an empty file, in place of what a process that was killed has left."""
+        with explaining(self.path):
+            create_array(self._partial, self.shape, np.float32)
+
+    def fill(self, matrix: ScoreMatrix, rows: slice) -> None:
+        """Computes and writes some rows.
+
+        Raises:
+            OSError: The disk is full, for example.
+        """
+        row_bytes = 4 * self.shape[1]
+        with explaining(self.path), self._partial.open("r+b", buffering=0) as file:
+            offset = self._partial.stat().st_size - row_bytes * self.shape[0]
+            with tqdm(
+                total=(rows.stop - rows.start) * self.shape[1], desc="scores", unit_scale=True, disable=None
+            ) as bar:
+                for columns in matrix.groups():
+                    for part, block in matrix.blocks(rows, columns):
+                        data, start = block.contiguous().numpy(), offset + part.start * row_bytes + 4 * columns.start
+                        whole = columns.stop - columns.start == self.shape[1]
+                        for i, piece in enumerate([data] if whole else data):
+                            write_at(file.fileno(), piece.data.cast("B"), start + i * row_bytes)
+                        bar.update(data.size)
+            sync(file.fileno())
+
+    def publish(self) -> None:
+        """Gives the file its name."""
+        self._partial.replace(self.path)
+
+    def discard(self) -> None:
+        """Removes the file if it was not published."""
+        self._partial.unlink(missing_ok=True)
+
+
+@dataclass
+class TopScores:
+    """The highest, or the lowest, scores of each target.
+
+    Attributes:
+        indices: (m, k) int64: training samples, best first; of equal scores, the lower index first.
+        scores: (m, k) float32.
+        largest: Whether they are the highest.
+    """
+
+    indices: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    largest: bool = True
+
+    def save(self, path: Path) -> None:
+        """Writes `indices`, `scores` and `largest` to a .npz file."""
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, indices=self.indices, scores=self.scores, largest=self.largest)
+
+    @staticmethod
+    def load(path: Path) -> TopScores:
+        """Reads what `save` wrote."""
+        with np.load(path) as file:
+            return TopScores(file["indices"], file["scores"], bool(file["largest"]))
+
+
+class _Best:
+    """The `count` highest of the values seen so far in each of m columns, of equal ones those that came first."""
+
+    def __init__(self, count: int, num_columns: int) -> None:
+        self.count = count
+        self.columns = np.zeros(0, np.int64)  # of what is kept, sorted by column, then from high to low
+        self.rows = np.zeros(0, np.int64)
+        self.values = np.zeros(0, np.float32)
+        self._least = torch.full((num_columns,), -torch.inf)
+
+    def add(self, rows: slice, block: Tensor) -> None:
+        """Takes (rows, m) values; rows come in increasing order."""
+        good = block > self._least
+        if len(block) > self.count and int(good.sum()) > 4 * self.count * block.shape[1]:
+            good &= block >= block.topk(self.count, dim=0).values[-1]
+        row, column = good.nonzero(as_tuple=True)
+        self.merge(column.numpy(), row.numpy() + rows.start, block[row, column].numpy())
+
+    def merge(self, columns: NDArray[np.int64], rows: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        """Takes values at given places."""
+        if not len(columns):
+            return
+        columns, rows = np.concatenate([self.columns, columns]), np.concatenate([self.rows, rows])
+        values = np.concatenate([self.values, values])
+        order = np.lexsort((rows, -values, columns))
+        columns = columns[order]
+        rank = np.arange(len(columns)) - np.searchsorted(columns, columns)
+        order, columns, rank = (x[rank < self.count] for x in (order, columns, rank))
+        self.columns, self.rows, self.values = columns, rows[order], values[order]
+        last = rank == self.count - 1
+        self._least[columns[last]] = torch.from_numpy(self.values[last])
+
+
+def top_scores(matrix: ScoreMatrix, rows: slice, count: int, largest: bool = True) -> TopScores:
+    """The `count` highest (or lowest) scores of each target among some training samples, in memory O(m · count).
+
+    Args:
+        matrix: The scores.
+        rows: Training samples [start, stop).
+        count: Scores to keep for each target, fewer if there are fewer samples.
+        largest: Whether the highest.
+    """
+    count = min(count, rows.stop - rows.start)
+    sign = 1 if largest else -1
+    result = TopScores(
+        np.empty((matrix.shape[1], count), np.int64), np.empty((matrix.shape[1], count), np.float32), largest
+    )
+    with tqdm(
+        total=(rows.stop - rows.start) * matrix.shape[1], desc="top scores", unit_scale=True, disable=None
+    ) as bar:
+        for columns in matrix.groups():
+            best = _Best(count, columns.stop - columns.start)
+            for part, block in matrix.blocks(rows, columns):
+                best.add(part, block if largest else -block)
+                bar.update(block.numel())
+            result.indices[columns] = best.rows.reshape(-1, count)
+            result.scores[columns] = sign * best.values.reshape(-1, count)
+    return result
+
+
+def merge_top_scores(parts: Iterable[TopScores], count: int) -> TopScores:
+    """The `count` best scores of each target out of lists that are about different training samples."""
+    parts = list(parts)
+    num_targets, largest = len(parts[0].indices), parts[0].largest
+    sign = 1 if largest else -1
+    best = _Best(count, num_targets)
+    for part in parts:
+        columns = np.repeat(np.arange(num_targets), part.indices.shape[1])
+        best.merge(columns, part.indices.reshape(-1), sign * part.scores.reshape(-1))
+    return TopScores(best.rows.reshape(num_targets, -1), sign * best.values.reshape(num_targets, -1), largest)
+
+
+def save_table(path: str | Path, scores: TopScores | NDArray[Any]) -> None:
+    """Writes scores as CSV with the columns target, train_index and score, which any program reads (pandas.read_csv).
+
+    Args:
+        path: The file to write.
+        scores: What `TRAKer.top_scores` returned; or an array (n, m), written target by target from the highest score
+            to the lowest, or (n,), of one target.
+    """
+    with replacing(Path(path)) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["target", "train_index", "score"])
+        if not isinstance(scores, TopScores):
+            scores = np.asarray(scores)
+            scores = scores[:, None] if scores.ndim == 1 else scores
+        for target in range(len(scores.indices) if isinstance(scores, TopScores) else scores.shape[1]):
+            if isinstance(scores, TopScores):
+                indices, values = scores.indices[target], scores.scores[target]
+            else:
+                indices = np.argsort(-scores[:, target], kind="stable")
+                values = scores[indices, target]
+            writer.writerows((target, i, f"{v:.9g}") for i, v in zip(indices.tolist(), values.tolist(), strict=True))
