@@ -89,7 +89,7 @@ def test_shapes(device: Device, kind: str) -> None:
     batches = [1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 193, 256, 257]
     grad_dims = [1, 8, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1024, 1031]
     proj_dims = [1, 15, 16, 17, 64, 127, 128, 129, 255, 256, 257, 300]
-    for n, batch in enumerate(batches * 2):
+    for n, batch in enumerate(batches):
         grad_dim, proj_dim = grad_dims[n * 5 % 13], proj_dims[n * 7 % 12]
         dtype = [torch.bfloat16, torch.float32, torch.float16][n % 3]
         grads = random(batch, grad_dim, dtype=dtype)
@@ -99,11 +99,11 @@ def test_shapes(device: Device, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_order_of_threads_gives_the_same_bits(device: Device, kind: str) -> None:
-    grads = random(20, 3000)
-    first = project(device, grads, 300, kind, offset=77)
-    for seed in range(1, 12):
+    grads = random(20, 1700)
+    first = project(device, grads, 200, kind, offset=77)
+    for seed in range(1, 9):
         device.set(KERNELS[device.kernel], seed=seed)
-        assert torch.equal(project(device, grads, 300, kind, offset=77), first), seed
+        assert torch.equal(project(device, grads, 200, kind, offset=77), first), seed
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
@@ -111,13 +111,15 @@ def test_any_order_of_threads_gives_the_same_bits(device: Device, kind: str) -> 
 def test_any_number_of_multiprocessors(device: Device, dtype: torch.dtype, multiprocessors: int) -> None:
     """Fewer or more splits; with one multiprocessor, several segments of the tensor core's sums in each."""
     device.set(KERNELS[device.kernel], multiprocessors)
-    grads = random(5, 70001, dtype=dtype)
-    expected = grads.double().numpy() @ entries("rademacher", 7, 33, 70001).T
+    grads = random(5, 20001, dtype=dtype)
+    expected = grads.double().numpy() @ entries("rademacher", 7, 33, 20001).T
     check(project(device, grads, 33, "rademacher", offset=7), expected, tolerance(grads, "highest"))
 
 
 def test_chunks_of_the_packed_panel_add_up(device: Device) -> None:
-    """256 panel rows of packed columns fill a chunk every 65536 columns."""
+    """256 panel rows of packed columns fill a chunk every 65536 columns, whatever kernel reads it."""
+    if device.kernel != "sm90":
+        pytest.skip("the plan is the same for all kernels")
     grads = random(128, 66000)
     expected = grads.double().numpy() @ entries("rademacher", 65000, 20, 66000).T
     y = project(device, grads, 20, "rademacher", offset=65000, terms=2)
@@ -132,14 +134,13 @@ def test_steps_of_tensors_that_are_read_in_place(device: Device) -> None:
         check(project(device, grads, 40, "rademacher", offset=offset), expected, tolerance(grads))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_large_and_small_tensors_in_one_call(device: Device, kind: str) -> None:
+def test_large_and_small_tensors_in_one_call(device: Device) -> None:
     """Large 16-bit tensors are read where they are, small ones between them are packed together."""
-    widths = [3, 65600, 0, 7, 1, 70, 66000, 2]
+    widths = [3, 0, 65600, 7, 1, 70, 2]
     parts = [random(4, width, dtype=torch.bfloat16, seed=i) for i, width in enumerate(widths)]
     whole = torch.cat(parts, dim=1)
-    expected = whole.double().numpy() @ entries(kind, 13, 20, whole.shape[1]).T
-    y = project(device, [part for part in parts if part.numel()], 20, kind, offset=13)
+    expected = whole.double().numpy() @ entries("rademacher", 13, 20, whole.shape[1]).T
+    y = project(device, [part for part in parts if part.numel()], 20, "rademacher", offset=13)
     check(y, expected, tolerance(whole))
 
 
