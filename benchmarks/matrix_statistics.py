@@ -25,7 +25,7 @@ from tqdm import tqdm
 import trak_fast
 
 ROWS, COLUMNS, TRIALS = 512, 16384, 400
-# By the end of a figure's name; others are in standard errors. The largest of so many normal numbers is some 4.4 or 5.1.
+# By the end of a figure's name; the others are in standard errors.
 IDEAL = {"spread / ideal": "1 ± 0.05", "of rows": "4.4 ± 0.3", "of columns": "5.1 ± 0.3"}
 Make = Callable[[str, int, int, int], Tensor]  # kind, number of the matrix, rows, columns
 
