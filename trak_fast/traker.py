@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import gram, memory
+from . import gram
 from .batches import Indices, integer, row_numbers
 from .distributed import Ranks
-from .gradients import FunctionalGradientComputer, evaluation_mode, select_parameters
+from .featurizer import Featurizer, NoProjection
+from .gradients import FunctionalGradientComputer, select_parameters
 from .projection import Projector
 from .rows import Rows
 from .scores import Checkpoint, ScoreFile, ScoreMatrix, TopScores, merge_top_scores, top_scores
@@ -27,21 +28,6 @@ from .solver import Solver, default_ridge, gram_matrix
 from .store import Store, describe
 from .task import Task
 from .tasks import resolve_task
-
-
-class _NoProjection:
-    """What proj_dim=0 asks for: the gradients themselves, in one row a sample."""
-
-    proj_dim = 0
-    proj_type = "none"
-
-    def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
-        if isinstance(grads, Tensor):
-            return grads.clone()
-        return torch.cat([g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in grads.values()], dim=1)
-
-    def free_memory(self) -> None:
-        pass
 
 
 class TRAKer:
@@ -133,8 +119,8 @@ class TRAKer:
         if saver is not None or score_computer is not None:
             raise ValueError("saver and score_computer are not supported; leave them None")
         self.train_set_size = integer("train_set_size", train_set_size)
-        self.chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size)
-        self.memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, high=2**62)
+        chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size)
+        memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, high=2**62)
         if lambda_reg is not None and not 0 <= lambda_reg < math.inf:
             raise ValueError(f"lambda_reg must be None or a finite number >= 0, not {lambda_reg!r}")
         self.lambda_reg = lambda_reg
@@ -148,19 +134,23 @@ class TRAKer:
         first = next(iter(parameters.values()))
         self.device = first.device
         self.grad_dim = sum(parameter.numel() for parameter in parameters.values())
-        self._grad_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
         self.gradient_computer = gradient_computer(
             model=model, task=self.task, grad_dim=self.grad_dim, dtype=first.dtype, device=self.device,
             grad_wrt=None if grad_wrt is None else list(parameters),
         )  # fmt: skip
 
         if projector is None:
-            projector = _NoProjection() if proj_dim == 0 else Projector(
+            projector = NoProjection() if proj_dim == 0 else Projector(
                 self.grad_dim, proj_dim, seed=projector_seed, proj_type=proj_type, device=self.device)  # fmt: skip
         elif getattr(projector, "grad_dim", 0) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim is {projector.grad_dim}, gradients have {self.grad_dim} elements")
         self.projector = projector
         self.proj_dim = projector.proj_dim or self.grad_dim
+        self._featurizer = Featurizer(
+            *(model, self.task, self.gradient_computer, projector),
+            *(sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()), self.device),
+            *(chunk_size, memory_budget),
+        )
         contents = describe(
             projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
         )
@@ -177,7 +167,6 @@ class TRAKer:
         self._sum: gram.PartialGram | None = None  # of what this process featurizes of the checkpoint
         self._close_sum: Callable[[], object] | None = None
         self._next = 0  # row that num_samples continues from
-        self._fitting: dict[tuple[torch.Size, ...], int] = {}  # samples at a time, by the shapes of one
 
     def rows(self, total: int | None = None) -> range:
         """The training samples, or those of another `total`, that this process computes; the others it passes over.
@@ -475,54 +464,14 @@ class TRAKer:
 
     def _fill(self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp], positions: NDArray[np.intp]) -> None:
         """Computes what `stored` keeps of the samples at some positions of the batch, whose rows there are `rows`."""
-        if len(positions):
-            shapes = tuple(x.shape[1:] for x in batch)
-            if shapes not in self._fitting:
-                self._fitting[shapes] = self.chunk_size or self._samples_at_a_time([x[:1] for x in batch])
-            self._fitting[shapes] = memory.in_parts(
-                len(positions),
-                self._fitting[shapes],
-                lambda part: self._compute(stored, batch, rows[positions[part]], positions[part]),
-            )
 
-    def _samples_at_a_time(self, batch: Sequence[Tensor]) -> int:
-        """Samples like the one in `batch` whose gradients fit into the memory budget, at least one."""
-        budget = self.memory_budget
-        if budget is None:
-            budget = memory.free_bytes(self.device) // (2 if self.device.type == "cuda" else 4)
-        sample = [x[0].to(self.device) for x in batch]
-        weights, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        def store(inds: NDArray[np.intp], values: dict[str, Tensor]) -> None:
+            written = stored.write(inds, **values)
+            if stored is self._train and self._sums and not self.store.is_finalized(self._model_id):
+                self._summing(stored).add(inds, written["features"])
 
-        def forward() -> None:
-            with evaluation_mode(self.model):
-                self.task.get_output(self.model, weights, buffers, *sample)
-
-        return max(1, budget // memory.sample_bytes(forward, self._grad_bytes))
-
-    def _compute(
-        self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp], positions: NDArray[np.intp]
-    ) -> None:
-        """Computes and stores a part of a batch at once."""
-        samples = [x[torch.from_numpy(positions).to(x.device)].to(self.device) for x in batch]
-        values = {}
-        with evaluation_mode(self.model):
-            # handed over without a name, so that no gradients are kept while the next are computed
-            values["features"] = self.projector.project(
-                self.gradient_computer.compute_per_sample_grad(samples), model_id=self._model_id
-            )
-            if "weights" in stored.columns:
-                values["weights"] = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
-        for name, value in values.items():
-            values[name] = value.detach().to(device="cpu", dtype=torch.float32)
-            expected = (len(rows), *stored.columns[name].shape[1:])
-            if value.shape != expected:
-                raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}")
-            # one row that is not finite would spoil all scores, through X'X
-            if not (finite := values[name].isfinite().reshape(len(rows), -1).all(1)).all():
-                raise ValueError(f"the {name} of samples {rows[~finite].tolist()[:5]} are not finite")
-        written = stored.write(rows, **values)
-        if stored is self._train and self._sums and not self.store.is_finalized(self._model_id):
-            self._summing(stored).add(rows, written["features"])
+        shapes = {name: column.shape[1:] for name, column in stored.columns.items()}
+        self._featurizer.compute(batch, positions, rows[positions], shapes, self._model_id, store)
 
     def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:
         bar: Iterable[int] = tqdm(ids, desc=description, disable=None if self._ranks.rank == 0 else True)
