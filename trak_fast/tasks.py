@@ -106,6 +106,10 @@ class _Classification(Task):
         # 1 − p = σ(−f), which has no cancellation where p is close to 1
         return torch.sigmoid(-self._margins(model, weights, buffers, batch))
 
+    def get_loss_curvature(self, weights: Any) -> Any:
+        """∂²ℓ/∂f² of each sample, p (1 − p), from its weighting Q = 1 − p; tensors and arrays of any shape."""
+        return weights * (1 - weights)
+
 
 class ImageClassification(_Classification):
     """Batches are (images, labels); the model takes the images and returns the logits."""

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .gradients import FunctionalGradientComputer, evaluation_mode, select_parameters
 from .projection import Projector
-from .solver import Solver, default_ridge, gram_matrix
+from .solver import Solver, auto_ridge, curvature_weights, gram_matrix
 from .store import Rows, Store, describe
 from .tasks import Task, resolve_task
 
@@ -74,10 +74,12 @@ class TRAKer:
         proj_max_batch_size: int | None = None,
         projector_seed: int = 0,
         grad_wrt: Iterable[str] | None = None,
-        lambda_reg: float | None = None,
+        lambda_reg: float | str | None = "auto",
         *,
         proj_type: str = "rademacher",
         chunk_size: int | None = None,
+        curvature: bool = True,
+        normalize: bool = False,
     ) -> None:
         """Opens `save_dir`, or makes it.
 
@@ -101,12 +103,16 @@ class TRAKer:
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
             grad_wrt: Names of the parameters to differentiate; all of them by default.
-            lambda_reg: The ridge λ. None: 5 × the mean squared norm of the projected training gradients of each
-                checkpoint (see `solver.RIDGE_FACTOR`). 0: plain TRAK, with the least-norm solution where X'X is
-                singular. With these two, scores do not depend on the scale of P. Another number means what it means
-                in traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
+            lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features
+                (`solver.auto_ridge`). 0: plain TRAK, with the least-norm solution where X'X is singular. With these,
+                scores do not depend on the scale of P. Another number means what it means in traker, whose features
+                are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
             proj_type: "rademacher" or "normal".
             chunk_size: Samples to differentiate at a time, which bounds the memory for gradients; default the batch.
+            curvature: With lambda_reg="auto", whether the training samples weigh in X'X by the curvature of their
+                loss, where the task says it (`get_loss_curvature`; classification does). X'RX is then the Hessian of
+                the linearised model, which the paper's X'X approximates. With another `lambda_reg` it is X'X.
+            normalize: Divides each feature, of training samples and targets, by its norm: cosine scores.
 
         Raises:
             ValueError: An argument is out of its range, or `save_dir` holds features made in another way.
@@ -116,9 +122,8 @@ class TRAKer:
             raise ValueError("saver and score_computer are not supported; leave them None")
         self.train_set_size = _integer("train_set_size", train_set_size)
         self.chunk_size = None if chunk_size is None else _integer("chunk_size", chunk_size)
-        if lambda_reg is not None and not 0 <= lambda_reg < math.inf:
-            raise ValueError(f"lambda_reg must be None or a finite number >= 0, not {lambda_reg!r}")
-        self.lambda_reg = lambda_reg
+        self.lambda_reg = _ridge(lambda_reg)
+        self.curvature, self.normalize = curvature, normalize
         self.logger = logging.getLogger("trak_fast")
         self.logger.setLevel(logging_level)
 
@@ -291,7 +296,9 @@ class TRAKer:
         weights = self._mean_weights(used) / len(used)
         with self.store.writing_scores(exp_name, sizes.pop()) as scores:
             for model_id in tqdm(used, desc="finalizing scores", disable=None):
-                for rows, columns, block in self._solver(model_id).scores(used[model_id].columns["features"]):
+                for rows, columns, block in self._solver(model_id, len(used)).scores(
+                    used[model_id].columns["features"]
+                ):
                     scores[rows, columns] += (block * weights[rows, None]).numpy()
         self.scores = self.store.scores(exp_name)
         self._next = 0
@@ -316,7 +323,7 @@ class TRAKer:
         self._require_finalized(ids)
         total = torch.zeros(self.train_set_size, dtype=torch.float64)
         for model_id in tqdm(ids, desc="self-influence", disable=None):
-            total += self._solver(model_id).self_influence()
+            total += self._solver(model_id, len(ids)).self_influence()
         return (total / len(ids) * self._mean_weights(ids)).float().numpy()
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
@@ -396,10 +403,26 @@ class TRAKer:
         if missing := [i for i in self._model_ids(model_ids) if not self.store.is_finalized(i)]:
             raise RuntimeError(f"model_ids {missing} are not finalized; call finalize_features first")
 
-    def _solver(self, model_id: int) -> Solver:
-        gram = torch.from_numpy(self.store.gram(model_id)).to(self._solver_device)
-        ridge = default_ridge(gram, self.train_set_size) if self.lambda_reg is None else self.lambda_reg * self.grad_dim
-        return Solver(self.store.train(model_id).columns["features"], gram, ridge)
+    def _solver(self, model_id: int, num_checkpoints: int) -> Solver:
+        """The solver of one of `num_checkpoints` checkpoints whose scores are averaged."""
+        columns = self.store.train(model_id).columns
+        features, weights = columns["features"], None
+        if self.lambda_reg is None and self.curvature and hasattr(self.task, "get_loss_curvature"):
+            weights = curvature_weights(self.task.get_loss_curvature(np.array(columns["weights"], np.float64)))
+        if weights is None and not self.normalize:
+            gram = torch.from_numpy(self.store.gram(model_id)).to(self._solver_device)
+        else:
+            gram = gram_matrix(features, self._solver_device, weights, self.normalize)
+        if self.lambda_reg is None:
+            ridge = auto_ridge(gram, *features.shape, num_checkpoints)
+        else:
+            ridge = self.lambda_reg * self.grad_dim
+        solver = Solver(features, gram, ridge, weights, self.normalize)
+        self.logger.info(
+            "model_id %d: ridge %.3g, %.3g times the mean squared norm of the features; condition number %.2g",
+            model_id, ridge, ridge * len(features) / (gram.trace().item() or 1.0), solver.inverse.condition,
+        )  # fmt: skip
+        return solver
 
     def _mean_weights(self, model_ids: Iterable[int]) -> Tensor:
         weights = [np.array(self.store.train(model_id).columns["weights"], np.float64) for model_id in model_ids]
@@ -408,6 +431,15 @@ class TRAKer:
     @property
     def _solver_device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")  # not all others have float64
+
+
+def _ridge(lambda_reg: float | str | None) -> float | None:
+    """`lambda_reg` with None for "auto"."""
+    if lambda_reg is None or (isinstance(lambda_reg, str) and lambda_reg == "auto"):
+        return None
+    if isinstance(lambda_reg, (str, bool)) or not 0 <= lambda_reg < math.inf:
+        raise ValueError(f'lambda_reg must be "auto" or a finite number >= 0, not {lambda_reg!r}')
+    return float(lambda_reg)
 
 
 def _integer(name: str, value: int, low: int = 1, high: int = 2**48) -> int:
