@@ -157,7 +157,8 @@ def test_half_precision_features_do_not_change_the_ranking(n: int, k: int, mappe
     assert (gram.diagonal().sum() - (half.astype(np.float64) ** 2).sum()).abs() < 1e-9 * gram.trace()
     scores = assemble(Solver(half, gram, auto_ridge(gram, n, k)), targets.astype(np.float16), n)
     # Rounding changes each feature by about 2^-12 of itself. Errors of 2^-12 √2 of the scores' spread cost a rank
-    # correlation of 1 − 2^-24; the inverse, with a condition number of some tens here, makes them that many times larger.
+    # correlation of 1 − 2^-24; the inverse, with a condition number of some tens here,
+    # makes them that many times larger.
     for j in range(20):
         assert spearmanr(full[:, j], scores[:, j]).statistic > 1 - 1e-4
         top = set(np.argsort(-full[:, j])[:10])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def auto_ridge(gram: Tensor, num_rows: int, proj_dim: int, num_checkpoints: int 
 
 
 def curvature_weights(curvature: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """R from the curvature of each sample's loss in the model output: scaled to the mean 1, a tenth of it the same for all.
+    """R from the curvature of each sample's loss in the model output: its mean 1, a tenth of it the same for all.
 
     X'RX is then the Gauss-Newton matrix of the loss up to a factor. The uniform tenth bounds how far samples that are
     fitted to saturation, whose curvature is next to 0, lose their say.
@@ -207,12 +208,11 @@ def factorize(matrix: Tensor, cutoff: float, jitter: bool = False) -> Inverse:
         lower, info = torch.linalg.cholesky_ex(attempt)
         pivots = lower.diagonal().square()
         if info.item() == 0 and pivots.min() > max(cutoff * pivots.max().item(), rounding if added else 0.0):
-            condition = _norm(lambda v, a=attempt: a @ v, attempt) * _norm(
-                lambda v, low=lower: torch.cholesky_solve(v, low), attempt
-            )
+            solve = partial(_cholesky_solve, lower)
+            condition = _norm(attempt.matmul, attempt) * _norm(solve, attempt)
             if added:
                 logger.warning("singular to rounding: %.2g was added to the diagonal", added)
-            return Inverse(lambda right: torch.cholesky_solve(right, lower), condition, "cholesky", added)
+            return Inverse(solve, condition, "cholesky", added)
     values, vectors = torch.linalg.eigh(matrix)
     kept = values > max(cutoff * values[-1].item(), 0.0)
     logger.warning(
@@ -224,8 +224,12 @@ def factorize(matrix: Tensor, cutoff: float, jitter: bool = False) -> Inverse:
     return Inverse(lambda right: vectors @ ((vectors.mT @ right) / values.unsqueeze(1)), condition, "eigh")
 
 
+def _cholesky_solve(lower: Tensor, right: Tensor) -> Tensor:
+    return torch.cholesky_solve(right, lower)
+
+
 def _norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """The largest eigenvalue of a symmetric operator, by 20 power iterations: a bound from below, mostly within 20 %."""
+    """The largest eigenvalue of a symmetric operator, by 20 power iterations: from below, mostly within 20 %."""
     vector = torch.randn(len(like), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like)
     size = 1.0
     for _ in range(20):

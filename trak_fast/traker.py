@@ -414,7 +414,7 @@ class TRAKer:
         else:
             gram = gram_matrix(features, self._solver_device, weights, self.normalize)
         if self.lambda_reg is None:
-            ridge = auto_ridge(gram, *features.shape, num_checkpoints)
+            ridge = auto_ridge(gram, len(features), features.shape[1], num_checkpoints)
         else:
             ridge = self.lambda_reg * self.grad_dim
         solver = Solver(features, gram, ridge, weights, self.normalize)
