@@ -8,9 +8,9 @@ Scenarios differ in network, training size, flipped labels, pixel noise and reci
 
 - auto: trak_fast's default; auto, X'X: the same with curvature=False;
 - fixed: λ = c times the mean squared norm of the features, X'X, for each c on a grid;
-- traker: 0.3.2's own score code at its defaults (float16, λ = 0). Its features come from trak_fast's projection, which has the
-  same distribution as its BasicProjector's and is many times as fast; `--confirm` runs all of traker with BasicProjector
-  once, at k = 256 on the first scenario.
+- traker: 0.3.2's own score code at its defaults (float16, λ = 0). Its features come from trak_fast's projection, which
+  has the distribution of its BasicProjector's and is many times as fast; `--confirm` runs all of traker with
+  BasicProjector once, at k = 256 on the first scenario.
 
 A run with 1 checkpoint is the mean over 5 of them. Finished scenarios and retrained outputs stay in --work, so that the
 same command goes on after a stop. Needs traker: `pip install --no-deps traker==0.3.2`.
@@ -50,6 +50,7 @@ from trak_fast.tasks import ImageClassification
 PROJ_DIMS = [128, 256, 512, 1024, 2048, 4096]
 FACTORS = np.geomspace(0.1, 100, 13)
 SINGLES = 5
+AUTO_PLAIN = "auto, X'X"
 TARGETS = 300
 
 
@@ -207,7 +208,7 @@ def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: lis
             one, phi_one = x[model_id], phi[model_id]
             q = weights[model_id]
             used = [c for c in counts if (model_id < SINGLES if c == 1 else model_id < c)]
-            for kind, r in (("auto", curvature_weights(q * (1 - q))), ("auto, X'X", None)):
+            for kind, r in (("auto", curvature_weights(q * (1 - q))), (AUTO_PLAIN, None)):
                 gram = gram_matrix(one, torch.device("cpu"), r)
                 for c in used:
                     ridge = auto_ridge(gram, n, k, c)
@@ -290,7 +291,7 @@ def confirm(name: str, work: Path, subsets: int, per_subset: int) -> dict[str, A
 
 
 def best_factor(results: list[Any]) -> dict[str, float]:
-    """For each number of checkpoints, the fixed factor with the highest LDS relative to each cell's best, on average."""
+    """For each number of checkpoints, the factor with the highest LDS on average, relative to each cell's best."""
     kinds = [f"fixed {factor:.4g}" for factor in FACTORS]
     best = {}
     for c in sorted({cell["checkpoints"] for result in results for cell in result["cells"]}):
@@ -302,28 +303,26 @@ def best_factor(results: list[Any]) -> dict[str, float]:
 
 
 def table(results: list[Any]) -> str:
-    """Best over k of traker, and the default at k = 2048 or the largest, for each scenario and number of checkpoints."""
+    """The best LDS over k of each kind, and the worst of the default for k ≥ 256."""
     best = best_factor(results)
-    lines = [
-        f"{'scenario':14} C | traker, best over k | auto: best  worst k>=256 | auto, X'X: best | path's best | one fixed c"
-    ]
+    lines = ["scenario        C   traker (k)     auto   worst   auto, X'X   best ridge   one ridge (c)"]
     for result in results:
         for c in sorted({cell["checkpoints"] for cell in result["cells"]}):
             cells = [cell for cell in result["cells"] if cell["checkpoints"] == c]
 
-            def top(kind: str, cells: Any = cells) -> tuple[float, int]:
+            def top(kind: str, cells: list[Any] = cells) -> tuple[float, int]:
                 found = [(cell["lds"][kind], cell["k"]) for cell in cells if cell["lds"][kind] is not None]
                 return max(found, default=(float("nan"), 0))
 
             path = max(v for cell in cells for kind, v in cell["lds"].items() if kind.startswith("fixed"))
             worst = min(cell["lds"]["auto"] for cell in cells if cell["k"] >= 256)
-            fixed = top(f"fixed {best[str(c)]:.4g}")[0]
+            one = top(f"fixed {best[str(c)]:.4g}")[0]
             lines.append(
-                f"{result['scenario']:13}{'*' if result['held_out'] else ' '}{c:2} |"
-                f"  {top('traker')[0]:.3f} (k = {top('traker')[1]:4}) |  {top('auto')[0]:.3f}     {worst:.3f}      |"
-                f"      {top(chr(97) + 'uto, X' + chr(39) + 'X')[0]:.3f}      |    {path:.3f}    |  {fixed:.3f} (c = {best[str(c)]:.3g})"
+                f"{result['scenario']:13}{'*' if result['held_out'] else ' '} {c:2}  {top('traker')[0]:6.3f} "
+                f"({top('traker')[1]:4})  {top('auto')[0]:6.3f}  {worst:6.3f}   {top(AUTO_PLAIN)[0]:6.3f}      "
+                f"{path:6.3f}       {one:6.3f} ({best[str(c)]:.3g})"
             )
-    return "\n".join([*lines, "* held out: no part in finding the rule"])
+    return "\n".join([*lines, "all but worst are the best over k; worst: of auto over k >= 256; * held out"])
 
 
 def main() -> None:
