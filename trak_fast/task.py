@@ -166,3 +166,7 @@ class Classification(Task):
     ) -> Tensor:
         # 1 − p = σ(−f), which has no cancellation where p is close to 1
         return torch.sigmoid(-self.get_outputs(model, weights, buffers, batch))
+
+    def get_loss_curvature(self, weights: Any) -> Any:
+        """∂²ℓ/∂f² of each sample, p (1 − p), from its weighting Q = 1 − p; tensors and arrays of any shape."""
+        return weights * (1 - weights)
