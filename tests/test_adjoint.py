@@ -206,6 +206,20 @@ def test_back_and_forth_is_an_unbiased_estimate() -> None:
         assert torch.all(error < 5 * (2 * g.norm() ** 2 / k / count).sqrt())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("proj_type", KINDS)
+def test_on_cuda(proj_type: str, dtype: torch.dtype) -> None:
+    y = random(33, 5000, dtype=dtype)[:, ::5]
+    expected = y.double().numpy() @ entries(proj_type)[:1000, 100:4099]
+    result = adjoint(y.cuda(), 3999, proj_type, offset=100)
+    check(result.cpu(), expected, tolerance(y))
+    leaf = random(33, 3999).cuda().requires_grad_()
+    options = {"proj_type": proj_type, "seed": SEED, "model_id": MODEL_ID, "offset": 100}
+    trak_fast.project(leaf, 1000, differentiable=True, **options).backward(y.float().cuda())
+    check(leaf.grad.cpu(), expected, tolerance(y))
+
+
 GOOD = torch.ones(3, 4)
 
 

@@ -1,6 +1,8 @@
 """fast_jl's functions, LESS's call sequence, and the ways to put layers into programs without changing them."""
 
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,3 +183,46 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "which program?" in done.stderr
+
+
+WITHOUT_LIBRARIES = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("trak", "dattri", "bergson", "fast_jl", "sklearn"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+import trak_fast.compat
+from trak_fast.compat import bergson, dattri, fast_jl, scipy, traker
+assert not torch.cuda.is_initialized()
+assert "fast_jl" not in sys.modules
+for layer in (traker, dattri, bergson):
+    try:
+        layer.patch()
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+
+
+def test_layers_import_no_library_before_they_are_asked_to(tmp_path: Path) -> None:
+    assert run("-c", WITHOUT_LIBRARIES, cwd=tmp_path) == [
+        "No module named 'trak'",
+        "No module named 'dattri'",
+        "No module named 'bergson'",
+    ]
+
+
+def test_names_in_the_page_for_newcomers_exist() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "coming-from.md").read_text()
+    names = set(re.findall(r"\btrak_fast(?:\.\w+)+", page))
+    names |= {
+        f"{module}.{name}"
+        for module, imported in re.findall(r"^from (trak_fast[.\w]*) import ([\w, ]+)", page, re.MULTILINE)
+        for name in imported.replace(" ", "").split(",")
+    }
+    assert len(names) > 15
+    for name in names:
+        pkgutil.resolve_name(name)

@@ -16,7 +16,6 @@ import torch
 from matplotlib.image import imread
 from scipy.stats import hypergeom, rankdata, spearmanr
 from sklearn.datasets import load_digits
-from torch.nn import functional as F
 
 from trak_fast import demo
 
@@ -230,38 +229,6 @@ def test_page_and_summary_state_the_figures(run: Run) -> None:
     assert str(run.folder.resolve() / "index.html") in run.stdout
 
 
-def test_nets_trained_at_once_are_those_trained_one_at_a_time() -> None:
-    data = demo.load_data(settings(), np.random.default_rng(0))
-    subsets = np.stack([np.arange(0, 160), np.arange(100, 260)])
-    epochs, batches = 2, 160 // 64
-    together = demo.train_nets(data, subsets, epochs, np.random.default_rng(5), "nets")
-
-    rng = np.random.default_rng(5)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(int(rng.integers(2**32)))
-    nets = [demo.build_net().double() for _ in subsets]
-    torch.random.set_rng_state(state)
-    start = [{name: w.detach().clone() for name, w in net.named_parameters()} for net in nets]
-    velocities = [{name: torch.zeros_like(w) for name, w in net.named_parameters()} for net in nets]
-    for epoch in range(epochs):
-        orders = rng.permuted(subsets, axis=1)
-        for net, velocity, order in zip(nets, velocities, orders, strict=True):
-            for i in range(batches):
-                batch = order[i * 64 : (i + 1) * 64]
-                net.zero_grad()
-                F.cross_entropy(net(data.images[batch].double()), data.labels[batch]).backward()
-                rate = 0.1 * min(1, 1.25 * (1 - (epoch + i / batches) / epochs))
-                with torch.no_grad():
-                    for name, w in net.named_parameters():
-                        velocity[name] = 0.9 * velocity[name] + w.grad + 1e-3 * w
-                        w -= rate * velocity[name]
-    for s, net in enumerate(nets):
-        for name, w in net.named_parameters():
-            moved = (w - start[s][name]).norm()
-            # float32 keeps each of 4 steps to some hundred roundings of 6e-8 of the sums that make up a gradient
-            assert (together[name][s] - w).norm() < 1e-4 * moved
-
-
 def test_outputs_are_log_odds_of_the_right_class() -> None:
     logits = torch.randn(3, 5, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
     labels = torch.tensor([0, 9, 3, 3, 7])
@@ -280,22 +247,6 @@ def test_pixel_similarity_is_the_signed_cosine_of_centered_images() -> None:
         cosine = a @ b / (a.norm() * b.norm())
         expected = cosine if data.labels[i] == data.test_labels[j] else -cosine
         assert similarity[i, j] == pytest.approx(expected.item(), abs=64 * 2**-23)  # float32 sums of 64 products
-
-
-def test_intervals_of_a_perfect_and_of_a_useless_prediction() -> None:
-    rng = np.random.default_rng(1)
-    masks = rng.random((200, 50)) < 0.5
-    scores = rng.standard_normal((50, 1)).astype(np.float32)
-    perfect = demo._lds_intervals(scores, masks, masks @ scores.astype(float), rng)
-    assert perfect["mean"] == pytest.approx(1)
-    np.testing.assert_allclose(perfect["interval_95"], 1)
-    # without a relation, Spearman's correlation of 200 pairs has the standard deviation 1/sqrt(199) and is about
-    # normal; a percentile of 500 draws of it then has the standard error sqrt(.025 · .975 / 500) / .0584 = 0.12 of that
-    deviation = 199**-0.5
-    np.testing.assert_allclose(perfect["chance_95"], [-1.96 * deviation, 1.96 * deviation], atol=5 * 0.12 * deviation)
-    useless = demo._lds_intervals(scores, masks, rng.standard_normal((200, 1)), rng)
-    low, high = useless["interval_95"]
-    assert 3 * deviation < high - low < 5 * deviation  # 2 · 1.96 and its sampling error
 
 
 def test_clock_counts_a_stage_within_another_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,55 @@ class Tied(nn.Module):
         return F.linear(x, self.words.weight)
 
 
+class Conv1D(nn.Module):
+    """A linear layer as transformers' GPT-2 has it."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class OwnRMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.randn(size)), 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+class OtherRMSNorm(OwnRMSNorm):
+    """Has the name, but does something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.exp() * x
+
+
+class OtherLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input @ self.weight.T**2
+
+
+class Transformer(nn.Module):
+    """Layers of transformers' kinds: positions in a batch of one, an attention whose key bias changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(WORDS, 6), nn.Embedding(7, 6)
+        self.before, self.after, self.other = OwnRMSNorm(6), nn.RMSNorm(6), OtherRMSNorm(6)
+        self.inner, self.outer = Conv1D(18, 6), OtherLinear(6, 6)
+        self.key, self.head = nn.Linear(6, 6), nn.Linear(6, WORDS)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.words(input_ids) + self.places(torch.arange(input_ids.shape[1]).unsqueeze(0))
+        q, k, v = self.inner(self.before(x)).chunk(3, 2)
+        attended = F.scaled_dot_product_attention(q, self.key(k), v, is_causal=True)
+        return self.head(self.after(x + self.outer(self.other(attended))))
+
+
 class Untied(Tied):
     def __init__(self) -> None:
         super().__init__()
@@ -153,6 +202,10 @@ CASES: dict[str, tuple[Callable[[], tuple[nn.Module, list[Tensor], Task]], set[s
         {"body.weight", "body.bias", "norm.weight", "norm.bias"},
     ),
     "tied": (lambda: built(Tied(), words(), CausalLM()), {"words.weight"}),
+    "transformer": (
+        lambda: built(Transformer(), words(), CausalLM()),
+        {"other.weight", "outer.weight"},
+    ),
     "embedding": (lambda: built(Untied(), words(), CausalLM()), set()),
 }
 

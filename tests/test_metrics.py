@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from trak_fast.metrics import lds, mislabel_detection
+from trak_fast.metrics import counterfactuals, lds, lds_interval, mislabel_detection
 
 
 def test_lds_is_the_rank_correlation_of_predicted_and_real_outputs() -> None:
@@ -89,3 +89,55 @@ def test_detection_counts_what_a_reader_of_the_ranking_finds() -> None:
 def test_detection_refuses_flags_that_do_not_fit(flags: list, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mislabel_detection([1.0, 2.0, 3.0], flags)
+
+
+def test_intervals_of_a_perfect_and_of_a_useless_prediction() -> None:
+    rng = np.random.default_rng(1)
+    masks = rng.random((200, 50)) < 0.5
+    scores = rng.standard_normal((50, 1))
+    perfect = lds_interval(scores, masks, masks @ scores, seed=2)
+    assert (perfect.low, perfect.high) == pytest.approx((1, 1))
+    # without a relation, Spearman's correlation of 200 pairs has the standard deviation 1/sqrt(199) and is about
+    # normal; a percentile of 500 draws of it then has the standard error sqrt(.025 · .975 / 500) / .0584 = 0.12 of that
+    deviation = 199**-0.5
+    chance = [perfect.chance_low, perfect.chance_high]
+    np.testing.assert_allclose(chance, [-1.96 * deviation, 1.96 * deviation], atol=5 * 0.12 * deviation)
+    useless = lds_interval(scores, masks, rng.standard_normal((200, 1)), seed=3)
+    assert 3 * deviation < useless.high - useless.low < 5 * deviation  # 2 · 1.96 and its sampling error
+    half = lds_interval(scores, masks, rng.standard_normal((200, 1)), confidence=0.5, seed=3)
+    assert half.high - half.low < 0.6 * (useless.high - useless.low)  # 0.674 · 2 deviations
+    for bad in ({"resamples": 0}, {"confidence": 1.0}):
+        with pytest.raises(ValueError, match="resamples must be at least 1 and confidence in"):
+            lds_interval(scores, masks, masks @ scores, **bad)
+
+
+def test_counterfactuals_leave_out_the_top_of_each_target() -> None:
+    rng = np.random.default_rng(4)
+    truth = rng.standard_normal((30, 5))
+    seen = []
+
+    def retrain(masks: NDArray) -> NDArray:
+        seen.append(masks)
+        return masks @ truth  # models whose outputs are sums over their samples
+
+    result = counterfactuals(truth, retrain, 4, random_sets=3)
+    assert len(seen) == 1
+    assert seen[0].shape == (8, 30)
+    assert (seen[0].sum(1) == 26).all()
+    for target in range(5):
+        kept = np.sort(truth[:, target])[:-4].sum()  # the four largest contributions are gone
+        assert result.without_top[target] == pytest.approx(kept, abs=1e-12)
+        random = [truth[mask, target].sum() for mask in seen[0][5:]]
+        assert result.without_random[target] == pytest.approx(np.mean(random), abs=1e-12)
+        assert result.fall[target] == pytest.approx(np.mean(random) - kept, abs=1e-12)
+    assert (counterfactuals(-truth, retrain, 4).fall < 0).all()  # without the most harmful, outputs rise
+
+
+def test_counterfactuals_refuse_what_does_not_fit() -> None:
+    for num_removed in (0, 30):
+        with pytest.raises(ValueError, match=r"num_removed must be in \[1, 30\)"):
+            counterfactuals(np.zeros((30, 2)), lambda masks: masks[:, :2] * 1.0, num_removed)
+    with pytest.raises(ValueError, match="random_sets must be at least 1"):
+        counterfactuals(np.zeros((30, 2)), lambda masks: masks[:, :2] * 1.0, 1, random_sets=0)
+    with pytest.raises(ValueError, match=r"outputs of shape \(12, 2\), not \(12, 3\)"):
+        counterfactuals(np.zeros((30, 2)), lambda masks: masks[:, :3] * 1.0, 1)

@@ -41,7 +41,7 @@ def into_out(g: Tensor) -> Tensor:
 
 
 def of_projector(g: Tensor) -> Tensor:
-    projector = trak_fast.Projector(50, 7, seed=3)
+    projector = trak_fast.Projector(50, 7, seed=3, device="cpu")
     return projector.adjoint(projector.project(g * 3, model_id=2))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trak_fast import reference
 from trak_fast.gradients import FunctionalGradientComputer
 from trak_fast.metrics import mislabel_detection
-from trak_fast.solver import RIDGE_FACTOR
+from trak_fast.projection import Projector
 from trak_fast.tasks import ImageClassification
 from trak_fast.traker import TRAKer
 
@@ -104,30 +104,38 @@ class ClosedForm:
         perturbation: Bound on what the features' own errors add, to first order.
     """
 
-    def __init__(self, grad_dim: int, proj_dim: int, lambda_reg: float | None) -> None:
+    def __init__(self, grad_dim: int, proj_dim: int, lambda_reg: float | str, curvature: bool = True) -> None:
         self.grad_dim, self.proj_dim, self.lambda_reg = grad_dim, proj_dim, lambda_reg
+        self.curvature = curvature
         self.terms: list[NDArray] = []
         self.weights: list[NDArray] = []
         self.rounding = self.perturbation = 0.0
 
     def add(self, weights: NDArray, x: NDArray, targets: NDArray, x_error: float = 0, targets_error: float = 0) -> None:
         """Adds a checkpoint; errors are bounds on the Frobenius norm."""
-        norm, ridge = np.linalg.norm, (self.lambda_reg or 0) * self.grad_dim
-        if self.lambda_reg is None:
-            ridge = RIDGE_FACTOR * (x**2).sum() / N
+        norm, r = np.linalg.norm, np.ones(N)
+        if self.lambda_reg == "auto":
+            if self.curvature:  # p (1 − p), with the mean 1, and a tenth of it uniform
+                r = weights * (1 - weights)
+                r = (r / r.mean() + 0.1) / 1.1
+            kernel = np.sqrt(r)[:, None] * (x @ x.T) * np.sqrt(r)
+            values = np.linalg.eigvalsh(kernel)
+            ridge = (np.sqrt((values**2).mean()) + values.sum() / self.proj_dim) / np.sqrt(len(CHECKPOINTS))
+        else:
+            ridge = float(self.lambda_reg) * self.grad_dim
         if ridge == 0 and self.proj_dim > N:  # least-norm
             left = np.linalg.inv(x @ x.T) @ x
             solved = x.T @ np.linalg.inv(x @ x.T) @ left @ targets.T
             inverse_norm = norm(left, 2) ** 2
         else:
-            inverse = np.linalg.inv(x.T @ x + ridge * np.eye(self.proj_dim))
+            inverse = np.linalg.inv(x.T @ (r[:, None] * x) + ridge * np.eye(self.proj_dim))
             left, solved, inverse_norm = x @ inverse, inverse @ targets.T, norm(inverse, 2)
         self.terms.append(left @ targets.T)
         self.weights.append(weights)
         self.rounding += (self.proj_dim + 4) * EPS * norm(x) * norm(solved)  # sums of k terms
         # S = L Φ' with L = X K⁻¹: dS = (I − L X') dX K⁻¹ Φ' − L dX' L Φ' + L dΦ', and for the pseudo-inverse of k > N
         # also (XX')⁻¹ dX (I − X⁺X) Φ', of norm at most ‖L‖² ‖dX‖ ‖Φ‖ as the second term
-        outer = norm(np.eye(N) - left @ x.T, 2) * inverse_norm + 2 * norm(left, 2) ** 2
+        outer = norm(np.eye(N) - left @ x.T * r, 2) * inverse_norm + 2 * norm(left, 2) ** 2
         self.perturbation += outer * x_error * norm(targets) + norm(left, 2) * targets_error
 
     @property
@@ -141,9 +149,9 @@ class ClosedForm:
         assert error <= bound
 
 
-def from_gradients(proj_dim: int, lambda_reg: float | None) -> ClosedForm:
+def from_gradients(proj_dim: int, lambda_reg: float | str, curvature: bool = True) -> ClosedForm:
     """The closed form with nothing taken from the package."""
-    expected = ClosedForm(131, proj_dim, lambda_reg)
+    expected = ClosedForm(131, proj_dim, lambda_reg, curvature)
     for model_id, state in enumerate(CHECKPOINTS):
         gradients, weights = by_hand(state, TRAIN)
         x, x_error = projected(gradients, proj_dim, model_id)
@@ -153,20 +161,57 @@ def from_gradients(proj_dim: int, lambda_reg: float | None) -> ClosedForm:
 
 
 @pytest.mark.parametrize("proj_dim", [8, N, 20])
-@pytest.mark.parametrize("lambda_reg", [None, 0, 0.3])
-def test_scores_are_the_closed_form(tmp_path: Path, proj_dim: int, lambda_reg: float | None) -> None:
-    traker = build(tmp_path, proj_dim=proj_dim, lambda_reg=lambda_reg)
+@pytest.mark.parametrize(("lambda_reg", "curvature"), [("auto", True), ("auto", False), (0, True), (0.3, True)])
+def test_scores_are_the_closed_form(tmp_path: Path, proj_dim: int, lambda_reg: float | str, curvature: bool) -> None:
+    traker = build(tmp_path, proj_dim=proj_dim, lambda_reg=lambda_reg, curvature=curvature)
     scores = run(traker)
     assert scores.shape == (N, M)
     assert scores.dtype == np.float32
     assert (np.load(tmp_path / "scores" / "test.npy") == scores).all()
-    from_gradients(proj_dim, lambda_reg).check(scores)
+    from_gradients(proj_dim, lambda_reg, curvature).check(scores)
     # the same once more from the stored features, whose rounding then plays no part: a much sharper bound
-    expected = ClosedForm(131, proj_dim, lambda_reg)
+    expected = ClosedForm(131, proj_dim, lambda_reg, curvature)
     for model_id in range(len(CHECKPOINTS)):
         train, targets = traker.store.train(model_id).columns, traker.store.targets(model_id, "test").columns
         expected.add(*(a.astype(np.float64) for a in (train["weights"], train["features"], targets["features"])))
     expected.check(scores)
+
+
+def test_the_ridge_is_automatic_by_default_and_with_none(tmp_path: Path) -> None:
+    scores = run(build(tmp_path))
+    for lambda_reg in ("auto", None):
+        assert (build(tmp_path, lambda_reg=lambda_reg).finalize_scores("test") == scores).all()
+    assert not np.allclose(build(tmp_path, lambda_reg=0).finalize_scores("test"), scores, rtol=0.1)
+
+
+@pytest.mark.parametrize("proj_dim", [8, 20])
+@pytest.mark.parametrize("lambda_reg", ["auto", 0.3])
+def test_automatic_scores_do_not_depend_on_the_scale_of_features(
+    tmp_path: Path, proj_dim: int, lambda_reg: float | str
+) -> None:
+    class Scaled(Projector):
+        def project(self, grads: Any, model_id: int = 0) -> Tensor:
+            return 64 * super().project(grads, model_id)
+
+    scores = run(build(tmp_path / "a", proj_dim=proj_dim, lambda_reg=lambda_reg))
+    scaled = run(build(tmp_path / "b", projector=Scaled(131, proj_dim, seed=SEED), lambda_reg=lambda_reg))
+    assert np.allclose(scaled, scores, rtol=1e-5) == (lambda_reg == "auto")
+
+
+@pytest.mark.parametrize("proj_dim", [8, 20])
+@pytest.mark.parametrize("lambda_reg", ["auto", 0.3])
+def test_normalized_scores_are_those_of_features_of_length_1(
+    tmp_path: Path, proj_dim: int, lambda_reg: float | str
+) -> None:
+    class Unit(Projector):
+        def project(self, grads: Any, model_id: int = 0) -> Tensor:
+            return torch.nn.functional.normalize(super().project(grads, model_id))
+
+    options = {"proj_dim": proj_dim, "lambda_reg": lambda_reg}
+    scores = run(build(tmp_path / "a", normalize=True, **options))
+    expected = run(build(tmp_path / "b", projector=Unit(131, proj_dim, seed=SEED), **options))
+    # those features were rounded to float32 once more
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def test_stored_features_are_projected_gradients(tmp_path: Path) -> None:
@@ -358,8 +403,9 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
         ({"task": "classification"}, "task must be one of 'image_classification'"),
         ({"train_set_size": 0}, r"train_set_size must be in \[1, \d+\], not 0"),
         ({"chunk_size": 0}, r"chunk_size must be in \[1, \d+\]"),
-        ({"lambda_reg": -0.1}, "lambda_reg must be None or a finite number >= 0, not -0.1"),
-        ({"lambda_reg": float("nan")}, "lambda_reg must be None"),
+        ({"lambda_reg": -0.1}, 'lambda_reg must be "auto" or a finite number >= 0, not -0.1'),
+        ({"lambda_reg": float("nan")}, 'lambda_reg must be "auto" or a finite number >= 0, not nan'),
+        ({"lambda_reg": "gcv"}, "lambda_reg must be .* not 'gcv'"),
         ({"saver": object}, "saver and score_computer are not supported"),
         ({"score_computer": object}, "saver and score_computer are not supported"),
         ({"grad_wrt": ["head"]}, "no parameter head"),

@@ -7,7 +7,6 @@ were flipped, and what nets answer that are really retrained on random halves of
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import tempfile
@@ -24,22 +23,20 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from . import report
 from .gradients import FunctionalGradientComputer
-from .metrics import lds, mislabel_detection
+from .metrics import lds, lds_interval, mislabel_detection
 from .projection import Projector
+from .retraining import Models, Recipe, forward, random_subsets, retrained_outputs, state_dict, train
 from .tasks import margin
 from .traker import TRAKer
 
 CLASSES = 10
 BATCH_SIZE = 64
-NETS_AT_ONCE = 25
-RESAMPLES = 500
 EXAMPLES = 6
 IMAGES_PER_EXAMPLE = 5
 
@@ -155,8 +152,9 @@ def _evaluate(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[st
         data = load_data(settings, rng)
         n, m = len(data.labels), len(data.test_labels)
         with clock("train"):
-            everything = np.tile(np.arange(n), (settings.checkpoints, 1))
-            nets = train_nets(data, everything, settings.epochs, rng, "training")
+            everything = np.ones((settings.checkpoints, n), bool)
+            recipe = Recipe(settings.epochs, BATCH_SIZE)
+            nets = train(build_net, (data.images, data.labels), everything, recipe, int(rng.integers(2**32)))
         losses, test_logits = mean_losses(nets, data), logits_of(nets, data.test_images)
         scores, self_influence = attribute(data, nets, settings, folder, clock)
 
@@ -168,7 +166,7 @@ def _evaluate(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[st
             agreement = {
                 "subsets": settings.subsets,
                 "nets": settings.subsets * settings.nets_per_subset,
-                **_lds_intervals(scores, masks, outputs, rng),
+                **_agreement(scores, masks, outputs, rng),
                 "pixel_similarity": lds(pixel_similarity(data), masks, outputs).mean,
             }
         examples = _examples(data, scores, test_logits, rng)
@@ -208,14 +206,14 @@ def load_data(settings: Settings, rng: np.random.Generator) -> Data:
     digits = load_digits()
     images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(
+    chosen, test = train_test_split(
         np.arange(len(labels)), train_size=settings.train_size, test_size=settings.test_size,
         stratify=digits.target, random_state=int(rng.integers(2**32)),
     )  # fmt: skip
-    given = labels[train]
-    flipped = rng.choice(len(train), round(settings.flipped * len(train)), replace=False)
+    given = labels[chosen]
+    flipped = rng.choice(len(chosen), round(settings.flipped * len(chosen)), replace=False)
     given[flipped] = (given[flipped] + torch.from_numpy(rng.integers(1, CLASSES, len(flipped)))) % CLASSES
-    return Data(images[train], given, labels[train], images[test], labels[test])
+    return Data(images[chosen], given, labels[chosen], images[test], labels[test])
 
 
 def build_net() -> nn.Module:
@@ -227,55 +225,9 @@ def build_net() -> nn.Module:
     )  # fmt: skip
 
 
-def train_nets(
-    data: Data, subsets: NDArray[np.integer], epochs: int, rng: np.random.Generator, title: str
-) -> dict[str, Tensor]:
-    """Trains one net on each subset, many at once by vmap: SGD with momentum, weight decay and a falling step.
-
-    Args:
-        data: The training images and labels.
-        subsets: (S, size) numbers of the training images that each net sees.
-        epochs: Passes over the subset; a last batch that is not full is left out of each.
-        rng: Draws initial weights and the order of images.
-        title: Of the progress bar.
-
-    Returns:
-        The parameters by name, (S, ...) each.
-    """
-    net = build_net()
-
-    def loss(weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(net, weights, (images,)), labels)
-
-    batches = subsets.shape[1] // BATCH_SIZE
-    trained = []
-    with tqdm(total=len(subsets) * epochs, desc=title, unit="epoch") as bar:
-        for part in np.array_split(subsets, math.ceil(len(subsets) / NETS_AT_ONCE)):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(rng.integers(2**32)))
-                weights, _ = stack_module_state([build_net() for _ in part])
-            optimizer = torch.optim.SGD(weights.values(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: min(1.0, 1.25 * (1 - step / (epochs * batches)))
-            )
-            for _ in range(epochs):
-                order = torch.from_numpy(rng.permuted(part, axis=1)[:, : batches * BATCH_SIZE])
-                for batch in torch.split(order, BATCH_SIZE, dim=1):
-                    optimizer.zero_grad()
-                    # the nets share nothing, so the gradient of the sum is each net's own
-                    torch.autograd.backward(vmap(loss)(weights, data.images[batch], data.labels[batch]).sum())
-                    optimizer.step()
-                    schedule.step()
-                bar.update(len(part))
-            trained.append({name: tensor.detach() for name, tensor in weights.items()})
-    return {name: torch.cat([weights[name] for weights in trained]) for name in trained[0]}
-
-
-def logits_of(nets: dict[str, Tensor], images: Tensor) -> Tensor:
+def logits_of(nets: Models, images: Tensor) -> Tensor:
     """The logits (S, B, 10) of S nets for images (B, 1, 8, 8)."""
-    net = build_net()
-    logits: Tensor = vmap(lambda weights: functional_call(net, weights, (images,)), chunk_size=NETS_AT_ONCE)(nets)
-    return logits
+    return forward(build_net, nets, images)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -283,14 +235,14 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return margin(logits.flatten(0, 1).double(), labels.repeat(len(logits))).view(len(logits), -1)
 
 
-def mean_losses(nets: dict[str, Tensor], data: Data) -> NDArray[np.float32]:
+def mean_losses(nets: Models, data: Data) -> NDArray[np.float32]:
     """The nets' mean loss on each training image, with the label that it was trained with (n,)."""
     log_p = logits_of(nets, data.images).log_softmax(-1).mean(0)
     return -log_p.gather(1, data.labels.unsqueeze(1)).squeeze(1).numpy()
 
 
 def attribute(
-    data: Data, nets: dict[str, Tensor], settings: Settings, folder: Path, clock: Clock
+    data: Data, nets: Models, settings: Settings, folder: Path, clock: Clock
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """TRAK scores (n, m) of the training images for the test images, and self-influence (n,)."""
 
@@ -310,13 +262,13 @@ def attribute(
         net, "image_classification", train_set_size=len(data.labels), save_dir=folder,
         gradient_computer=TimedGradients, projector=TimedProjector(grad_dim, settings.proj_dim, seed=settings.seed),
     )  # fmt: skip
-    train = DataLoader(TensorDataset(data.images, data.labels), BATCH_SIZE)
-    test = DataLoader(TensorDataset(data.test_images, data.test_labels), BATCH_SIZE)
-    checkpoints = [{name: w[c] for name, w in nets.items()} for c in range(settings.checkpoints)]
+    train_loader = DataLoader(TensorDataset(data.images, data.labels), BATCH_SIZE)
+    test_loader = DataLoader(TensorDataset(data.test_images, data.test_labels), BATCH_SIZE)
+    checkpoints = [state_dict(nets, c) for c in range(settings.checkpoints)]
     with clock("store features"), tqdm(total=len(checkpoints) * len(data.labels), desc="featurizing") as bar:
         for model_id, checkpoint in enumerate(checkpoints):
             traker.load_checkpoint(checkpoint, model_id)
-            for images, labels in train:
+            for images, labels in train_loader:
                 traker.featurize((images, labels), num_samples=len(labels))
                 bar.update(len(labels))
     with clock("solve and score"):
@@ -324,7 +276,7 @@ def attribute(
     with clock("store features"), tqdm(total=len(checkpoints) * len(data.test_labels), desc="scoring") as bar:
         for model_id, checkpoint in enumerate(checkpoints):
             traker.start_scoring_checkpoint("test", checkpoint, model_id, num_targets=len(data.test_labels))
-            for images, labels in test:
+            for images, labels in test_loader:
                 traker.score((images, labels), num_samples=len(labels))
                 bar.update(len(labels))
     with clock("solve and score"):
@@ -337,40 +289,32 @@ def retrain(data: Data, settings: Settings, rng: np.random.Generator) -> tuple[N
     Returns:
         The halves (S, n), and the nets' mean outputs log p/(1 − p) of the right class of each test image (S, m).
     """
-    n = len(data.labels)
-    halves = rng.permuted(np.tile(np.arange(n), (settings.subsets, 1)), axis=1)[:, : n // 2]
-    masks = np.zeros((settings.subsets, n), bool)
-    np.put_along_axis(masks, halves, True, axis=1)
-    nets = train_nets(data, halves.repeat(settings.nets_per_subset, axis=0), settings.epochs, rng, "retraining")
-    outputs = margins(logits_of(nets, data.test_images), data.test_labels)
-    return masks, outputs.view(settings.subsets, settings.nets_per_subset, -1).mean(1).numpy()
+    masks = random_subsets(len(data.labels), settings.subsets, int(rng.integers(2**32)))
+    outputs = retrained_outputs(
+        build_net, (data.images, data.labels), masks,
+        lambda nets: margins(logits_of(nets, data.test_images), data.test_labels),
+        Recipe(settings.epochs, BATCH_SIZE), int(rng.integers(2**32)), models_per_subset=settings.nets_per_subset,
+    )  # fmt: skip
+    return masks, outputs
 
 
 def pixel_similarity(data: Data) -> NDArray[np.float32]:
     """Scores (n, m) without any net, to compare with: the cosine of the images, negative where labels differ."""
     center = data.images.mean(0)
-    train, test = (F.normalize((images - center).flatten(1)) for images in (data.images, data.test_images))
+    given, test = (F.normalize((images - center).flatten(1)) for images in (data.images, data.test_images))
     sign = torch.where(data.labels.unsqueeze(1) == data.test_labels, 1.0, -1.0)
-    return (train @ test.mT * sign).numpy()
+    return (given @ test.mT * sign).numpy()
 
 
-def _lds_intervals(
+def _agreement(
     scores: NDArray[np.float32], masks: NDArray[np.bool_], outputs: NDArray[np.float64], rng: np.random.Generator
 ) -> dict[str, Any]:
     """The LDS, its 95 % bootstrap interval over subsets and targets, and the 95 % that chance would give."""
-    subsets, m = outputs.shape
-    predicted = masks.astype(np.float64) @ scores
-    one_hot = np.eye(subsets, dtype=bool)  # as masks they pick rows of `predicted`, which are sums of scores already
-    bootstrap, chance = [], []
-    for _ in tqdm(range(RESAMPLES), desc="resampling"):
-        rows, columns = rng.integers(subsets, size=subsets), rng.integers(m, size=m)
-        bootstrap.append(lds(predicted[:, columns], one_hot[rows], outputs[np.ix_(rows, columns)]).mean)
-        chance.append(lds(predicted, one_hot, outputs[rng.permutation(subsets)]).mean)
-    result = lds(scores, masks, outputs)
+    result, interval = lds(scores, masks, outputs), lds_interval(scores, masks, outputs, seed=rng)
     return {
         "mean": result.mean,
-        "interval_95": np.percentile(bootstrap, [2.5, 97.5]).tolist(),
-        "chance_95": np.percentile(chance, [2.5, 97.5]).tolist(),
+        "interval_95": [interval.low, interval.high],
+        "chance_95": [interval.chance_low, interval.chance_high],
         "per_target": result.per_target.tolist(),
     }
 

@@ -1,9 +1,12 @@
 """X'X of the training rows, summed while they are featurized, so that finalizing needs no second pass over them.
 
+Where the task knows the curvature of each sample's loss, X'CX is summed beside it, with the curvatures in C: of the
+two the solver makes the weighted matrix, whose weights depend on a mean that is known in the end only.
+
 Each process that writes rows of a checkpoint sums those into a matrix of its own, and now and then saves it together
 with the set of rows that are in it:
 
-    checkpoint_<model_id>/gram/<slot>.npz    gram (k, k) float64; rows, the set as packed bits
+    checkpoint_<model_id>/gram/<slot>.npz    gram (1 or 2, k, k) float64; rows, the set as packed bits
 
 A process takes the lowest slot that no other has locked and goes on from what a process before it left there, so
 however often a run is killed, there are no more files than there were processes at a time. Rows whose flags are set
@@ -41,7 +44,9 @@ _taken: set[tuple[Path, int]] = set()  # by this process, whose objects no lock 
 class PartialGram:
     """The sum over the rows that this process writes, and over those of a process before it."""
 
-    def __init__(self, folder: Path, num_rows: int, width: int, device: torch.device, locks: LockFile) -> None:
+    def __init__(
+        self, folder: Path, num_rows: int, width: int, device: torch.device, locks: LockFile, weighted: bool = False
+    ) -> None:
         """Takes a slot.
 
         Args:
@@ -50,6 +55,7 @@ class PartialGram:
             width: k.
             device: Where to sum; it needs float64.
             locks: The lock file of the checkpoint.
+            weighted: Whether to sum X'CX too.
         """
         folder.mkdir(exist_ok=True)
         self.folder, self._locks = folder, locks
@@ -63,28 +69,32 @@ class PartialGram:
             left.unlink(missing_ok=True)
         self._base: NDArray[np.float64] | None = None
         self.rows = np.zeros(num_rows, np.bool_)
-        if (before := load(self.path, num_rows, width)) is not None:
+        self._sums = [GramAccumulator(width, device) for _ in range(2 if weighted else 1)]
+        if (before := load(self.path, num_rows, (len(self._sums), width, width))) is not None:
             self._base, self.rows = before
-        self._sum = GramAccumulator(width, device)
-        self._device, self._saved, self._changed = device, time.monotonic(), False
+        self._saved, self._changed = time.monotonic(), False
 
-    def add(self, inds: NDArray[np.integer], features: NDArray[np.float32]) -> None:
+    def add(
+        self, inds: NDArray[np.integer], features: NDArray[np.float32], curvature: NDArray[np.float64] | None = None
+    ) -> None:
         """Adds rows that are on disk with their flags set; saves the sum if it is time to.
 
         Args:
             inds: (B,) their numbers.
             features: (B, k) as they are read from the disk.
+            curvature: (B,), where X'CX is summed.
         """
         new = ~self.rows[inds]
-        self._sum.add(torch.from_numpy(features[new]).to(self._device))
+        for total, weights in zip(self._sums, (None, curvature), strict=False):
+            total.add(features[new], None if weights is None else weights[new])
         self.rows[inds] = self._changed = True
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
     def value(self) -> NDArray[np.float64]:
-        """The sum so far."""
-        total = self._sum.value().cpu().numpy()
-        return total if self._base is None else total + self._base
+        """The sums so far, (1 or 2, k, k): X'X and X'CX."""
+        totals = torch.stack([total.value() for total in self._sums]).cpu().numpy()
+        return totals if self._base is None else totals + self._base
 
     def save(self) -> None:
         """Puts the sum on disk."""
@@ -104,7 +114,9 @@ class PartialGram:
             self._locks.release(FIRST_SLOT + self.slot)
 
 
-def load(path: Path, num_rows: int, width: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
+def load(
+    path: Path, num_rows: int, shape: tuple[int, int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
     """A saved sum and its rows; None where there is none, or nothing of use: the rows are then read again."""
     try:
         with path.open("rb") as file, np.load(file) as saved:
@@ -114,13 +126,20 @@ def load(path: Path, num_rows: int, width: int) -> tuple[NDArray[np.float64], ND
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s is of no use (%s); its rows are read again", path, error)
         return None
-    if gram.shape != (width, width) or gram.dtype != np.float64 or len(rows) != num_rows:
+    if gram.shape != shape or gram.dtype != np.float64 or len(rows) != num_rows:
         logger.warning("%s holds a matrix of another kind; its rows are read again", path)
         return None
     return gram, rows
 
 
-def total(folder: Path, train: Rows, device: torch.device, rank: int = 0, size: int = 1) -> Tensor:
+def total(
+    folder: Path,
+    train: Rows,
+    device: torch.device,
+    rank: int = 0,
+    size: int = 1,
+    curvature: NDArray[np.float64] | None = None,
+) -> Tensor:
     """One of `size` summands of X'X: every saved sum is in one of them, as is every row that no sum contains.
 
     Args:
@@ -129,23 +148,30 @@ def total(folder: Path, train: Rows, device: torch.device, rank: int = 0, size: 
         device: Where to compute.
         rank: Which summand.
         size: How many there are.
+        curvature: (n,) of each row, for X'CX too.
 
     Returns:
-        (k, k) float64 on `device`.
+        (1, k, k) float64 on `device`, or (2, k, k) with X'CX.
     """
     features = train.columns["features"]
     num_rows, width = features.shape
-    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    weightings = [None] if curvature is None else [None, curvature]
+    shape = (len(weightings), width, width)
+    gram = torch.zeros(shape, dtype=torch.float64, device=device)
     covered = np.zeros(num_rows, np.bool_)
     for i, path in enumerate(sorted(folder.glob("*.npz"))):
-        saved = load(path, num_rows, width)
+        saved = load(path, num_rows, shape)
         if saved is None or (covered & saved[1]).any():  # two processes without locks wrote the same rows
             continue
         covered |= saved[1]
         if i % size == rank:
             gram += torch.from_numpy(saved[0]).to(device)
     missing = np.array_split(np.flatnonzero(~covered), size)[rank]
-    rest = GramAccumulator(width, device)
+    rest = [GramAccumulator(width, device) for _ in weightings]
     for part in blocks(len(missing), width):
-        rest.add(torch.from_numpy(np.array(features[missing[part]])).to(device))
-    return gram + rest.value()
+        rows = np.array(features[missing[part]])
+        for accumulator, weights in zip(rest, weightings, strict=True):
+            accumulator.add(rows, None if weights is None else weights[missing[part]])
+    for summed, accumulator in zip(gram, rest, strict=True):
+        summed += accumulator.value()
+    return gram

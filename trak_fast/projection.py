@@ -72,8 +72,8 @@ def project(
             ``"highest"`` for float64. bfloat16 and float16 are always exact.
         out: Float32 tensor (B, k) on the gradients' device that the projection is added to, in place.
         differentiable: Records the projection for autograd (torch 2.4 or newer; P'y is its derivative, see
-            :func:`project_adjoint`). By default nothing is recorded, even if ``grads`` requires grad: features that
-            are kept must not keep the graph behind their gradients alive.
+            :func:`project_adjoint`; torch.func transforms are not supported). By default nothing is recorded, even if
+            ``grads`` requires grad: features that are kept must not keep the graph behind their gradients alive.
 
     Returns:
         Float32 tensor (B, k) on the gradients' device: ``out`` if given, else a new one.

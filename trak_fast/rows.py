@@ -41,7 +41,7 @@ class Halves:
     Behaves like a read-only array of float32 in what the solver needs: shape, rows, columns of the transpose.
     """
 
-    dtype = np.dtype(np.float32)
+    dtype, stored_dtype = np.dtype(np.float32), np.dtype(np.float16)
 
     def __init__(self, values: NDArray[np.float16], scales: NDArray[np.float32], transposed: bool = False) -> None:
         self.values, self.scales, self.transposed = values, scales, transposed

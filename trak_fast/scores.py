@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .files import create_array, explaining, replacing, sync, write_at
 from .rows import Rows
-from .solver import Solver
+from .solver import Solver, normalized
 
 BLOCK_BYTES = 32 << 20
 """Features of a checkpoint that are read at a time, as float32."""
@@ -91,7 +91,10 @@ class ScoreMatrix:
 
     def _features(self, rows: slice, index: int) -> Tensor | None:
         checkpoint = self.checkpoints[index]
-        return checkpoint.train.read("features", rows) if checkpoint.solver.primal else None
+        if not checkpoint.solver.primal:
+            return None
+        features = checkpoint.train.read("features", rows)
+        return normalized(features) if checkpoint.solver.normalize else features
 
     def _product(self, features: Tensor | None, solved: Tensor, rows: slice) -> Tensor:
         # the product may be in float32: nothing amplifies its error

@@ -1,15 +1,21 @@
-"""The linear algebra of TRAK (Park et al., ICML 2023, section 3.2): X'X, its regularised inverse, and scores.
+"""The linear algebra of TRAK (Park et al., ICML 2023, section 3.2): X'X, its ridge, its inverse, and scores.
 
 X (n, k) holds the projected training gradients of one checkpoint, one sample a row. A target φ scores every training
-sample by X (X'X + λI)⁻¹ φ. Where n < k, the same scores are (XX' + λI)⁻¹ X φ, with an n × n system: whichever of X'X
-and XX' is smaller is formed, called the Gram matrix here. It is summed, factorised and solved in float64. Everything
+sample by X (X'RX + λI)⁻¹ φ, where R is the identity, as in the paper, or a diagonal of sample weights such as the
+curvature of each sample's loss. Where n < k the same scores come from an n × n system. Whichever of X'RX and
+R½XX'R½ is smaller is formed, called the Gram matrix here. It is summed, factorised and solved in float64. Everything
 is computed in blocks of rows, so memory stays bounded beside the Gram matrix and its factor.
+
+Features may be of any floating dtype, memory-mapped or not: blocks are converted as they are read.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +25,7 @@ from tqdm.auto import tqdm
 
 BLOCK_BYTES = 64 << 20
 
-RIDGE_FACTOR = 5.0
-"""The default λ, in mean squared norms of the projected training gradients.
-
-As a multiple of that norm it does not depend on the gradients' unit, on the scale of the projection, or on k:
-3 to 10 gave the best linear datamodeling scores for every k from 256 to 4096.
-"""
+Features = NDArray[np.floating[Any]]
 
 logger = logging.getLogger("trak_fast")
 
@@ -35,164 +36,336 @@ def blocks(total: int, width: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _load(array: NDArray[np.float32], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A copy of a block of a memory-mapped array."""
-    return torch.from_numpy(np.array(array)).to(device=device, dtype=dtype)
+def _load(array: Features, dtype: torch.dtype, device: torch.device, normalize: bool = False) -> Tensor:
+    """A copy of a block of a memory-mapped array; with `normalize` each row divided by its norm, zero rows left."""
+    block = torch.from_numpy(np.array(array)).to(device)
+    return (normalized(block.double()) if normalize else block).to(dtype)
 
 
-def gram_matrix(features: NDArray[np.float32], device: torch.device) -> Tensor:
-    """X'X where k ≤ n, else XX', with products and sums in float64.
-
-    Args:
-        features: X, (n, k) float32, which may be memory-mapped.
-        device: Where to compute.
-
-    Returns:
-        (s, s) float64 on `device`, s = min(n, k). Its trace is the sum of the features' squared norms.
-    """
-    tall = features if features.shape[0] >= features.shape[1] else features.T
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=device)
-    for rows in tqdm(blocks(*tall.shape), desc="X'X", unit="block", leave=False, disable=None):
-        block = _load(tall[rows], torch.float64, device)
-        gram.addmm_(block.mT, block)
-    return gram
+def normalized(rows: Tensor) -> Tensor:
+    """Rows (B, k) divided by their norms, in the dtype that they have; rows of zeros stay."""
+    wide = rows.double()  # where squares of float32 numbers neither overflow nor vanish
+    return wide.div(wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)).to(rows.dtype)
 
 
 class GramAccumulator:
-    """X'X of rows that come in batches, with products and sums in float64."""
+    """X'RX, summed over blocks of rows as they are made, so that X is not read a second time.
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        """Starts from zero.
+    Products and sums are in float64 whatever the features' dtype: those of float32 features are exact. Sums over
+    disjoint blocks may be added up, from processes of their own say: `a.add_sum(b.value())`.
+    """
+
+    def __init__(self, proj_dim: int, device: torch.device | None = None, normalize: bool = False) -> None:
+        """Starts from no rows.
 
         Args:
-            width: k.
-            device: Where to compute; it needs float64.
+            proj_dim: k. The sum takes 8 k² bytes; where n < k, `gram_matrix` on the whole X is smaller.
+            device: Where to compute; the CPU by default.
+            normalize: Divides each row by its norm, for cosine scores.
         """
-        self._gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self._waiting: list[Tensor] = []
+        self.normalize = normalize
+        self._sum = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=device)
+        self._waiting: list[Tensor] = []  # rows, until there are enough of them for an efficient product
 
-    def add(self, features: Tensor) -> None:
-        """Adds rows, (B, k); they are kept until there are enough of them for an efficient product."""
-        self._waiting.append(features.double())
-        if sum(map(len, self._waiting)) >= min(1024, len(self._gram)):
-            self._flush()
+    def add(self, features: Features | Tensor, weights: Features | Tensor | None = None) -> None:
+        """Adds rows.
+
+        Args:
+            features: (B, k), floating.
+            weights: (B,) ≥ 0, the diagonal of R; all 1 by default.
+
+        Raises:
+            ValueError: Shapes do not fit.
+        """
+        if isinstance(features, Tensor):
+            features = features.detach().cpu().numpy()
+        if features.ndim != 2 or features.shape[1] != len(self._sum):
+            raise ValueError(f"features must have shape (B, {len(self._sum)}), not {features.shape}")
+        roots = None if weights is None else torch.as_tensor(weights).double().sqrt().to(self._sum.device)
+        if roots is not None and roots.shape != features.shape[:1]:
+            raise ValueError(f"weights must have shape ({len(features)},), not {tuple(roots.shape)}")
+        for rows in blocks(*features.shape):
+            block = _load(features[rows], torch.float64, self._sum.device, self.normalize)
+            if roots is not None:
+                block *= roots[rows, None]
+            self._waiting.append(block)
+            if sum(map(len, self._waiting)) >= min(1024, len(self._sum)):
+                self._flush()
+
+    def add_sum(self, value: Tensor) -> None:
+        """Adds the sum of another accumulator, (k, k) float64."""
+        self._sum += value.to(self._sum)
 
     def value(self) -> Tensor:
-        """The sum so far, (k, k) float64; it changes with the next call of `add`."""
+        """The sum so far, (k, k) float64. It is the accumulator's own: copy it before adding more."""
         self._flush()
-        return self._gram
+        return self._sum
 
     def _flush(self) -> None:
         if self._waiting:
-            block = torch.cat(self._waiting)
-            self._gram.addmm_(block.mT, block)
+            block = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+            self._sum.addmm_(block.mT, block)
             self._waiting = []
 
 
-def default_ridge(gram: Tensor, num_rows: int) -> float:
-    """λ = RIDGE_FACTOR × the mean squared norm of the `num_rows` rows of X, from the trace of their Gram matrix."""
-    return RIDGE_FACTOR * gram.trace().item() / num_rows
+def gram_matrix(
+    features: Features, device: torch.device, weights: NDArray[np.float64] | None = None, normalize: bool = False
+) -> Tensor:
+    """X'RX where k ≤ n, else R½XX'R½, with products and sums in float64.
+
+    Args:
+        features: X, (n, k) floating, which may be memory-mapped.
+        device: Where to compute.
+        weights: (n,) ≥ 0, the diagonal of R; all 1 by default.
+        normalize: Divides each row of X by its norm.
+
+    Returns:
+        (s, s) float64 on `device`, s = min(n, k). Its trace is the (weighted) sum of the features' squared norms.
+    """
+    n, k = features.shape
+    if k <= n:
+        sum_ = GramAccumulator(k, device, normalize)
+        for rows in tqdm(blocks(n, k), desc="X'X", unit="block", leave=False, disable=None):
+            sum_.add(features[rows], None if weights is None else weights[rows])
+        return sum_.value()
+    gram = torch.zeros(n, n, dtype=torch.float64, device=device)
+    for columns in tqdm(blocks(k, n), desc="XX'", unit="block", leave=False, disable=None):
+        block = _load(features.T[columns], torch.float64, device)
+        gram.addmm_(block.mT, block)
+    if normalize:
+        lengths = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        gram /= lengths[:, None]
+        gram /= lengths
+    if weights is not None:
+        roots = torch.from_numpy(weights).to(gram).sqrt()
+        gram *= roots[:, None] * roots
+    return gram
 
 
-def factorize(matrix: Tensor, cutoff: float) -> Callable[[Tensor], Tensor]:
-    """The inverse of a positive semi-definite matrix as a function, by Cholesky.
+def auto_ridge(gram: Tensor, num_rows: int, proj_dim: int, num_checkpoints: int = 1) -> float:
+    """λ = (‖XX'‖_F/√n + tr(XX')/k) / √C: the noise floor of the kernel XX', from the features alone.
 
-    A matrix that is singular to rounding (a pivot below `cutoff` times the largest) gets its pseudo-inverse instead,
-    by its eigenvectors: directions with an eigenvalue of at most `cutoff` times the largest are left out.
+    What checkpoints agree on are the large eigenvalues of the kernel; below some level its directions are peculiar to
+    one network and one projection, and inverting them adds noise to scores. The two terms are the levels up to
+    which random-matrix theory expects eigenvalues of such noise. A symmetric matrix with independent entries of
+    standard deviation s has eigenvalues up to 2s√n (Wigner); with s half the root mean square entry of XX', that is
+    ‖XX'‖_F/√n, the root mean square eigenvalue. A projection to k rows turns directions that samples do not share
+    into eigenvalues about their squared norms times n/k (Marchenko and Pastur), that is tr(XX')/k. Noise that is
+    independent between checkpoints falls with the root of their number, C. (That half of the entries' size is noise
+    was found on digits, docs/choosing.md; the other constants are not fitted.)
+
+    λ has the unit of X'X, so scores do not depend on the scale of gradients and projection.
+
+    Args:
+        gram: The Gram matrix of X, on either side: both have the same trace and the same Frobenius norm.
+        num_rows: Training samples, n.
+        proj_dim: Size of a feature, k.
+        num_checkpoints: Checkpoints that scores are averaged over, C.
+    """
+    noise = torch.linalg.matrix_norm(gram).item() / num_rows**0.5 + gram.trace().item() / proj_dim
+    return float(noise / num_checkpoints**0.5)
+
+
+def curvature_weights(curvature: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """R from the curvature of each sample's loss in the model output: its mean 1, a tenth of it the same for all.
+
+    X'RX is then the Gauss-Newton matrix of the loss up to a factor. The uniform tenth bounds how far samples that are
+    fitted to saturation, whose curvature is next to 0, lose their say.
+
+    Args:
+        curvature: (n,) ≥ 0.
+
+    Returns:
+        (n,) float64 with the mean 1; all 1 where all curvatures are 0.
+    """
+    relative = np.asarray(curvature, np.float64)
+    mean = relative.mean()
+    relative = relative / mean if mean > 0 else np.ones_like(relative)
+    return (relative + 0.1) / 1.1
+
+
+def weighted_gram(plain: Tensor, by_curvature: Tensor, mean_curvature: float) -> Tensor:
+    """X'RX for the R of `curvature_weights`, from X'X and X'CX, with the curvatures themselves in C."""
+    share = by_curvature / mean_curvature if mean_curvature > 0 else plain
+    return (share + 0.1 * plain) / 1.1
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The inverse of a symmetric positive semi-definite matrix.
+
+    Attributes:
+        solve: Maps (s, m) to (s, m) float64.
+        condition: Ratio of the largest eigenvalue to the smallest that is inverted: exact for "eigh", else estimated
+            from below by power iteration.
+        method: "cholesky", or "eigh" where the matrix is singular to rounding.
+        jitter: What was added to the diagonal to make Cholesky's factorisation possible.
+    """
+
+    solve: Callable[[Tensor], Tensor]
+    condition: float
+    method: str
+    jitter: float = 0.0
+
+
+def factorize(matrix: Tensor, cutoff: float, jitter: bool = False) -> Inverse:
+    """Inverts a positive semi-definite matrix by Cholesky, else by its eigenvectors.
 
     Args:
         matrix: (s, s) float64, symmetric.
-        cutoff: Relative to the largest eigenvalue.
-
-    Returns:
-        A function from (s, m) to (s, m) float64.
+        cutoff: Relative to the largest eigenvalue. A matrix with a pivot below it gets its pseudo-inverse: directions
+            with an eigenvalue of at most `cutoff` times the largest are left out.
+        jitter: Whether a matrix that is not positive definite to rounding may have up to 1000 roundings of its largest
+            entry added to its diagonal first. For matrices with a ridge, which is that much uncertain anyway.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    pivots = lower.diagonal().square()
-    if info.item() == 0 and pivots.min() > cutoff * pivots.max():
-        return lambda right: torch.cholesky_solve(right, lower)
+    largest = matrix.diagonal().max().item()
+    rounding = len(matrix) * torch.finfo(torch.float64).eps * largest
+    for added in (0.0, *((rounding * 10.0**power for power in range(4)) if jitter and largest > 0 else ())):
+        attempt = matrix
+        if added:
+            attempt = matrix.clone()
+            attempt.diagonal().add_(added)
+        lower, info = torch.linalg.cholesky_ex(attempt)
+        pivots = lower.diagonal().square()
+        if info.item() == 0 and pivots.min() > max(cutoff * pivots.max().item(), rounding if added else 0.0):
+            solve = partial(_cholesky_solve, lower)
+            condition = _norm(attempt.matmul, attempt) * _norm(solve, attempt)
+            if added:
+                logger.warning("singular to rounding: %.2g was added to the diagonal", added)
+            return Inverse(solve, condition, "cholesky", added)
     values, vectors = torch.linalg.eigh(matrix)
-    kept = values > cutoff * values[-1]
+    kept = values > max(cutoff * values[-1].item(), 0.0)
     logger.warning(
         "singular to rounding: %d of %d eigenvalues are inverted, the others left out; see lambda_reg",
         int(kept.sum()), len(values),
     )  # fmt: skip
     values, vectors = values[kept], vectors[:, kept]
-    return lambda right: vectors @ ((vectors.mT @ right) / values.unsqueeze(1))
+    condition = (values[-1] / values[0]).item() if len(values) else 1.0
+    return Inverse(lambda right: vectors @ ((vectors.mT @ right) / values.unsqueeze(1)), condition, "eigh")
+
+
+def _cholesky_solve(lower: Tensor, right: Tensor) -> Tensor:
+    return torch.cholesky_solve(right, lower)
+
+
+def _norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """The largest eigenvalue of a symmetric operator, by 20 power iterations: from below, mostly within 20 %."""
+    vector = torch.randn(len(like), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like)
+    size = 1.0
+    for _ in range(20):
+        vector = apply(vector / vector.norm())
+        size = vector.norm().item()
+    return size
 
 
 class Solver:
     """Scores of one checkpoint, from its features X (n, k) and their Gram matrix."""
 
-    def __init__(self, features: NDArray[np.float32], gram: Tensor, ridge: float) -> None:
-        """Factorises X'X + λI, or XX' + λI where that is smaller.
+    def __init__(
+        self,
+        features: Features,
+        gram: Tensor,
+        ridge: float,
+        weights: NDArray[np.float64] | None = None,
+        normalize: bool = False,
+    ) -> None:
+        """Factorises the Gram matrix plus λI.
 
         Args:
-            features: X, (n, k) float32, which may be memory-mapped.
-            gram: `gram_matrix(features)`; scores are computed on its device.
+            features: X, (n, k) floating, which may be memory-mapped.
+            gram: `gram_matrix(features, device, weights, normalize)`; scores are computed on its device.
             ridge: λ ≥ 0, in the unit of X'X. With 0, dependent rows get the least-norm (pseudo-inverse) solution.
+            weights: (n,) ≥ 0, the diagonal of R; all 1 by default. Where k > n they need λ > 0.
+            normalize: Divides the features of samples and targets by their norms: cosine scores.
+
+        Raises:
+            ValueError: `weights` are given with λ = 0 and k > n.
         """
-        self.features, self.gram, self.device = features, gram, gram.device
+        self.features, self.gram, self.device, self.ridge = features, gram, gram.device, ridge
+        self.normalize = normalize
         self.primal = features.shape[0] >= features.shape[1]
+        self.roots = None
+        if weights is not None and not self.primal:
+            if not ridge:
+                raise ValueError("weights with ridge = 0 need k <= n")
+            self.roots = torch.from_numpy(weights).to(gram).sqrt().unsqueeze(1)
         regularized = gram.clone()
         regularized.diagonal().add_(ridge)
-        # rounding X to float32 is like adding noise of relative size ε, whose squared singular values reach about
-        # max(n, k) ε² of the largest: smaller eigenvalues carry no information
-        cutoff = max(features.shape) * torch.finfo(torch.float32).eps ** 2
-        self.inverse = factorize(regularized, cutoff)
+        # rounding X to its dtype is like adding noise of relative size ε, whose squared singular values reach about
+        # max(n, k) ε² of the largest for float32: smaller eigenvalues carry no information. The same count would
+        # be far too careful for float16, where ε² of the largest is what the noise really reaches.
+        eps = np.finfo(getattr(features, "stored_dtype", features.dtype)).eps
+        cutoff = max(max(features.shape) * torch.finfo(torch.float32).eps ** 2, float(eps) ** 2)
+        self.inverse = factorize(regularized, cutoff, jitter=ridge > 0)
 
-    def scores(self, targets: NDArray[np.float32]) -> Iterator[tuple[slice, slice, Tensor]]:
+    def scores(self, targets: Features) -> Iterator[tuple[slice, slice, Tensor]]:
         """Scores of all training samples for all targets, block by block.
 
         Args:
-            targets: Projected gradients of the targets, (m, k) float32, which may be memory-mapped.
+            targets: Projected gradients of the targets, (m, k) floating, which may be memory-mapped.
 
         Yields:
-            Rows (training samples), columns (targets) and X (X'X + λI)⁻¹ φ for them, float32 on the CPU. Every pair
+            Rows (training samples), columns (targets) and X (X'RX + λI)⁻¹ φ for them, float32 on the CPU. Every pair
             comes once.
         """
         n, k = self.features.shape
         for columns in tqdm(blocks(len(targets), k), desc="scores", unit="block", leave=False, disable=None):
-            right = _load(targets[columns], torch.float64, self.device).mT
+            solved = self.solve(targets[columns])
             if self.primal:
-                solved = self.inverse(right).float()  # the last product may be in float32: nothing amplifies its error
                 for rows in blocks(n, max(k, solved.shape[1])):
-                    block = _load(self.features[rows], torch.float32, self.device)
-                    yield rows, columns, (block @ solved).cpu()
+                    yield rows, columns, (self._rows(rows, torch.float32) @ solved).cpu()
             else:
-                products = torch.cat([self._rows(rows) @ right for rows in blocks(n, k)])
-                yield slice(0, n), columns, self.inverse(products).float().cpu()
+                yield slice(0, n), columns, solved.cpu()
 
-    def solve(self, targets: NDArray[np.float32]) -> Tensor:
+    def solve(self, targets: Features) -> Tensor:
         """All that scores for some targets need apart from X.
 
         Args:
-            targets: Projected gradients of the targets, (m, k) float32.
+            targets: Projected gradients of the targets, (m, k) floating.
 
         Returns:
-            Float32 on the solver's device. If `primal`, the coefficients S = (X'X + λI)⁻¹ Φ', (k, m), with scores X S;
-            otherwise (n < k) the scores themselves, (n, m).
+            Float32 on the solver's device. If `primal`, the coefficients S = (X'RX + λI)⁻¹ Φ', (k, m), with scores
+            X S; otherwise (n < k) the scores themselves, (n, m). The product X S may be in float32: nothing
+            amplifies its error.
         """
-        right = _load(targets, torch.float64, self.device).mT
-        if not self.primal:
-            right = torch.cat([self._rows(rows) @ right for rows in blocks(*self.features.shape)])
-        return self.inverse(right).float()
+        right = _load(targets, torch.float64, self.device, self.normalize).mT
+        if self.primal:
+            return self.inverse.solve(right).float()
+        return self._dual(torch.cat([self._rows(rows) @ right for rows in blocks(*self.features.shape)])).float()
 
     def self_influence(self) -> Tensor:
-        """φ (X'X + λI)⁻¹ φ' of each training sample for itself, the diagonal of X (X'X + λI)⁻¹ X'.
+        """φ (X'RX + λI)⁻¹ φ' of each training sample for itself, the diagonal of X (X'RX + λI)⁻¹ X'.
 
         Returns:
-            (n,) float64 on the CPU, each in [0, 1].
+            (n,) float64 on the CPU; times the weights, each is in [0, 1].
         """
         influence = torch.empty(len(self.features), dtype=torch.float64)
         for rows in tqdm(blocks(*self.features.shape), desc="self-influence", unit="block", leave=False, disable=None):
             if self.primal:
-                left = right = self._rows(rows)
-            else:  # φ_i (X'X + λI)⁻¹ φ_i' = [XX' (XX' + λI)⁻¹]_ii
-                left, right = self.gram[rows], torch.zeros_like(self.gram[rows])
-                right.diagonal(rows.start).fill_(1)
-            influence[rows] = (left * self.inverse(right.mT).mT).sum(1).cpu()
+                block = self._rows(rows)
+                influence[rows] = (block * self.inverse.solve(block.mT).mT).sum(1).cpu()
+            elif self.roots is None:  # φ_i (X'X + λI)⁻¹ φ_i' = [XX' (XX' + λI)⁻¹]_ii
+                unit = torch.zeros_like(self.gram[rows])
+                unit.diagonal(rows.start).fill_(1)
+                influence[rows] = (self.gram[rows] * self.inverse.solve(unit.mT).mT).sum(1).cpu()
+            else:
+                block = self._rows(rows)
+                products = torch.cat([self._rows(others) @ block.mT for others in blocks(*self.features.shape)])
+                influence[rows] = self._dual(products)[rows].diagonal().cpu()
         return influence
 
-    def _rows(self, rows: slice) -> Tensor:
-        return _load(self.features[rows], torch.float64, self.device)
+    def _dual(self, products: Tensor) -> Tensor:
+        """X (X'RX + λI)⁻¹ φ from the products Xφ (n, m), by the n × n system."""
+        if self.roots is None:
+            return self.inverse.solve(products)
+        # Woodbury: (Xφ − XX'R½ (R½XX'R½ + λI)⁻¹ R½Xφ)/λ. XX'R½ is R⁻½ times the Gram matrix, but a weight may be 0,
+        # so X is used: X(X'z) for z = R½ (…)⁻¹ R½ Xφ.
+        inner = self.roots * self.inverse.solve(self.roots * products)
+        n, k = self.features.shape
+        back = torch.zeros(k, products.shape[1], dtype=torch.float64, device=self.device)
+        for rows in blocks(n, k):
+            back.addmm_(self._rows(rows).mT, inner[rows])
+        return (products - torch.cat([self._rows(rows) @ back for rows in blocks(n, k)])) / self.ridge
+
+    def _rows(self, rows: slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        return _load(self.features[rows], dtype, self.device, self.normalize)

@@ -2,7 +2,7 @@
 
     save_dir/manifest.json                           what the features are; written once
     save_dir/checkpoint_<model_id>/checkpoint.json   digest of the checkpoint's weights
-                                   gram.npy          X'X or XX'; once it is there the checkpoint is finalized
+                                   gram.npy          X'X (and X'CX) or XX'; once it is there it is finalized
                                    gram/             parts of it until then (gram.py)
                                    train/            rows of the training samples (rows.py), locks of their writers
                                    targets/<name>/   rows of the targets of an experiment
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .files import building, read_array, read_json, replacing, write_json
 from .rows import Rows
 
-FORMAT = 2
+FORMAT = 3
 """Number of the folder's format, in each manifest."""
 
 
@@ -206,7 +206,7 @@ class Store:
         return self.checkpoint(model_id) / "gram"
 
     def save_gram(self, model_id: int, gram: NDArray[np.float64]) -> None:
-        """Stores a checkpoint's Gram matrix, which makes the checkpoint finalized."""
+        """Stores a checkpoint's Gram matrices, see `gram`, which makes the checkpoint finalized."""
         with replacing(self.checkpoint(model_id) / "gram.npy") as temporary, temporary.open("wb") as file:
             np.save(file, gram)
         shutil.rmtree(self.partial_grams(model_id), ignore_errors=True)
@@ -216,7 +216,7 @@ class Store:
         return (self.checkpoint(model_id) / "gram.npy").exists()
 
     def gram(self, model_id: int) -> NDArray[np.float64]:
-        """The Gram matrix of a finalized checkpoint."""
+        """The Gram matrices of a finalized checkpoint: (1, n, n) XX', or X'X and perhaps X'CX (1 or 2, k, k)."""
         gram: NDArray[np.float64] = np.load(self.checkpoint(model_id) / "gram.npy")
         return gram
 

@@ -22,7 +22,7 @@ class Task(ABC):
     A subclass has `get_output`, and one of these for Q: `loss`, a function of f that autograd then differentiates;
     `get_out_to_loss_grad`, which gives Q itself; or neither, where f is the negative loss. It may have
     `get_outputs(model, weights, buffers, batch) -> (B,)`, f of a whole batch, by which `HookGradientComputer` is
-    faster.
+    faster; and `get_loss_curvature(Q)`, ∂²ℓ/∂f² of samples from their Q, (B,) each, by which TRAKer weighs samples.
     """
 
     @abstractmethod

@@ -93,6 +93,10 @@ class Regression(Task):
         output = self.get_outputs(model, weights, buffers, batch)
         return batch[-1].reshape(output.shape) - output
 
+    def get_loss_curvature(self, weights: Any) -> Any:
+        """∂²ℓ/∂f² of each sample, p (1 − p), from its weighting Q = 1 − p; tensors and arrays of any shape."""
+        return weights * (1 - weights)
+
 
 TASKS: dict[str, type[Task]] = {
     "image_classification": ImageClassification,

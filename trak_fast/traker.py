@@ -16,32 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import gram, memory
+from . import gram
 from .batches import Indices, integer, row_numbers
 from .distributed import Ranks
-from .gradients import FunctionalGradientComputer, evaluation_mode, select_parameters
+from .featurizer import Featurizer, NoProjection
+from .gradients import FunctionalGradientComputer, select_parameters
 from .projection import Projector
 from .rows import Rows
 from .scores import Checkpoint, ScoreFile, ScoreMatrix, TopScores, merge_top_scores, top_scores
-from .solver import Solver, default_ridge, gram_matrix
+from .solver import Solver, auto_ridge, curvature_weights, gram_matrix, weighted_gram
 from .store import Store, describe
 from .task import Task
 from .tasks import resolve_task
-
-
-class _NoProjection:
-    """What proj_dim=0 asks for: the gradients themselves, in one row a sample."""
-
-    proj_dim = 0
-    proj_type = "none"
-
-    def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
-        if isinstance(grads, Tensor):
-            return grads.clone()
-        return torch.cat([g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in grads.values()], dim=1)
-
-    def free_memory(self) -> None:
-        pass
 
 
 class TRAKer:
@@ -84,12 +70,14 @@ class TRAKer:
         proj_max_batch_size: int | None = None,
         projector_seed: int = 0,
         grad_wrt: Iterable[str] | None = None,
-        lambda_reg: float | None = None,
+        lambda_reg: float | str | None = "auto",
         *,
         proj_type: str = "rademacher",
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         distributed: bool | None = None,
+        curvature: bool = True,
+        normalize: bool = False,
     ) -> None:
         """Opens `save_dir`, or makes it.
 
@@ -115,16 +103,20 @@ class TRAKer:
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
             grad_wrt: Names or patterns ("head.*") of the parameters to differentiate; all of them by default.
-            lambda_reg: The ridge λ. None: 5 × the mean squared norm of the projected training gradients of each
-                checkpoint (see `solver.RIDGE_FACTOR`). 0: plain TRAK, with the least-norm solution where X'X is
-                singular. With these two, scores do not depend on the scale of P. Another number means what it means
-                in traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
+            lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features
+                (`solver.auto_ridge`). 0: plain TRAK, with the least-norm solution where X'X is singular. With these,
+                scores do not depend on the scale of P. Another number means what it means in traker, whose features
+                are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
             proj_type: "rademacher" or "normal".
             chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
             memory_budget: Bytes for gradients and what computing them keeps; by default a quarter of the memory that is
                 free, or half of it on a CUDA device. One sample is taken at a time where it is less than that needs.
             distributed: Whether to share the work with the other processes of torch.distributed; by default if there
                 are any.
+            curvature: With lambda_reg="auto", whether the training samples weigh in X'X by the curvature of their
+                loss, where the task says it (`get_loss_curvature`; classification does). X'RX is then the Hessian of
+                the linearised model, which the paper's X'X approximates. With another `lambda_reg` it is X'X.
+            normalize: Divides each feature, of training samples and targets, by its norm: cosine scores.
 
         Raises:
             ValueError: An argument is out of its range, or `save_dir` holds features made in another way.
@@ -133,11 +125,10 @@ class TRAKer:
         if saver is not None or score_computer is not None:
             raise ValueError("saver and score_computer are not supported; leave them None")
         self.train_set_size = integer("train_set_size", train_set_size)
-        self.chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size)
-        self.memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, high=2**62)
-        if lambda_reg is not None and not 0 <= lambda_reg < math.inf:
-            raise ValueError(f"lambda_reg must be None or a finite number >= 0, not {lambda_reg!r}")
-        self.lambda_reg = lambda_reg
+        chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size)
+        memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, high=2**62)
+        self.lambda_reg = _ridge(lambda_reg)
+        self.curvature, self.normalize = curvature, normalize
         self.logger = logging.getLogger("trak_fast")
         self.logger.setLevel(logging_level)
 
@@ -148,19 +139,23 @@ class TRAKer:
         first = next(iter(parameters.values()))
         self.device = first.device
         self.grad_dim = sum(parameter.numel() for parameter in parameters.values())
-        self._grad_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
         self.gradient_computer = gradient_computer(
             model=model, task=self.task, grad_dim=self.grad_dim, dtype=first.dtype, device=self.device,
             grad_wrt=None if grad_wrt is None else list(parameters),
         )  # fmt: skip
 
         if projector is None:
-            projector = _NoProjection() if proj_dim == 0 else Projector(
+            projector = NoProjection() if proj_dim == 0 else Projector(
                 self.grad_dim, proj_dim, seed=projector_seed, proj_type=proj_type, device=self.device)  # fmt: skip
         elif getattr(projector, "grad_dim", 0) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim is {projector.grad_dim}, gradients have {self.grad_dim} elements")
         self.projector = projector
         self.proj_dim = projector.proj_dim or self.grad_dim
+        self._featurizer = Featurizer(
+            *(model, self.task, self.gradient_computer, projector),
+            *(sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()), self.device),
+            *(chunk_size, memory_budget),
+        )
         contents = describe(
             projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
         )
@@ -177,7 +172,6 @@ class TRAKer:
         self._sum: gram.PartialGram | None = None  # of what this process featurizes of the checkpoint
         self._close_sum: Callable[[], object] | None = None
         self._next = 0  # row that num_samples continues from
-        self._fitting: dict[tuple[torch.Size, ...], int] = {}  # samples at a time, by the shapes of one
 
     def rows(self, total: int | None = None) -> range:
         """The training samples, or those of another `total`, that this process computes; the others it passes over.
@@ -264,9 +258,10 @@ class TRAKer:
         with ranks.together():
             if self._sums:
                 folder = self.store.partial_grams(model_id)
-                part = gram.total(folder, rows, self._solver_device, ranks.rank, ranks.size)
+                curvature = self._curvature(rows.columns["weights"]) if self._weighted else None
+                part = gram.total(folder, rows, self._solver_device, ranks.rank, ranks.size, curvature)
             elif ranks.rank == 0:
-                part = gram_matrix(rows.columns["features"], self._solver_device)
+                part = gram_matrix(rows.columns["features"], self._solver_device).unsqueeze(0)
         matrix = ranks.sum(part) if self._sums else part
         with ranks.together():
             if ranks.rank == 0:
@@ -409,7 +404,8 @@ class TRAKer:
                 )
             self._require_finalized(used)
         checkpoints = [
-            Checkpoint(self._solver(i), self.store.train(i), rows.columns["features"]) for i, rows in used.items()
+            Checkpoint(self._solver(i, len(used)), self.store.train(i), rows.columns["features"])
+            for i, rows in used.items()
         ]
         return ScoreMatrix(checkpoints, self._mean_weights(used) / len(used))
 
@@ -432,7 +428,7 @@ class TRAKer:
         self._require_finalized(ids)
         total = torch.zeros(self.train_set_size, dtype=torch.float64)
         for model_id in self._progress(ids, "self-influence"):
-            total += self._solver(model_id).self_influence()
+            total += self._solver(model_id, len(ids)).self_influence()
         return (total / len(ids) * self._mean_weights(ids)).float().numpy()
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
@@ -465,64 +461,37 @@ class TRAKer:
         """Whether X'X is summed while featurizing; where n < k, XX' is formed in the end."""
         return self.proj_dim <= self.train_set_size
 
+    @property
+    def _weighted(self) -> bool:
+        """Whether samples weigh in X'X by the curvature of their loss."""
+        return self.lambda_reg is None and self.curvature and hasattr(self.task, "get_loss_curvature")
+
+    def _curvature(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+        """∂²ℓ/∂f² of samples, from their weightings Q."""
+        task: Any = self.task
+        return np.asarray(task.get_loss_curvature(np.array(weights, np.float64)))
+
     def _summing(self, stored: Rows) -> gram.PartialGram:
         if self._sum is None:
             folder = self.store.partial_grams(self._model_id)
-            self._sum = gram.PartialGram(folder, self.train_set_size, self.proj_dim, self._solver_device, stored.locks)
+            self._sum = gram.PartialGram(
+                folder, self.train_set_size, self.proj_dim, self._solver_device, stored.locks, self._weighted
+            )
             # also when the interpreter ends or this object goes without finalize_features
             self._close_sum = weakref.finalize(self, self._sum.close)
         return self._sum
 
     def _fill(self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp], positions: NDArray[np.intp]) -> None:
         """Computes what `stored` keeps of the samples at some positions of the batch, whose rows there are `rows`."""
-        if len(positions):
-            shapes = tuple(x.shape[1:] for x in batch)
-            if shapes not in self._fitting:
-                self._fitting[shapes] = self.chunk_size or self._samples_at_a_time([x[:1] for x in batch])
-            self._fitting[shapes] = memory.in_parts(
-                len(positions),
-                self._fitting[shapes],
-                lambda part: self._compute(stored, batch, rows[positions[part]], positions[part]),
-            )
 
-    def _samples_at_a_time(self, batch: Sequence[Tensor]) -> int:
-        """Samples like the one in `batch` whose gradients fit into the memory budget, at least one."""
-        budget = self.memory_budget
-        if budget is None:
-            budget = memory.free_bytes(self.device) // (2 if self.device.type == "cuda" else 4)
-        sample = [x[0].to(self.device) for x in batch]
-        weights, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        def store(inds: NDArray[np.intp], values: dict[str, Tensor]) -> None:
+            written = stored.write(inds, **values)
+            if stored is self._train and self._sums and not self.store.is_finalized(self._model_id):
+                curvature = self._curvature(written["weights"]) if self._weighted else None
+                self._summing(stored).add(inds, written["features"], curvature)
 
-        def forward() -> None:
-            with evaluation_mode(self.model):
-                self.task.get_output(self.model, weights, buffers, *sample)
-
-        return max(1, budget // memory.sample_bytes(forward, self._grad_bytes))
-
-    def _compute(
-        self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp], positions: NDArray[np.intp]
-    ) -> None:
-        """Computes and stores a part of a batch at once."""
-        samples = [x[torch.from_numpy(positions).to(x.device)].to(self.device) for x in batch]
-        values = {}
-        with evaluation_mode(self.model):
-            # handed over without a name, so that no gradients are kept while the next are computed
-            values["features"] = self.projector.project(
-                self.gradient_computer.compute_per_sample_grad(samples), model_id=self._model_id
-            )
-            if "weights" in stored.columns:
-                values["weights"] = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
-        for name, value in values.items():
-            values[name] = value.detach().to(device="cpu", dtype=torch.float32)
-            expected = (len(rows), *stored.columns[name].shape[1:])
-            if value.shape != expected:
-                raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}")
-            # one row that is not finite would spoil all scores, through X'X
-            if not (finite := values[name].isfinite().reshape(len(rows), -1).all(1)).all():
-                raise ValueError(f"the {name} of samples {rows[~finite].tolist()[:5]} are not finite")
-        written = stored.write(rows, **values)
-        if stored is self._train and self._sums and not self.store.is_finalized(self._model_id):
-            self._summing(stored).add(rows, written["features"])
+        shapes = {name: column.shape[1:] for name, column in stored.columns.items()}
+        self._featurizer.compute(batch, positions, rows[positions], shapes, self._model_id, store)
 
     def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:
         bar: Iterable[int] = tqdm(ids, desc=description, disable=None if self._ranks.rank == 0 else True)
@@ -546,10 +515,34 @@ class TRAKer:
         if missing := [i for i in self._model_ids(model_ids) if not self.store.is_finalized(i)]:
             raise RuntimeError(f"model_ids {missing} are not finalized; call finalize_features first")
 
-    def _solver(self, model_id: int) -> Solver:
-        gram = torch.from_numpy(self.store.gram(model_id)).to(self._solver_device)
-        ridge = default_ridge(gram, self.train_set_size) if self.lambda_reg is None else self.lambda_reg * self.grad_dim
-        return Solver(self.store.train(model_id).columns["features"], gram, ridge)
+    def _solver(self, model_id: int, num_checkpoints: int) -> Solver:
+        """The solver of one of `num_checkpoints` checkpoints whose scores are averaged."""
+        columns, weights = self.store.train(model_id).columns, None
+        features = columns["features"]
+        stored = torch.from_numpy(self.store.gram(model_id)).to(self._solver_device)
+        matrix = stored[0]
+        if self._weighted:
+            curvature = self._curvature(columns["weights"])
+            weights = curvature_weights(curvature)
+        if self.normalize:
+            matrix = gram_matrix(features, self._solver_device, weights, normalize=True)
+        elif weights is not None and len(matrix) < self.proj_dim:  # XX'
+            roots = torch.from_numpy(weights).to(matrix).sqrt()
+            matrix = matrix * roots[:, None] * roots
+        elif weights is not None and len(stored) == 2:
+            matrix = weighted_gram(matrix, stored[1], float(curvature.mean()))
+        elif weights is not None:  # finalized for another ridge
+            matrix = gram_matrix(features, self._solver_device, weights)
+        if self.lambda_reg is None:
+            ridge = auto_ridge(matrix, len(features), features.shape[1], num_checkpoints)
+        else:
+            ridge = self.lambda_reg * self.grad_dim
+        solver = Solver(features, matrix, ridge, weights, self.normalize)
+        self.logger.info(
+            "model_id %d: ridge %.3g, %.3g times the mean squared norm of the features; condition number %.2g",
+            model_id, ridge, ridge * len(features) / (matrix.trace().item() or 1.0), solver.inverse.condition,
+        )  # fmt: skip
+        return solver
 
     def _mean_weights(self, model_ids: Iterable[int]) -> Tensor:
         weights = [np.array(self.store.train(model_id).columns["weights"], np.float64) for model_id in model_ids]
@@ -558,3 +551,12 @@ class TRAKer:
     @property
     def _solver_device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")  # not all others have float64
+
+
+def _ridge(lambda_reg: float | str | None) -> float | None:
+    """`lambda_reg` with None for "auto"."""
+    if lambda_reg is None or (isinstance(lambda_reg, str) and lambda_reg == "auto"):
+        return None
+    if isinstance(lambda_reg, (str, bool)) or not 0 <= lambda_reg < math.inf:
+        raise ValueError(f'lambda_reg must be "auto" or a finite number >= 0, not {lambda_reg!r}')
+    return float(lambda_reg)

@@ -15,7 +15,7 @@ DESCRIPTION = """\
 Runs a Python program with trak_fast in the place of the projections of fast_jl, traker, dattri and bergson. Processes
 that the program starts get it too. Where a launcher starts Python itself, put the folder into its environment instead:
 
-    PYTHONPATH="$(python -m trak_fast.compat --path):$PYTHONPATH" accelerate launch train.py
+    PYTHONPATH="$(python -m trak_fast.compat --path)${PYTHONPATH:+:$PYTHONPATH}" accelerate launch train.py
 """
 
 
