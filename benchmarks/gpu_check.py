@@ -176,7 +176,9 @@ class Gpu:
         properties = torch.cuda.get_device_properties(0)
         self.memory = properties.total_memory
         self.multiprocessors = properties.multi_processor_count
-        self.flush = torch.empty(4 * max(properties.L2_cache_size, 32 << 20), dtype=torch.uint8, device="cuda")
+        self.flush = torch.empty(
+            4 * max(getattr(properties, "L2_cache_size", 0), 32 << 20), dtype=torch.uint8, device="cuda"
+        )
         self.pool = torch.empty(0)
         self.rates: dict[tuple[str, str, int, int], float] = {}  # ms a column of the peers
 
