@@ -34,7 +34,7 @@ def build() -> Path:
     import pybind11
 
     sanitizers = os.environ.get("TRAK_FAST_SANITIZE", "")
-    folder = ROOT / "build" / ("emulated-sanitized" if sanitizers else "emulated")
+    folder = ROOT / "build" / ("sanitized/emulated" if sanitizers else "emulated")
     variables = {
         "TRAK_FAST_EMULATE": "ON",
         "TRAK_FAST_SANITIZE": sanitizers,
@@ -42,7 +42,7 @@ def build() -> Path:
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
     for command in ([*configure, *(f"-D{k}={v}" for k, v in variables.items())], ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:

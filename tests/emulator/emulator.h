@@ -33,7 +33,6 @@ char* shared_memory();
 uint32_t shared_address(const void* p);
 // Fails unless [p, p + bytes) lies in shared memory and p is aligned.
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what);
-uint32_t load_shared_16(uint32_t address);
 
 void barrier(int id, int threads);  // threads < 0: all of the block
 

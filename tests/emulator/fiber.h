@@ -35,12 +35,8 @@ void start_fiber(Fiber& fiber, char* stack, size_t size, void (*entry)());
 // Leaves `from` for `to`; returns when something switches to `from` again. last: nothing ever will.
 void switch_fiber(Fiber& from, Fiber& to, bool last);
 
-// First thing in a fiber's entry: `from` is where the switch came from.
-inline void arrived_in_fiber([[maybe_unused]] Fiber& from, [[maybe_unused]] void* fake_stack) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack, &from.stack_bottom, &from.stack_size);
-#endif
-}
+// First thing in a fiber's entry.
+void arrived_in_fiber(void* fake_stack = nullptr);
 
 }  // namespace emulator
 }  // namespace trak_fast

@@ -1,0 +1,103 @@
+"""What of benchmarks/gpu_check.py works without a GPU: its rows, its targets, its table and its files."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu_check.py"
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_dry_run(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_check.main(["--dry-run", "--minutes", "1"]) == 0
+    (path,) = tmp_path.glob("*.json")
+    report = json.loads(path.read_text())
+    for field, values in {
+        "kind": {"rademacher", "normal"},
+        "dtype": {"bf16", "fp16", "fp32"},
+        "B": {1, 8, 16, 32, 64, 128, 256},
+        "k": {512, 2048, 4096, 8192, 16384},
+        "D": {10**5, 10**6, 10**7, 10**8, 10**9},
+        "kernel": {"", "sm90", "sm90_wide", "sm80"},
+    }.items():
+        assert {row[field] for row in report["rows"]} == values
+    row = report["rows"][0]
+    assert row["tflops"] == pytest.approx(2 * row["B"] * row["k"] * row["D"] / (row["ms"] * 1e-3) / 1e12)
+    printed = capsys.readouterr().out
+    assert str(path) in printed
+    table = printed[printed.index("written to") :]
+    assert len(table) < 8000  # what a remote runner shows of an output's end
+    assert all(target["what"] in table for target in report["targets"])
+
+
+def test_targets(gpu_check: ModuleType) -> None:
+    Case, ours, cublas = gpu_check.Case, gpu_check.OURS, gpu_check.CUBLAS
+    results = gpu_check.Results()
+    assert {target.verdict for target in results.targets()} == {"not measured"}
+    large = {B: Case("rademacher", "bf16", B, 4096, 10**8) for B in (128, 16)}
+    results.ms = {(ours, large[128]): 100.0, (cublas, large[128]): 85.0, (ours, large[16]): 10.0}
+    results.ms[cublas, large[16]] = 49.0
+    fp32, bf16 = (Case("rademacher", dtype, 16, 4096, 10**7) for dtype in ("fp32", "bf16"))
+    results.ms |= {(ours, fp32): 1.25, (ours, bf16): 1.0}
+    fp16 = Case("rademacher", "fp16", 32, 4096, 10**7)
+    results.ms |= {(ours, fp16): 1.0, (gpu_check.FAST_JL, fp16): 9.9}
+    results.launch_us = 29.0
+    results.extra_bytes = {bf16: 60 * 2**20, fp32: 67 * 2**20}
+    verdicts = {target.what: target.verdict for target in results.targets()}
+    assert verdicts["rate / cuBLAS with P resident, B = 128"] == "reached"
+    assert verdicts["rate / cuBLAS with P resident, B = 16"] == "NOT REACHED"
+    assert verdicts["rate / cuBLAS with P resident, B = 64"] == "not measured"
+    assert verdicts["fp32 'high' / bf16, B = 16"] == "reached"
+    assert verdicts["rate / fast_jl, B = 32"] == "NOT REACHED"
+    assert verdicts["30 µs / launch overhead at D = 10^5"] == "reached"
+    assert verdicts["memory bound / extra memory"] == "reached"  # 64 MiB and 2 MiB; 4 MiB for two terms
+    results.extra_bytes[bf16] = 67 * 2**20
+    assert results.targets()[-1].verdict == "NOT REACHED"
+
+
+def test_rows_come_in_order_of_importance_and_once(gpu_check: ModuleType) -> None:
+    cases = gpu_check.all_cases()
+    assert len(set(cases)) == len(cases)
+    first = list(dict.fromkeys(gpu_check.priority_cases()))
+    assert cases[: len(first)] == first
+
+
+def test_time_is_kept(gpu_check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    results = gpu_check.measure(gpu_check.Imagined(), gpu_check.all_cases(), gpu_check.Clock(0), [])
+    assert results.ms == {}
+    assert "time is up" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_it_says_so(gpu_check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main([])
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_commands_that_fail_or_take_too_long(gpu_check: ModuleType) -> None:
+    assert gpu_check.run([sys.executable, "-c", "print(7)"], 60) == ("passed", "7\n")
+    verdict, output = gpu_check.run([sys.executable, "-c", "import sys; print('why'); sys.exit(3)"], 60)
+    assert (verdict, output) == ("FAILED (3)", "why\n")
+    code = "import time; print('begun', flush=True); time.sleep(60)"
+    verdict, output = gpu_check.run([sys.executable, "-c", code], 2)
+    assert verdict == "not finished in 2 s"
+    assert "begun" in output
