@@ -47,8 +47,10 @@ class BuildWithCMake(build_ext):  # type: ignore[misc]
         compiler = find_cuda_compiler()
         if compiler and environment.get("TRAK_FAST_CUDA", "AUTO") != "OFF":
             environment["CUDACXX"] = compiler
-        # --fresh: an isolated build's tools lie in a new folder each time; object files are kept all the same.
-        configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
+        # An isolated build's tools lie in a new folder each time, so what CMake remembers of them is dropped. Object
+        # files stay, which --fresh would delete.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         configure += [f"-D{name}={value}" for name, value in variables.items()]
         subprocess.run(configure, check=True, env=environment)
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)

@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_stage(char* stage, const Job& job, int64_t 
 }
 
 template <Kind kind, int width, int terms>
-__global__ void __launch_bounds__(kThreads, width == 8 ? 4 : 2) adjoint(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __grid_constant__ Job job) {
   using C = Config<kind, width, terms>;
   constexpr int groups = width / 8;
   char* shared = ptx::dynamic_shared();
