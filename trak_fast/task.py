@@ -82,6 +82,21 @@ def bind(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, 
     return lambda *args, **kwargs: functional_call(model, (dict(weights), dict(buffers)), args, kwargs)
 
 
+class BatchTask(Task):
+    """Base class for tasks that compute f of a whole batch at once."""
+
+    @abstractmethod
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """f of each sample of a batch, (B,)."""
+
+    def get_output(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
+    ) -> Tensor:
+        return self.get_outputs(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
+
+
 class FunctionTask(Task):
     """A task made of plain functions."""
 
@@ -140,7 +155,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, index).squeeze(-1) - others
 
 
-class Classification(Task):
+class Classification(BatchTask):
     """f = log p/(1 − p) with the cross-entropy loss −log p, so −∂ℓ/∂f = 1 − p (section 3.3 of the paper)."""
 
     @abstractmethod
@@ -154,11 +169,6 @@ class Classification(Task):
         *inputs, labels = batch
         output = self.logits(bind(model, weights, buffers), inputs)
         return margin(getattr(output, "logits", output), labels)
-
-    def get_output(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
-    ) -> Tensor:
-        return self.get_outputs(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
 
     @torch.no_grad()
     def get_out_to_loss_grad(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .task import Classification, FunctionTask, Task, bind, margin
+from .task import BatchTask, Classification, FunctionTask, Task, bind, margin
 from .tasks_clip import CLIP
 from .tasks_text import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, TextClassification
 
@@ -62,7 +62,7 @@ class IterativeImageClassification(ImageClassification):
         return super().get_out_to_loss_grad(model, weights or {}, buffers or {}, batch)
 
 
-class Regression(Task):
+class Regression(BatchTask):
     """Batches are (inputs, values); the model returns one number a sample, (B,) or (B, 1).
 
     f is that number and the loss (f − y)²/2, so Q = y − f. A positive score says that the training sample raises the
@@ -80,11 +80,6 @@ class Regression(Task):
                 "with more, say which by an own function as the task"
             )
         return output.reshape(-1)
-
-    def get_output(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
-    ) -> Tensor:
-        return self.get_outputs(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
 
     @torch.no_grad()
     def get_out_to_loss_grad(

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .task import Task, bind
+from .task import BatchTask, bind
 
 
-class CLIP(Task):
+class CLIP(BatchTask):
     """Batches are (images, texts); `model(image=..., text=...)` returns their embeddings and the logit scale.
 
     With φ the embedding of an image and ψ that of its text, f = −log Σ_j exp(φ·(ψ_j − ψ)) − log Σ_j exp(ψ·(φ_j − φ)),
@@ -97,11 +97,6 @@ class CLIP(Task):
         images, texts, other_images, other_texts, *_ = self._embed(model, weights, buffers, batch)
         own = (images * texts).sum(1, keepdim=True)
         return -(images @ other_texts.T - own).logsumexp(1) - (texts @ other_images.T - own).logsumexp(1)
-
-    def get_output(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
-    ) -> Tensor:
-        return self.get_outputs(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
 
     @torch.no_grad()
     def get_out_to_loss_grad(

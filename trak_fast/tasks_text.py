@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import Classification, Task, bind, margin
+from .task import BatchTask, Classification, bind, margin
 
 IGNORED = -100
 """The label of positions that are not predicted."""
@@ -37,7 +37,7 @@ class TextClassification(Classification):
         return model(**dict(zip(self.inputs, inputs, strict=True)))
 
 
-class LanguageModelling(Task):
+class LanguageModelling(BatchTask):
     """What masked and causal language modelling share: tokens that a model predicts, each a classification.
 
     The model is called with `input_ids` and `attention_mask` and returns logits (B, T, V). For a sequence, p is the
@@ -73,11 +73,6 @@ class LanguageModelling(Task):
         losses = self._losses(model, weights, buffers, batch)
         losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)  # a sequence without predicted tokens has none
         return -losses - torch.log(-torch.expm1(-losses))
-
-    def get_output(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
-    ) -> Tensor:
-        return self.get_outputs(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
 
     @torch.no_grad()
     def get_out_to_loss_grad(

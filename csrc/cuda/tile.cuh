@@ -6,6 +6,7 @@
 // what lies outside of it counts as zeros.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "fragment.cuh"
 
@@ -73,6 +74,33 @@ __device__ __forceinline__ void copy_half_table(uint16_t* shared, const uint16_t
   };
   for (unsigned i = threadIdx.x; i < kNormalHalf * sizeof(uint16_t) / sizeof(Vector); i += blockDim.x) {
     reinterpret_cast<Vector*>(shared)[i] = reinterpret_cast<const Vector*>(half_table)[i];
+  }
+}
+
+// Calls `launch` with the kind, whether elements are bf16, and the width as constants: a kernel's template arguments.
+template <class Launch>
+void with_constants(Kind kind, bool bf16, int width, const Launch& launch) {
+  const auto with_width = [&](auto k, auto b) {
+    switch (width) {
+      case 8:
+        return launch(k, b, std::integral_constant<int, 8>());
+      case 16:
+        return launch(k, b, std::integral_constant<int, 16>());
+      case 32:
+        return launch(k, b, std::integral_constant<int, 32>());
+      case 64:
+        return launch(k, b, std::integral_constant<int, 64>());
+      case 128:
+        return launch(k, b, std::integral_constant<int, 128>());
+      default:
+        return launch(k, b, std::integral_constant<int, 256>());
+    }
+  };
+  const auto with_type = [&](auto k) { bf16 ? with_width(k, std::true_type()) : with_width(k, std::false_type()); };
+  if (kind == Kind::rademacher) {
+    with_type(std::integral_constant<Kind, Kind::rademacher>());
+  } else {
+    with_type(std::integral_constant<Kind, Kind::normal>());
   }
 }
 

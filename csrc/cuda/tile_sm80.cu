@@ -162,22 +162,6 @@ void launch_width(const Tile& tile, void* stream) {
   launch(tile_sm80<kind, bf16, width>, grid, kThreads, C::shared_bytes, stream, tile);
 }
 
-template <Kind kind, bool bf16>
-void launch_kind(int width, const Tile& tile, void* stream) {
-  switch (width) {
-    case 8:
-      return launch_width<kind, bf16, 8>(tile, stream);
-    case 16:
-      return launch_width<kind, bf16, 16>(tile, stream);
-    case 32:
-      return launch_width<kind, bf16, 32>(tile, stream);
-    case 64:
-      return launch_width<kind, bf16, 64>(tile, stream);
-    default:
-      if constexpr (kind == Kind::rademacher) return launch_width<kind, bf16, 128>(tile, stream);
-  }
-}
-
 template <Kind kind, int width>
 TileShape shape() {
   return {width, Config<kind, width>::rows, Config<kind, width>::blocks_per_multiprocessor};
@@ -201,13 +185,9 @@ TileShape tile_shape_sm80(Kind kind, int64_t panel_rows) {
 }
 
 void launch_tile_sm80(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {
-  if (kind == Kind::rademacher) {
-    bf16 ? launch_kind<Kind::rademacher, true>(shape.width, tile, stream)
-         : launch_kind<Kind::rademacher, false>(shape.width, tile, stream);
-  } else {
-    bf16 ? launch_kind<Kind::normal, true>(shape.width, tile, stream)
-         : launch_kind<Kind::normal, false>(shape.width, tile, stream);
-  }
+  with_constants(kind, bf16, shape.width, [&](auto k, auto b, auto width) {
+    if constexpr (width <= (k == Kind::normal ? 64 : 128)) launch_width<k, b, width>(tile, stream);
+  });
 }
 
 }  // namespace trak_fast

@@ -225,24 +225,6 @@ void launch_width(const Tile& tile, void* stream) {
   launch(tile_sm90<kind, bf16, width>, grid, kThreads, C::shared_bytes, stream, tile, map);
 }
 
-template <Kind kind, bool bf16>
-void launch_kind(int width, const Tile& tile, void* stream) {
-  switch (width) {
-    case 8:
-      return launch_width<kind, bf16, 8>(tile, stream);
-    case 16:
-      return launch_width<kind, bf16, 16>(tile, stream);
-    case 32:
-      return launch_width<kind, bf16, 32>(tile, stream);
-    case 64:
-      return launch_width<kind, bf16, 64>(tile, stream);
-    case 128:
-      return launch_width<kind, bf16, 128>(tile, stream);
-    default:
-      return launch_width<kind, bf16, 256>(tile, stream);
-  }
-}
-
 }  // namespace
 
 TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
@@ -254,13 +236,7 @@ TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
 }
 
 void launch_tile_sm90(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {
-  if (kind == Kind::rademacher) {
-    bf16 ? launch_kind<Kind::rademacher, true>(shape.width, tile, stream)
-         : launch_kind<Kind::rademacher, false>(shape.width, tile, stream);
-  } else {
-    bf16 ? launch_kind<Kind::normal, true>(shape.width, tile, stream)
-         : launch_kind<Kind::normal, false>(shape.width, tile, stream);
-  }
+  with_constants(kind, bf16, shape.width, [&](auto k, auto b, auto width) { launch_width<k, b, width>(tile, stream); });
 }
 
 }  // namespace trak_fast
