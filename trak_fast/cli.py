@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trak-fast", description="Fast random projections for data attribution.")
     parser.add_argument("--version", action="version", version=f"trak-fast {trak_fast.info()['version']}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for add in (_add_demo, _add_info):
+    for add in (_add_demo, _add_bench, _add_info):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -81,6 +82,67 @@ def _demo(arguments: argparse.Namespace) -> int:
         return _failed(f"cannot write to the output folder: {error}")
     page = Path(arguments.output).resolve() / "index.html"
     print(f"\n{report.summary(results)}\npage            {page}")
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    text = "measure every random projection that this machine has, side by side"
+    epilog = (
+        "Each projection runs in a process of its own. An interrupted run, or one that its budget was too short for, "
+        "goes on when the same command is given again. --compare shows what changed between two results."
+    )
+    bench = commands.add_parser("bench", help=text, description=text, epilog=epilog)
+    bench.set_defaults(run=_bench, usage_error=bench.error)
+    bench.add_argument("--output", default="trak-fast-bench", metavar="DIR", help="folder to write to")
+    bench.add_argument("--budget", type=float, default=150.0, metavar="S", help="seconds to measure for (150)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
+    bench.add_argument("--batches", type=int, nargs="+", metavar="B", help="gradients at a time")
+    bench.add_argument("--grad-dims", type=int, nargs="+", metavar="D", help="sizes of a gradient")
+    bench.add_argument("--proj-dims", type=int, nargs="+", metavar="K", help="projected sizes")
+    bench.add_argument("--dtypes", nargs="+", metavar="T", help="of gradients: float32, bfloat16, float16")
+    bench.add_argument("--proj-types", nargs="+", metavar="KIND", help="rademacher, normal")
+    bench.add_argument("--check-dims", type=int, nargs="*", metavar="D", help="sizes to check the results at")
+    bench.add_argument("--check-proj-dim", type=int, metavar="K", help="projected size of these")
+    bench.add_argument("--only", nargs="+", metavar="NAME", help="projections with one of these in their name")
+    bench.add_argument("--full", action="store_true", help="every combination, not one thing varied at a time")
+    bench.add_argument("--threads", type=int, metavar="T", help="processor threads to use")
+    bench.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="two results; nothing is measured")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import figures, page, runner
+
+    if arguments.compare:
+        try:
+            before, after = map(runner.load, arguments.compare)
+        except ValueError as error:
+            return _failed(str(error))
+        print(page.compared(figures.compare(before, after)))
+        return 0
+    try:
+        settings = runner.defaults(arguments.device)
+        given = {name: getattr(arguments, name) for name in settings.__dataclass_fields__}
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+        settings = dataclasses.replace(settings, **given)
+        if not arguments.budget > 0:
+            raise ValueError(f"budget must be above 0, not {arguments.budget}")
+        run = runner.Run(settings, Path(arguments.output) / "results.json", arguments.budget)
+    except ValueError as error:
+        arguments.usage_error(str(error))
+    except OSError as error:
+        return _failed(f"cannot write to the output folder: {error}")
+    if run.resumed:
+        print("going on with the unfinished run that is there")
+    results = run.run()
+    print(page.terminal(results), end="\n\n")
+    print(f"results  {run.path.resolve()}")
+    try:
+        html = page.page(results)
+    except ModuleNotFoundError as error:
+        print(f"no page: {error.name} is not installed (pip install matplotlib)")
+    else:
+        (run.path.parent / "index.html").write_text(html, encoding="utf-8")
+        print(f"page     {(run.path.parent / 'index.html').resolve()}")
     return 0
 
 
