@@ -52,6 +52,14 @@ def test_floor_by_hand() -> None:
     assert timing("a", [[1e-3]])["of_floor"] == pytest.approx(moved / 1e9 / 1e-3)
 
 
+def test_the_better_ceiling_counts() -> None:
+    found = {"copy_bytes_per_second": 2e9, "flop_per_second": {"float32": 9e10, "bfloat16": 2e13, "float16": 1e11}}
+    assert figures.better(None, found) == found
+    assert figures.better(CEILINGS, found) == {
+        "copy_bytes_per_second": 2e9, "flop_per_second": {"float32": 1e11, "bfloat16": 2e13, "float16": 1e11},
+    }  # fmt: skip
+
+
 def test_changes_beyond_noise() -> None:
     other = Case(64, 1000, 100, "float32", "rademacher", "cpu")
     before = results(

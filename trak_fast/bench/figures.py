@@ -30,6 +30,17 @@ def floor_seconds(case: Case, ceilings: Mapping[str, Any]) -> float:
     return float(max(case.flop / rate, moved / ceilings["copy_bytes_per_second"]))
 
 
+def better(known: Mapping[str, Any] | None, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The higher of each of two measurements of a machine's ceilings; other programs can only have lowered them."""
+    if known is None:
+        return dict(found)
+    rates = {
+        dtype: max(rate, found["flop_per_second"].get(dtype, 0.0)) for dtype, rate in known["flop_per_second"].items()
+    }
+    copy = max(known["copy_bytes_per_second"], found["copy_bytes_per_second"])
+    return {"copy_bytes_per_second": copy, "flop_per_second": rates}
+
+
 def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile."""
     low, middle, high = np.quantile(np.asarray(seconds, np.float64), [0.25, 0.5, 0.75])

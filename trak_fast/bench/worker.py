@@ -287,7 +287,7 @@ def ceilings(device: str, once: Callable[[Callable[[], object]], float]) -> dict
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     copy = _quick(lambda: target.copy_(source), once)
     rates = {}
-    for name in ("float32", "bfloat16", "float16"):
+    for name in ("float32", "bfloat16", "float16", "float64"):
         rates[name], side = 0.0, 256
         while side <= 8192:  # larger ones as long as they are quick
             a, b = (torch.randn(side, side, device=device).to(getattr(torch, name)) for _ in range(2))
