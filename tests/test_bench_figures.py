@@ -14,7 +14,7 @@ CEILINGS = {"copy_bytes_per_second": 1e9, "flop_per_second": {"float32": 1e11, "
 
 
 def timing(name: str, rounds: list[list[float]], case: Case = CASE) -> dict[str, Any]:
-    entry = {"candidate": name, "case": case.asdict(), "status": "ok", "error": None, "rounds": rounds}
+    entry = {"candidate": name, "case": case.asdict(), "status": "ok", "error": None, "dense": True, "rounds": rounds}
     entry |= {"memory_bytes": 3 << 20, "warm": True}
     return {**entry, **figures.summarize(entry, CEILINGS)}
 
@@ -49,7 +49,9 @@ def test_floor_by_hand() -> None:
     assert figures.floor_seconds(larger, CEILINGS) == pytest.approx(2 * 32 * 1000 * 1000 / 1e11)
     half = Case(32, 1000, 1000, "bfloat16", "normal", "cpu")
     assert figures.floor_seconds(half, CEILINGS) == pytest.approx((32 * 1000 * 2 + 32 * 1000 * 4) / 1e9)
-    assert timing("a", [[1e-3]])["of_floor"] == pytest.approx(moved / 1e9 / 1e-3)
+    entry = timing("a", [[1e-3]])
+    assert entry["of_floor"] == pytest.approx(moved / 1e9 / 1e-3)
+    assert figures.summarize({**entry, "dense": False}, CEILINGS)["of_floor"] is None
 
 
 def test_the_better_ceiling_counts() -> None:

@@ -51,7 +51,7 @@ def summarize(entry: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> d
     """Rates of one timing.
 
     Args:
-        entry: With `case`, and `rounds`: lists of seconds.
+        entry: With `case`, `rounds` (lists of seconds) and `dense`: whether the matrix is; if not, there is no floor.
         ceilings: See `worker.ceilings`.
 
     Returns:
@@ -60,7 +60,7 @@ def summarize(entry: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> d
     """
     case = case_of(entry)
     median, low, high = spread([second for part in entry["rounds"] for second in part])
-    floor = floor_seconds(case, ceilings) if ceilings else None
+    floor = floor_seconds(case, ceilings) if ceilings and entry["dense"] else None
     return {
         "median": median,
         "low": low,

@@ -9,7 +9,7 @@ from io import StringIO
 from typing import Any
 
 from .candidates import Case
-from .figures import case_of, floor_seconds, measured
+from .figures import case_of, measured
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
@@ -235,8 +235,8 @@ def page(results: Mapping[str, Any]) -> str:
 <h2>All timings</h2>
 <p>A floor is the time that the shape's product takes at the rate of torch's product in the same dtype, or that its
 gradients take to be read once, whichever is longer; “of floor” is its share of the median, and can pass 100 % where a
-kernel goes around the dtype's rate. Times are of calls with flushed caches, in interleaved rounds; ¹ marks a
-projection that was too slow for more than its first call. Extra memory is the peak above gradients and result.</p>
+kernel goes around the dtype's rate; sparse matrices, whose product does less, have none. Times are of calls with
+flushed caches, in interleaved rounds; ¹ marks a projection that was too slow for more than its first call. Extra memory is the peak above gradients and result.</p>
 {timings}
 <h2>What the results are worth</h2>
 <p>Error: relative, against float64 with the same matrix. Distortion: root mean square over {256} random vectors and
@@ -285,28 +285,27 @@ def _plots(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ]
         for name, points in _along(entries, "grad_dim", first).items()
     }
-    if any(memory.values()):
+    if len({x for line in memory.values() for x, _ in line}) > 1:
         text = "Peak above gradients and result, of making the projection and the first call."
         plots.append(("Memory", text, _lines({n: p for n, p in memory.items() if p}, "gradient size, D", "MiB")))
     if ceilings := results["ceilings"]:
         text = (
             "Each point is a timing: its operations for each byte of gradients and result, and the speed that was "
-            "reached. The grey line is the floor of the first case's dtype, above which the usual products don't get."
+            "reached, for dense matrices and the first dtype. The grey line is the roof of torch's product."
         )
         points: dict[str, list[tuple[float, float]]] = {}
         for entry in entries:
             case = case_of(entry)
-            if case.dtype == first.dtype:
+            if case.dtype == first.dtype and entry["of_floor"] is not None:
                 x = case.flop / (case.gradient_bytes + 4 * case.batch * case.proj_dim)
                 points.setdefault(entry["candidate"], []).append((x, speed(entry)))
-        roof = sorted(
-            (
-                case.flop / (case.gradient_bytes + 4 * case.batch * case.proj_dim),
-                case.flop / floor_seconds(case, ceilings) / 1e9,
-            )
-            for case in {case_of(entry) for entry in entries if case_of(entry).dtype == first.dtype}
-        )
-        plots.append(("Roofline", text, _lines(points, "operations per byte", "GFLOP/s", False, roof)))
+        if points:
+            ends = [min(x for line in points.values() for x, _ in line) / 2]
+            ends.append(max(x for line in points.values() for x, _ in line) * 2)
+            rate, bandwidth = ceilings["flop_per_second"][first.dtype], ceilings["copy_bytes_per_second"]
+            corners = sorted({*ends, min(max(rate / bandwidth, ends[0]), ends[1])})
+            roof = [(x, min(rate, bandwidth * x) / 1e9) for x in corners]
+            plots.append(("Roofline", text, _lines(points, "operations per byte", "GFLOP/s", False, roof)))
     return plots
 
 
@@ -338,7 +337,7 @@ def _lines(
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     if roof:
-        axes.plot(*zip(*roof, strict=True), color=INK, linewidth=3, alpha=0.5, label="floor")
+        axes.plot(*zip(*roof, strict=True), color=INK, linewidth=3, alpha=0.5, label="roof")
     colors = matplotlib.colormaps["tab10"]
     for i, (name, points) in enumerate(lines.items()):
         ours = name.startswith("trak_fast")

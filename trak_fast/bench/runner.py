@@ -418,7 +418,8 @@ class Run:
             spent[name] = first["first_seconds"]
             if case.batch <= 32:  # what it needs for the matrix alone
                 self._slowness[name] = (first["make_seconds"] + first["first_seconds"]) / matrix
-            entries[name] = {**entry, "status": "ok", "error": None, **first, "rounds": []}
+            dense = self.candidates[name].dense
+            entries[name] = {**entry, "status": "ok", "error": None, "dense": dense, **first, "rounds": []}
         allowance = part / max(1, len(entries))
         for _ in range(ROUNDS):
             for name in [name for name in entries if spent[name] < allowance]:
