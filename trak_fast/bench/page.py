@@ -244,7 +244,7 @@ Extra memory is the peak above gradients and result.</p>
 their pairs; with independent entries √(2/k) for norms and 1/√k for inner products. Effective k is the one that
 independent entries would need for the distortion of norms that was seen. Where the whole matrix was looked at, “k of
 columns” is one over the mean squared correlation of two columns, and equal columns are pairs that are the same up to
-sign. Same bits: the same call twice, and of a projection made anew.</p>
+sign (a processor looks at the first 4,096 columns). Same bits: the same call twice, and of a projection made anew.</p>
 {checks}
 {f"<h2>Not measured</h2><ul>{absent}</ul>" if absent else ""}
 <footer>{escape(results["environment"]["machine"]["system"])}, Python {results["environment"]["machine"]["python"]};

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def defaults(device: str | None = None) -> Settings:
         grad_dims=(1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
         if gpu
         else (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20),
-        proj_dims=(1024, 4096, 16384) if gpu else (512, 2048, 8192),
+        proj_dims=(1024, 4096, 16384) if gpu else (256, 1024, 4096),
         dtypes=("bfloat16", "float16", "float32") if gpu else ("float32", "bfloat16"),
         proj_types=("rademacher", "normal"),
         check_dims=(650, 7850, 50000),
@@ -270,8 +271,8 @@ class Run:
             cases, checks = self.settings.cases(), self.settings.checks()
             total = len(cases) + len(checks)
             with tqdm(total=total, desc="bench", unit="case", disable=None) as bar:
-                for i, case in enumerate(cases[:1] + checks + cases[1:]):
-                    is_check = 0 < i <= len(checks)
+                in_turn = zip_longest([(case, False) for case in cases], [(case, True) for case in checks])
+                for i, (case, is_check) in enumerate(turn for pair in in_turn for turn in pair if turn):
                     left = self._left()
                     part = left / max(1, total - i)
                     bar.set_postfix_str(f"{'check' if is_check else 'time'} {describe(case)}", refresh=True)
@@ -393,7 +394,7 @@ class Run:
 
     def _limit(self, part: float) -> float:
         """Seconds that one candidate may take for a call, when there are `part` for a case."""
-        return max(part, self.budget / 15)
+        return max(part / 2, self.budget / 30)
 
     def _too_slow(self, name: str, entries: float, limit: float) -> bool:
         """Whether what a candidate took before says that it needs more time than there is for this."""
@@ -401,6 +402,7 @@ class Run:
 
     def _time(self, case: Case, names: Sequence[str], part: float) -> None:
         """Times a case, in rounds of all candidates."""
+        begun = time.monotonic()
         entries: dict[str, dict[str, Any]] = {}
         spent: dict[str, float] = {}
         matrix = case.grad_dim * case.proj_dim
@@ -420,7 +422,8 @@ class Run:
                 self._slowness[name] = (first["make_seconds"] + first["first_seconds"]) / matrix
             dense = self.candidates[name].dense
             entries[name] = {**entry, "status": "ok", "error": None, "dense": dense, **first, "rounds": []}
-        allowance = part / max(1, len(entries))
+        left = part - (time.monotonic() - begun)
+        allowance = max(left, part / 10) / max(1, len(entries))
         for _ in range(ROUNDS):
             for name in [name for name in entries if spent[name] < allowance]:
                 start = time.monotonic()
