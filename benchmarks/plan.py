@@ -28,7 +28,7 @@ import trak_fast
 from trak_fast.bench import plan
 
 BATCH = 32
-CASES = [(64, 2048, 1024, 128), (512, 1024, 1024, 128), (512, 2048, 3072, 512)]
+CASES = [(512, 1024, 1024, 128), (1024, 2048, 512, 64), (256, 1024, 2048, 1024)]
 """Width of the net's hidden layers, k, training samples, targets."""
 
 
@@ -55,11 +55,13 @@ def gradient_seconds(model: nn.Module) -> float:
 def run(model: nn.Module, proj_dim: int, train: list[Tensor], targets: list[Tensor], title: str) -> dict[str, float]:
     """Seconds of both halves of a run, and bytes on disk."""
     state = model.state_dict()
-    with tempfile.TemporaryDirectory() as folder:
-        traker = trak_fast.TRAKer(model, "image_classification", len(train[0]), folder, proj_dim=proj_dim)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        traker = trak_fast.TRAKer(
+            model, "image_classification", len(train[0]), folder, proj_dim=proj_dim, logging_level=40
+        )
         start = time.perf_counter()
         traker.load_checkpoint(state, model_id=0)
-        for i in tqdm(range(0, len(train[0]), BATCH), desc=title, leave=False):
+        for i in tqdm(range(0, len(train[0]), BATCH), desc=title, leave=False, disable=None):
             batch = [x[i : i + BATCH] for x in train]
             traker.featurize(batch, num_samples=len(batch[0]))
         traker.finalize_features()
@@ -82,7 +84,7 @@ def predicted(model: nn.Module, proj_dim: int, samples: int, targets: int) -> di
     )  # fmt: skip
     found = plan.predict(job, plan.calibrate(job))
     seconds, share = found["seconds"], samples / (samples + targets)
-    each = seconds["gradients"] + seconds["projection"]
+    each = seconds["gradients"] + seconds["projection"] + seconds["store"]
     featurize = each * share + seconds["X'X"]
     return {
         "featurize": featurize, "score": seconds["total"] - featurize, "total": seconds["total"],
@@ -94,7 +96,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--threads", type=int, default=1, help="1: what threads wait for each other is not predicted")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     rows: list[dict[str, Any]] = []
     for width, proj_dim, samples, targets in CASES:
         torch.manual_seed(0)

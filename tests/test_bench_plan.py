@@ -15,7 +15,7 @@ from trak_fast.bench.candidates import Case
 from trak_fast.bench.figures import summarize
 from trak_fast.cli import main
 
-RATES = plan.Rates(1e12, 1e10, 1e11, 2e11, 5e9, 1e10, "by hand")
+RATES = plan.Rates(1e12, 1e10, 1e11, 2e11, 5e9, 1e10, "by hand", 0.002)
 
 
 def test_time_by_hand() -> None:
@@ -24,6 +24,7 @@ def test_time_by_hand() -> None:
     assert seconds == {
         "gradients": pytest.approx(3 * 100_100 * 8 * 1e6 * 50 / 2e11),
         "projection": pytest.approx(3 * 100_100 * 2 * 1e6 * 1e3 / 1e12),
+        "store": pytest.approx(3 * 100_100 / 32 * 3 * 0.002),
         "X'X": pytest.approx(3 * 2 * 1e5 * 1e6 / 1e10),
         "solve": pytest.approx(3 * (1e9 / 3 / 5e9 + 2 * 1e6 * 100 / 1e10)),
         "scores": pytest.approx(3 * 2 * 1e5 * 1e3 * 100 / 1e11 + 3 * 4 * 1e5 * 100 / 1e10),
@@ -131,7 +132,9 @@ def test_rates_from_results_are_the_nearest() -> None:
 
 def test_calibration_measures_every_rate() -> None:
     rates = plan.calibrate(plan.Job(3000, 64, 100, batch=4, dtype="bfloat16"))
-    assert all(1e5 < getattr(rates, name) < 1e18 for name in plan.Rates.__dataclass_fields__ if name != "source")
+    names = set(plan.Rates.__dataclass_fields__) - {"source", "sync"}
+    assert all(1e5 < getattr(rates, name) < 1e18 for name in names)
+    assert 0 < rates.sync < 60
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

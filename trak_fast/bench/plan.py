@@ -7,7 +7,9 @@ are measured on this machine in a few seconds, or taken from results of `trak-fa
 from __future__ import annotations
 
 import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -16,13 +18,16 @@ from typing import Any
 import torch
 from scipy.optimize import brentq
 
-from .. import projection, scores, solver
+from .. import files, projection, scores, solver
 from .candidates import Case, dtype_of
 from .figures import case_of, measured
 from .page import bytes_text, seconds_text
 
 CALIBRATION_SECONDS = 0.5
 """Of one projection, about, while rates are measured."""
+
+SYNCS = 3
+"""Waits for the disk for each batch: features, weights, flags."""
 
 FLOP_PER_PARAMETER = 8
 """Of a token: 2 forward, 4 backward, and 2 forward again for the sample's weighting (Q in the paper)."""
@@ -96,6 +101,7 @@ class Rates:
         cholesky: FLOP of a factorisation in float64, k³/3 each.
         copy: Bytes copied.
         source: Where they are from.
+        sync: Seconds to have written data safely on disk, once; 0 where it is not known.
     """
 
     projection: float
@@ -105,6 +111,7 @@ class Rates:
     cholesky: float
     copy: float
     source: str
+    sync: float = 0.0
 
 
 def calibrate(job: Job) -> Rates:
@@ -130,8 +137,19 @@ def calibrate(job: Job) -> Rates:
     copy = source.numel() * 8 / _seconds(lambda: target.copy_(source), device)
     return Rates(
         2 * job.batch * columns * job.proj_dim / seconds,
-        rates["float64"], rates["float32"], rates[job.dtype], cholesky, copy, "measured now",
+        rates["float64"], rates["float32"], rates[job.dtype], cholesky, copy, "measured now", _sync_seconds(job),
     )  # fmt: skip
+
+
+def _sync_seconds(job: Job) -> float:
+    """Of writing a batch of features to a file in this folder and waiting until it is on the disk."""
+    with tempfile.TemporaryFile(dir=".") as file:
+
+        def write() -> None:
+            os.pwrite(file.fileno(), bytes(4 * job.batch * job.proj_dim), 0)
+            files.sync(file.fileno())
+
+        return _seconds(write, torch.device("cpu"))
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -213,6 +231,7 @@ def predict(job: Job, rates: Rates) -> dict[str, Any]:
     stages = {
         "gradients": gradients,
         "projection": rows * 2 * job.params * k / rates.projection,
+        "store": rows / job.batch * SYNCS * rates.sync,
         "X'X": c * 2 * n * k * size / rates.float64 / job.processes,
         "solve": c * (size**3 / 3 / rates.cholesky + 2 * size**2 * m / rates.float64)
         + (0 if n >= k else c * 2 * n * k * m / rates.float64),
