@@ -28,7 +28,7 @@ import trak_fast
 from trak_fast.bench import plan
 
 BATCH = 32
-CASES = [(512, 1024, 1024, 128), (1024, 2048, 512, 64), (256, 1024, 2048, 1024)]
+CASES = [(512, 1024, 512, 64), (1024, 2048, 256, 64), (256, 1024, 1536, 512)]
 """Width of the net's hidden layers, k, training samples, targets."""
 
 
