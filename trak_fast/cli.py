@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trak-fast", description="Fast random projections for data attribution.")
     parser.add_argument("--version", action="version", version=f"trak-fast {trak_fast.info()['version']}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for add in (_add_demo, _add_info):
+    for add in (_add_demo, _add_bench, _add_plan, _add_info):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -81,6 +82,119 @@ def _demo(arguments: argparse.Namespace) -> int:
         return _failed(f"cannot write to the output folder: {error}")
     page = Path(arguments.output).resolve() / "index.html"
     print(f"\n{report.summary(results)}\npage            {page}")
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    text = "measure every random projection that this machine has, side by side"
+    epilog = (
+        "Each projection runs in a process of its own. An interrupted run, or one that its budget was too short for, "
+        "goes on when the same command is given again. --compare shows what changed between two results."
+    )
+    bench = commands.add_parser("bench", help=text, description=text, epilog=epilog)
+    bench.set_defaults(run=_bench, usage_error=bench.error)
+    bench.add_argument("--output", default="trak-fast-bench", metavar="DIR", help="folder to write to")
+    bench.add_argument("--budget", type=float, default=150.0, metavar="S", help="seconds to measure for (150)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
+    bench.add_argument("--batches", type=int, nargs="+", metavar="B", help="gradients at a time")
+    bench.add_argument("--grad-dims", type=int, nargs="+", metavar="D", help="sizes of a gradient")
+    bench.add_argument("--proj-dims", type=int, nargs="+", metavar="K", help="projected sizes")
+    bench.add_argument("--dtypes", nargs="+", metavar="T", help="of gradients: float32, bfloat16, float16")
+    bench.add_argument("--proj-types", nargs="+", metavar="KIND", help="rademacher, normal")
+    bench.add_argument("--check-dims", type=int, nargs="*", metavar="D", help="sizes to check the results at")
+    bench.add_argument("--check-proj-dim", type=int, metavar="K", help="projected size of these")
+    bench.add_argument("--only", nargs="+", metavar="NAME", help="projections with one of these in their name")
+    bench.add_argument("--full", action="store_true", help="every combination, not one thing varied at a time")
+    bench.add_argument("--threads", type=int, metavar="T", help="processor threads to use")
+    bench.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="two results; nothing is measured")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import figures, page, runner
+
+    if arguments.compare:
+        try:
+            before, after = map(runner.load, arguments.compare)
+        except ValueError as error:
+            return _failed(str(error))
+        print(page.compared(figures.compare(before, after)))
+        return 0
+    try:
+        settings = runner.defaults(arguments.device)
+        given = {name: getattr(arguments, name) for name in settings.__dataclass_fields__}
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+        settings = dataclasses.replace(settings, **given)
+        if not arguments.budget > 0:
+            raise ValueError(f"budget must be above 0, not {arguments.budget}")
+        run = runner.Run(settings, Path(arguments.output) / "results.json", arguments.budget)
+    except ValueError as error:
+        arguments.usage_error(str(error))
+    except OSError as error:
+        return _failed(f"cannot write to the output folder: {error}")
+    if run.resumed:
+        print("going on with the unfinished run that is there")
+    results = run.run()
+    print(page.terminal(results), end="\n\n")
+    print(f"results  {run.path.resolve()}")
+    try:
+        html = page.page(results)
+    except ModuleNotFoundError as error:
+        print(f"no page: {error.name} is not installed (pip install matplotlib)")
+    else:
+        (run.path.parent / "index.html").write_text(html, encoding="utf-8")
+        print(f"page     {(run.path.parent / 'index.html').resolve()}")
+    return 0
+
+
+def _count(text: str) -> int:
+    """A whole number, also in the form 1.3e9."""
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError
+    return int(text) if text.isdigit() else int(value)
+
+
+_count.__name__ = "count"  # what argparse calls it in an error
+
+
+def _add_plan(commands: Any) -> None:
+    text = "predict time, memory and disk of a TRAK run on this machine, and what the projection distorts"
+    plan = commands.add_parser("plan", help=text, description=text)
+    plan.set_defaults(run=_plan, usage_error=plan.error)
+    plan.add_argument("--params", type=_count, required=True, metavar="D", help="parameters, 1.3e9 for example")
+    plan.add_argument("--proj-dim", type=_count, required=True, metavar="K", help="size of the projected gradients")
+    plan.add_argument("--samples", type=_count, required=True, metavar="N", help="training samples")
+    plan.add_argument("--targets", type=_count, metavar="M", help="samples to attribute (1000)")
+    plan.add_argument("--checkpoints", type=_count, metavar="C", help="checkpoints (1)")
+    plan.add_argument("--batch", type=_count, metavar="B", help="gradients at a time (32)")
+    plan.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the gradients (float32)")
+    plan.add_argument("--proj-type", choices=("rademacher", "normal"), help="kind of matrix (rademacher)")
+    plan.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
+    plan.add_argument("--half", action="store_true", help="features stored in float16")
+    plan.add_argument("--tokens", type=_count, metavar="T", help="tokens of a sample, to estimate its gradient's time")
+    plan.add_argument("--gradient-seconds", type=float, metavar="S", help="of one sample's gradient, if known")
+    plan.add_argument("--processes", type=_count, metavar="P", help="machines or GPUs like this one (1)")
+    plan.add_argument("--bench", type=Path, metavar="JSON", help="take rates from results of trak-fast bench")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from .bench import plan, runner
+
+    given = {name: getattr(arguments, name) for name in plan.Job.__dataclass_fields__}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        if given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu") == "cuda":
+            runner.defaults("cuda")  # checks that there is one
+        job = plan.Job(**given)
+    except ValueError as error:
+        arguments.usage_error(str(error))
+    try:
+        rates = plan.from_results(job, runner.load(arguments.bench)) if arguments.bench else plan.calibrate(job)
+    except ValueError as error:
+        return _failed(str(error))
+    found = plan.predict(job, rates)
+    print(json.dumps(found, indent=1) if arguments.json else plan.text(job, found))
     return 0
 
 

@@ -1,0 +1,143 @@
+"""What developers watch while they change something: kernels, packing, featurizing, solving and top-k scores.
+
+    pytest benchmarks/test_suites.py [--benchmark-save NAME] [--benchmark-compare]
+
+Needs pytest-benchmark. Every case checks its result before it is timed, so a fast wrong answer is a failure.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import trak_fast
+from trak_fast import reference, solver
+
+pytest.importorskip("pytest_benchmark")
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+ISAS = trak_fast.info()["instruction_sets"]
+K = 1024
+
+
+def synchronized(call: Any, device: str) -> Any:
+    """A call that is over when its work on the device is."""
+
+    def run() -> Any:
+        result = call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+def expected(grads: torch.Tensor, kind: str) -> torch.Tensor:
+    """The first eight projected values, from the definition."""
+    entries = reference.matrix(kind, 0, 0, range(8), range(grads.shape[1]))
+    return grads.double().cpu() @ torch.from_numpy(entries).double().T
+
+
+def check(result: torch.Tensor, grads: torch.Tensor, kind: str) -> None:
+    """Compares with float64, as far as float32 sums go."""
+    wanted = expected(grads, kind)
+    assert float((result[:, :8].double().cpu() - wanted).norm() / wanted.norm()) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+@pytest.mark.parametrize("batch", [1, 32, 128])
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernel_cpu(benchmark: Any, monkeypatch: pytest.MonkeyPatch, isa: str, batch: int, kind: str) -> None:
+    benchmark.group = f"kernel, {kind}, B = {batch}"
+    monkeypatch.setenv("TRAK_FAST_ISA", isa)
+    grads = torch.randn(batch, 1 << 15).bfloat16()
+    check(benchmark(trak_fast.project, grads, K, proj_type=kind), grads, kind)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+@pytest.mark.parametrize("batch", [1, 32, 128])
+@pytest.mark.parametrize("device", [CUDA])
+def test_kernel_cuda(benchmark: Any, device: str, batch: int, kind: str) -> None:
+    benchmark.group = f"kernel, {kind}, B = {batch}"
+    grads = torch.randn(batch, 1 << 20, device=device).bfloat16()
+    project = synchronized(lambda: trak_fast.project(grads, K, proj_type=kind), device)
+    check(benchmark(project), grads, kind)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every second", "tensors of layers"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_packing(benchmark: Any, dtype: str, layout: str) -> None:
+    """Many gradients to few numbers: reading and packing them is most of it."""
+    benchmark.group = f"packing, {dtype}"
+    flat = torch.randn(64, 1 << 17).to(getattr(torch, dtype))
+    grads: Any = flat
+    if layout == "transposed":
+        grads = flat.T.contiguous().T
+    elif layout == "every second":
+        grads = torch.stack([flat, flat], -1)[..., 0]
+    elif layout == "tensors of layers":
+        grads = {str(i): part for i, part in enumerate(flat.split(1000, 1))}
+    check(benchmark(trak_fast.project, grads, 16), flat, "rademacher")
+
+
+@pytest.mark.parametrize("computer", ["FunctionalGradientComputer", "HookGradientComputer"])
+def test_featurize(benchmark: Any, tmp_path: Path, computer: str) -> None:
+    """Gradients, projection, rows on disk and X'X of a batch."""
+    benchmark.group = "featurize"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
+    batch = [torch.randn(32, 64), torch.randint(10, (32,))]
+    options: dict[str, Any] = {"proj_dim": K, "logging_level": 40, "load_from_save_dir": False}
+    options |= {"gradient_computer": getattr(trak_fast.traker, computer, None) or getattr(trak_fast, computer)}
+    size = 32 * 4096
+    traker = trak_fast.TRAKer(model, "image_classification", size, tmp_path, **options)
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    done = 0
+
+    def featurize() -> None:
+        nonlocal done
+        traker.featurize(batch, num_samples=32)
+        done += 32
+
+    benchmark.pedantic(featurize, rounds=40, warmup_rounds=2)
+    rows = traker.store.train(0)
+    assert int(rows.done.sum()) == done
+    np.testing.assert_allclose(rows.columns["features"][done - 32 : done], rows.columns["features"][:32], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("samples", "width"), [(8192, K), (512, K)])
+def test_solve(benchmark: Any, samples: int, width: int) -> None:
+    """X'X, its factor, and the coefficients of 64 targets."""
+    benchmark.group = "solve"
+    rng = np.random.default_rng(0)
+    features, targets = (rng.standard_normal((rows, width), dtype=np.float32) for rows in (samples, 64))
+
+    def solve() -> torch.Tensor:
+        gram = solver.gram_matrix(features, torch.device("cpu"))
+        return solver.Solver(features, gram, solver.default_ridge(gram, samples)).solve(targets)
+
+    result = benchmark(solve).double().numpy()
+    x, ridge = features.astype(np.float64), 5 * float((features.astype(np.float64) ** 2).sum()) / samples
+    wanted = np.linalg.solve(x.T @ x + ridge * np.eye(width), targets.astype(np.float64).T)
+    np.testing.assert_allclose(result, wanted if samples >= width else x @ wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_top_scores(benchmark: Any, tmp_path: Path) -> None:
+    """The 100 highest scores of each target, without the score matrix."""
+    benchmark.group = "top-k"
+    torch.manual_seed(0)
+    model, samples, targets = nn.Linear(32, 10).eval(), 4096, 64
+    traker = trak_fast.TRAKer(model, "image_classification", samples, tmp_path, proj_dim=256, logging_level=40)
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    traker.featurize([torch.randn(samples, 32), torch.randint(10, (samples,))], num_samples=samples)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", model.state_dict(), model_id=0, num_targets=targets)
+    traker.score([torch.randn(targets, 32), torch.randint(10, (targets,))], num_samples=targets)
+    top = benchmark(lambda: traker.top_scores("test", 100))
+    scores = np.sort(np.asarray(traker.finalize_scores("test")), axis=0)[::-1][:100].T
+    np.testing.assert_allclose(top.scores, scores, rtol=1e-4, atol=1e-6 * np.abs(scores).max())

@@ -1,0 +1,222 @@
+"""The benchmark's runs: order, failures, budget and resuming, with candidates whose behaviour is known."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trak_fast import info
+from trak_fast.bench import candidates, page, runner
+from trak_fast.bench.candidates import Case
+from trak_fast.cli import main
+
+SETTINGS = runner.Settings(
+    device="cpu", batches=(4,), grad_dims=(64, 128), proj_dims=(16,), dtypes=("float32",), proj_types=("rademacher",),
+    check_dims=(96,), check_proj_dim=48, full=False, only=("good", "other"), threads=1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the candidates of bench_candidates.py importable, here and in the workers."""
+    folder = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", folder)
+    monkeypatch.syspath_prepend(folder)
+
+
+def run(path: Path, budget: float = 30.0, **changes: Any) -> dict[str, Any]:
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return runner.Run(settings, path / "results.json", budget, "bench_candidates").run()
+
+
+def statuses(results: dict[str, Any], kind: str) -> dict[str, set[tuple[str, str | None]]]:
+    found: dict[str, set[tuple[str, str | None]]] = {}
+    for entry in results[kind]:
+        found.setdefault(entry["candidate"], set()).add((entry["status"], entry["error"]))
+    return found
+
+
+def test_failures_do_not_stop_the_rest(tmp_path: Path) -> None:
+    only = ("good", "failing", "dying", "unable", "absent", "picky", "hanging")
+    results = run(tmp_path, budget=15.0, only=only, grad_dims=(64,))
+    facts = results["candidates"]
+    assert {name: facts[name]["status"] for name in only} == {
+        "good": "found", "failing": "found", "dying": "found", "unable": "failed", "absent": "missing",
+        "picky": "found", "hanging": "found",
+    }  # fmt: skip
+    assert facts["unable"]["error"] == "ValueError: does not even import"
+    assert facts["absent"]["error"] == "no_such_library is not installed: pip install no-such-package"
+    for kind in ("timings", "checks"):
+        assert statuses(results, kind) == {
+            "good": {("ok", None)},
+            "failing": {("failed", "RuntimeError: out of luck")},
+            "dying": {("failed", "its process ended with status 3")},
+            "picky": {("skipped", "dtype float32: it has float64")},
+        }
+    assert results["left"] == {"hanging": 2}
+    assert not results["finished"]
+    text = page.terminal(results)
+    assert "failing, B = 4, D = 64, k = 16, float32, rademacher: RuntimeError: out of luck" in text
+    assert "no time for some cases of hanging (2)" in text
+
+
+def test_rounds_are_interleaved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("BENCH_TEST_LOG", str(log))
+    results = run(tmp_path, grad_dims=(64,), check_dims=())
+    calls = log.read_text().split("make good 64\n")[1].splitlines()
+    turns = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
+    assert turns == ["good", "other"] * (1 + runner.ROUNDS)
+    for entry in results["timings"]:
+        assert len(entry["rounds"]) == runner.ROUNDS
+        assert all(1 <= len(part) <= runner.REPEATS for part in entry["rounds"])
+    other = next(entry for entry in results["timings"] if entry["candidate"] == "other")
+    assert other["median"] >= 0.01  # what it sleeps
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    whole = runner.Run._check
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Run, "_check", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    before = json.loads((tmp_path / "results.json").read_text())
+    assert [(entry["candidate"], entry["case"]["grad_dim"]) for entry in before["timings"]] == [
+        ("good", 128), ("other", 128),
+    ]  # fmt: skip
+    monkeypatch.setattr(runner.Run, "_check", whole)
+    monkeypatch.setenv("BENCH_TEST_LOG", str(log))
+    results = run(tmp_path)
+    assert results["timings"][:2] == before["timings"]
+    assert [entry["case"]["grad_dim"] for entry in results["timings"]] == [128, 128, 64, 64]
+    assert len(results["checks"]) == 2
+    assert results["finished"]
+    assert "make good 128\n" not in log.read_text()
+    assert results["started"] == before["started"]
+    assert results["seconds"] > before["seconds"]
+
+
+def test_a_finished_run_or_another_one_is_kept(tmp_path: Path) -> None:
+    first = run(tmp_path, grad_dims=(64,), check_dims=(), only=("good",))
+    assert first["finished"]
+    second = run(tmp_path, grad_dims=(96,), check_dims=(), only=("good",))
+    assert [entry["case"]["grad_dim"] for entry in second["timings"]] == [96]
+    kept = sorted(tmp_path.glob("results-*.json"))
+    assert [json.loads(path.read_text()) for path in kept] == [first]
+
+
+def test_no_time_measures_nothing_and_says_so(tmp_path: Path) -> None:
+    results = run(tmp_path, budget=1e-9)
+    assert results["timings"] == results["checks"] == []
+    assert results["left"] == {"good": 3, "other": 3}
+    assert "no time for some cases of good (3), other (3)" in page.terminal(results)
+
+
+def test_checks_find_what_is_wrong(tmp_path: Path) -> None:
+    results = run(tmp_path, grad_dims=(64,), only=("good", "paired", "moody"))
+    found = {entry["candidate"]: entry["found"] for entry in results["checks"]}
+    assert found["good"]["error"] < 1e-6
+    assert found["good"]["equal_columns"] == 0
+    assert found["good"]["repeatable"]
+    assert found["good"]["remade"]
+    assert found["good"]["column_dim"] == pytest.approx(48, rel=0.1)
+    assert found["paired"]["error"] == pytest.approx(1e-3, rel=0.01)
+    assert found["paired"]["equal_columns"] == 48
+    assert found["paired"]["column_dim"] == pytest.approx(95 / (1 + 94 / 48), rel=0.1)
+    assert not found["moody"]["repeatable"]
+
+
+def test_one_thing_is_varied_at_a_time() -> None:
+    settings = dataclasses.replace(
+        SETTINGS, batches=(1, 2, 3), grad_dims=(10, 20, 30), proj_dims=(5,), proj_types=("normal", "rademacher")
+    )
+    base = ("float32", "normal", "cpu")
+    assert settings.cases() == [
+        Case(2, 20, 5, *base), Case(1, 20, 5, *base), Case(2, 10, 5, *base),
+        Case(2, 20, 5, "float32", "rademacher", "cpu"),
+        Case(3, 20, 5, *base), Case(2, 30, 5, *base),
+    ]  # fmt: skip
+    assert len(dataclasses.replace(settings, full=True).cases()) == 3 * 3 * 2
+    assert [(case.grad_dim, case.proj_type) for case in settings.checks()] == [(96, "normal"), (96, "rademacher")]
+
+
+def test_candidates_of_this_machine_project() -> None:
+    """Those that are always there give what the matrix's kind promises: E ‖y‖² = k ‖g‖²."""
+    there = {candidate.name: candidate for candidate in candidates.everything("cpu")}
+    assert [name.removeprefix("trak_fast ") for name in there if name.startswith("trak_fast ")] == (
+        info()["instruction_sets"]
+    )
+    for name in ("torch, matrix in memory", "torch, in chunks", "scikit-learn Gaussian", "scikit-learn sparse"):
+        kind = there[name].kinds[0]
+        case = Case(8, 3000, 512, "float32", kind, "cpu")
+        grads = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
+        y = there[name].make(case)(grads)
+        scale = 1.0 if name.startswith("torch") else 512.0
+        ratio = y.double().square().sum() * scale / (512 * grads.double().square().sum())
+        assert y.shape == (8, 512)
+        assert float(ratio) == pytest.approx(1, abs=0.15)  # √(2/512/8) = 2 %
+    big = Case(8, 10**9, 4096, "float32", "normal", "cpu")
+    assert there["torch, matrix in memory"].refusal(big, 2**34) == ("its matrix takes 15258.8 GiB, 16.0 are to be had")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "0"], "budget must be above 0, not 0.0"),
+        (["--batches", "0"], "batches must be at least 1, not 0"),
+        (["--dtypes", "int8"], "dtypes has int8, allowed are float32, bfloat16, float16"),
+        (["--proj-types", "uniform"], "uniform"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = f"trak_fast {info()['instruction_sets'][0]}"
+    options = ["--batches", "4", "--grad-dims", "2000", "--proj-dims", "64", "--dtypes", "float32", "--threads", "1"]
+    options += ["--proj-types", "rademacher", "--check-dims", "700", "--check-proj-dim", "64", "--only", ours]
+    assert main(["bench", "--output", str(tmp_path), *options]) == 0
+    results = runner.load(tmp_path / "results.json")
+    assert results["finished"]
+    (check,) = results["checks"]
+    assert check["found"]["matrix"] == "reference"
+    assert check["found"]["error"] < 1e-5
+    assert check["found"]["repeatable"]
+    assert check["found"]["remade"]
+    (timing,) = [entry for entry in results["timings"] if entry["candidate"] == ours]
+    assert timing["memory_bytes"] < 64 << 20
+    output = capsys.readouterr().out
+    assert "B = 4, D = 2,000, k = 64, float32, rademacher" in output
+    assert "<svg" not in output
+    assert ours in (tmp_path / "index.html").read_text()
+    assert main(["bench", "--compare", str(tmp_path / "results.json"), str(tmp_path / "results.json")]) == 0
+    assert "1 of 1 timings are the same within noise" in capsys.readouterr().out
+    assert main(["bench", "--compare", str(tmp_path / "results.json"), str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+IMPORT_THE_BENCH = """
+import sys, torch
+torch.cuda._lazy_init = None  # calling it now fails
+from trak_fast.bench import candidates, figures, page, plan, runner, worker
+print(sorted({name.split(".")[0] for name in sys.modules} & {"trak", "dattri", "bergson", "matplotlib", "sjlt"}))
+"""
+
+
+def test_importing_the_bench_imports_nothing_that_it_measures() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT_THE_BENCH], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,177 @@
+"""What the benchmark computes from its measurements, against values by hand, and what it shows."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from trak_fast.bench import figures, page, worker
+from trak_fast.bench.candidates import Case
+
+CASE = Case(32, 1000, 100, "float32", "rademacher", "cpu")
+CEILINGS = {"copy_bytes_per_second": 1e9, "flop_per_second": {"float32": 1e11, "bfloat16": 1e13, "float16": 1e11}}
+
+
+def timing(name: str, rounds: list[list[float]], case: Case = CASE) -> dict[str, Any]:
+    entry = {"candidate": name, "case": case.asdict(), "status": "ok", "error": None, "dense": True, "rounds": rounds}
+    entry |= {"memory_bytes": 3 << 20, "warm": True}
+    return {**entry, **figures.summarize(entry, CEILINGS)}
+
+
+def results(*timings: dict[str, Any]) -> dict[str, Any]:
+    machine = {"system": "Linux", "python": "3.11", "processor": "a <fast> one", "cores": 2}
+    found = {"error": 2.5e-7, "norm_distortion": 0.0625, "inner_distortion": 0.0442, "effective_dim": 512.0}
+    found |= {"column_dim": 511.0, "equal_columns": 3, "repeatable": True, "remade": True}
+    case = Case(1, 650, 512, "float32", "rademacher", "cpu").asdict()
+    return {
+        "started": "2026-01-02T03:04:05+00:00", "finished": True, "left": {}, "settings": {"threads": 2},
+        "environment": {"machine": machine, "torch": {"version": "2.9"}, "trak_fast": {"version": "0.1"}},
+        "ceilings": CEILINGS, "candidates": {"fast_jl": {"status": "missing", "error": "no <such> thing"}},
+        "timings": list(timings),
+        "checks": [{"candidate": "trak_fast amx", "case": case, "status": "ok", "error": None, "found": found}],
+    }  # fmt: skip
+
+
+def test_rates_by_hand() -> None:
+    summary = timing("a", [[0.1, 0.2], [0.3, 0.4, 0.5]])
+    assert summary["median"] == 0.3
+    assert (summary["low"], summary["high"]) == (0.2, 0.4)
+    assert summary["flop_per_second"] == pytest.approx(2 * 32 * 1000 * 100 / 0.3)
+    assert summary["gradient_bytes_per_second"] == pytest.approx(128_000 / 0.3)
+    assert summary["samples_per_second"] == pytest.approx(32 / 0.3)
+
+
+def test_floor_by_hand() -> None:
+    moved = 32 * 1000 * 4 + 32 * 100 * 4
+    assert figures.floor_seconds(CASE, CEILINGS) == pytest.approx(moved / 1e9)  # 141 µs, where the product takes 64
+    larger = Case(32, 1000, 1000, "float32", "normal", "cpu")
+    assert figures.floor_seconds(larger, CEILINGS) == pytest.approx(2 * 32 * 1000 * 1000 / 1e11)
+    half = Case(32, 1000, 1000, "bfloat16", "normal", "cpu")
+    assert figures.floor_seconds(half, CEILINGS) == pytest.approx((32 * 1000 * 2 + 32 * 1000 * 4) / 1e9)
+    entry = timing("a", [[1e-3]])
+    assert entry["of_floor"] == pytest.approx(moved / 1e9 / 1e-3)
+    assert figures.summarize({**entry, "dense": False}, CEILINGS)["of_floor"] is None
+
+
+def test_the_better_ceiling_counts() -> None:
+    found = {"copy_bytes_per_second": 2e9, "flop_per_second": {"float32": 9e10, "bfloat16": 2e13, "float16": 1e11}}
+    assert figures.better(None, found) == found
+    assert figures.better(CEILINGS, found) == {
+        "copy_bytes_per_second": 2e9, "flop_per_second": {"float32": 1e11, "bfloat16": 2e13, "float16": 1e11},
+    }  # fmt: skip
+
+
+def test_changes_beyond_noise() -> None:
+    other = Case(64, 1000, 100, "float32", "rademacher", "cpu")
+    before = results(
+        timing("faster", [[1.0], [1.1], [0.9]]),
+        timing("slower", [[1.0], [1.1], [0.9]]),
+        timing("noisy", [[1.0], [2.0], [0.5]]),
+        timing("hardly", [[1.0], [1.0], [1.0]]),
+        timing("once", [[1.0]]),
+        timing("gone", [[1.0], [1.0]]),
+        timing("elsewhere", [[1.0], [1.0]]),
+    )
+    after = results(
+        timing("faster", [[0.5], [0.55], [0.45]]),
+        timing("slower", [[1.5], [1.6], [1.4]]),
+        timing("noisy", [[0.8], [0.8], [0.8]]),
+        timing("hardly", [[1.04], [1.04], [1.04]]),
+        timing("once", [[0.1], [0.1]]),
+        timing("elsewhere", [[1.0], [1.0]], other),
+    )
+    rows = {row["candidate"]: row for row in figures.compare(before, after)}
+    assert {name: row["verdict"] for name, row in rows.items()} == {
+        "faster": "faster", "slower": "slower", "noisy": "same", "hardly": "same", "once": "one sample",
+    }  # fmt: skip
+    assert rows["faster"]["ratio"] == pytest.approx(2)
+    text = page.compared(list(rows.values()))
+    assert re.search(r"slower +B = 32, D = 1,000, .* 1 s +1.5 s +× 0.67 +slower", text)
+    assert re.search(r"faster .* 1 s +500 ms +× 2.00 +faster", text)
+    assert text.endswith("2 of 5 timings are the same within noise, 1 have too few samples to tell")
+
+
+def test_a_slow_stretch_is_no_change() -> None:
+    """Many samples of few rounds must not count as independent ones."""
+    before = results(timing("a", [[1.0] * 5, [1.0] * 5, [1.5] * 5]))
+    after = results(timing("a", [[1.2] * 5, [1.2] * 5, [1.25] * 5]))
+    assert figures.compare(before, after)[0]["verdict"] == "same"
+
+
+def test_units() -> None:
+    assert [page.seconds_text(value) for value in (12.34, 0.01234, 1.234e-5, 1.2e-9)] == [
+        "12.3 s", "12.3 ms", "12.3 µs", "1.2 ns",
+    ]  # fmt: skip
+    assert [page.bytes_text(value) for value in (None, 5, 1536, 3 << 20, 5 << 30)] == [
+        "?", "5 B", "1.5 KiB", "3.0 MiB", "5.0 GiB",
+    ]  # fmt: skip
+    assert page.rate_text(2.5e12, "FLOP/s") == "2.5 TFLOP/s"
+
+
+def test_table_of_the_terminal() -> None:
+    text = page.terminal(results(timing("slow one", [[0.2]]), timing("trak_fast amx", [[0.1, 0.1], [0.1]])))
+    lines = text.splitlines()
+    assert "copy 1 GB/s; product: float32 100 GFLOP/s, bfloat16 10 TFLOP/s" in lines[1]
+    ours, other = (next(i for i, line in enumerate(lines) if line.startswith(name)) for name in ("trak_fast", "slow"))
+    assert ours < other  # the fastest first
+    assert re.fullmatch(
+        r"trak_fast amx +100 ms +100 ms – 100 ms +64 MFLOP/s +1.28 MB/s +320 /s +0.1% +3.0 MiB", lines[ours]
+    )
+    assert re.search(r"trak_fast amx +2.5e-07 +6.25% +4.42% +512 +511 +3 +yes", text)
+    assert "independent entries: norms 6.25%, inner products 4.42%" in text
+    assert "fast_jl: no <such> thing" in text
+
+
+def test_page() -> None:
+    larger = Case(32, 4000, 100, "float32", "rademacher", "cpu")
+    html = page.page(
+        results(timing("trak_fast amx", [[0.1]]), timing("trak_fast amx", [[0.3]], larger), timing("slow", [[0.2]]))
+    )
+    assert html.count("<svg") == html.count("</svg>") == 3  # against D, memory, roofline
+    assert "Speed against gradient size, D" in html
+    assert "no &lt;such&gt; thing" in html
+    assert "a &lt;fast&gt; one" in html
+    assert "prefers-color-scheme: dark" in html
+    assert not re.search(r'(src|href)="(?!#|data:)', html.replace("http://www.w3.org", ""))
+    assert "<td>300 ms</td>" in html
+
+
+def test_table_for_a_readme() -> None:
+    measured = results(timing("trak_fast amx", [[0.1]]), timing("slow", [[2.0]]))
+    text = page.replace_table("# A\n<!-- bench -->\nold\n<!-- /bench -->\nend\n", measured)
+    assert text == (
+        "# A\n<!-- bench -->\n"
+        "| B = 32, D = 1,000, k = 100, float32, rademacher | median | times as long as ours | extra memory |\n"
+        "| --- | --- | --- | --- |\n| trak_fast amx | 100 ms | 1 | 3.0 MiB |\n| slow | 2 s | 20 | 3.0 MiB |\n"
+        "<!-- /bench -->\nend\n"
+    )
+    with pytest.raises(ValueError, match="<!-- bench -->"):
+        page.replace_table("# A\n", measured)
+
+
+def test_distortion_by_hand() -> None:
+    grads = torch.tensor([[3.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    projected = torch.tensor([[3.0 * 1.1**0.5, 0.0], [0.4, (0.9 * 4 - 0.16) ** 0.5]], dtype=torch.float64)
+    found = worker.distortion(grads, projected)
+    assert found["norm_distortion"] == pytest.approx(0.1)
+    assert found["effective_dim"] == pytest.approx(200)
+    assert found["inner_distortion"] == pytest.approx(3 * 1.1**0.5 * 0.4 / 6)
+
+
+def test_columns_by_hand() -> None:
+    half = 2**-0.5
+    columns = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [half, half]], dtype=torch.float64)
+    for block in (1, 2, 1024):
+        found = worker.columns(columns, block)
+        assert found["equal_columns"] == 1
+        assert found["column_dim"] == pytest.approx(3 / (1 + 0.5 + 0.5), rel=1e-6)
+
+
+def test_peak_memory_sees_what_was_freed() -> None:
+    memory = worker.PeakMemory("cpu")
+    torch.ones(48 << 18)  # 48 MiB
+    peak = memory.bytes()
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 46 << 20 < peak < 64 << 20

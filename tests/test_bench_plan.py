@@ -1,0 +1,170 @@
+"""Predictions against closed forms, against what a store really takes, and against scikit-learn's bound."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.random_projection import johnson_lindenstrauss_min_dim
+
+import trak_fast
+from trak_fast.bench import plan, runner
+from trak_fast.bench.candidates import Case
+from trak_fast.bench.figures import summarize
+from trak_fast.cli import main
+
+RATES = plan.Rates(1e12, 1e10, 1e11, 2e11, 5e9, 1e10, "by hand", 0.002)
+
+
+def test_time_by_hand() -> None:
+    job = plan.Job(params=10**6, proj_dim=1000, samples=10**5, targets=100, checkpoints=3, tokens=50)
+    seconds = plan.predict(job, RATES)["seconds"]
+    assert seconds == {
+        "gradients": pytest.approx(3 * 100_100 * 8 * 1e6 * 50 / 2e11),
+        "projection": pytest.approx(3 * 100_100 * 2 * 1e6 * 1e3 / 1e12),
+        "store": pytest.approx(3 * 100_100 / 32 * 3 * 0.002),
+        "X'X": pytest.approx(3 * 2 * 1e5 * 1e6 / 1e10),
+        "solve": pytest.approx(3 * (1e9 / 3 / 5e9 + 2 * 1e6 * 100 / 1e10)),
+        "scores": pytest.approx(3 * 2 * 1e5 * 1e3 * 100 / 1e11 + 3 * 4 * 1e5 * 100 / 1e10),
+        "total": pytest.approx(sum(value for name, value in seconds.items() if name != "total")),
+    }
+
+
+def test_fewer_samples_than_dimensions() -> None:
+    """The Gram matrix is n × n then, and scores come from the solve."""
+    job = plan.Job(params=1000, proj_dim=4000, samples=500, targets=10)
+    found = plan.predict(job, RATES)
+    assert found["seconds"]["gradients"] is None
+    assert found["seconds"]["X'X"] == pytest.approx(2 * 500 * 500 * 4000 / 1e10)
+    assert found["seconds"]["solve"] == pytest.approx(
+        500**3 / 3 / 5e9 + 2 * 500**2 * 10 / 1e10 + 2 * 500 * 4000 * 10 / 1e10
+    )
+    assert found["disk_bytes"]["Gram matrices"] == 8 * 500 * 500
+
+
+def test_processes_share_the_samples() -> None:
+    options: dict[str, Any] = {"params": 1000, "proj_dim": 64, "samples": 1000, "gradient_seconds": 0.5}
+    one, four = (plan.predict(plan.Job(**options, processes=p), RATES)["seconds"] for p in (1, 4))
+    assert one["gradients"] == 0.5 * 2000
+    for stage in ("gradients", "projection", "X'X", "scores"):
+        assert four[stage] == pytest.approx(one[stage] / 4)
+    assert four["solve"] == one["solve"]
+
+
+def test_memory_by_hand() -> None:
+    found = plan.predict(plan.Job(10**6, 1000, 10**5, batch=16, dtype="bfloat16"), RATES)["memory_bytes"]
+    assert found["featurize"] == 2 * 16 * 10**6 * 2 + 4 * 16 * 1000 + 8 * 1000**2
+    assert found["solve"] == 3 * 8 * 1000**2 + 2 * (64 << 20)
+    assert found["peak"] == max(found["featurize"], found["solve"], found["scores"])
+
+
+@pytest.mark.parametrize(("samples", "proj_dim"), [(100, 1000), (10**6, 8192), (30, 512)])
+def test_distortion_is_the_known_bound(samples: int, proj_dim: int) -> None:
+    epsilon = plan.jl_epsilon(samples, proj_dim)
+    assert epsilon is not None
+    assert abs(int(johnson_lindenstrauss_min_dim(samples, eps=epsilon)) - proj_dim) <= 1
+    found = plan.predict(plan.Job(10, proj_dim, samples, targets=0), RATES)["distortion"]
+    assert found == {"norm": math.sqrt(2 / proj_dim), "cosine": math.sqrt(1 / proj_dim), "all": epsilon}
+
+
+def test_no_bound_for_few_dimensions() -> None:
+    assert plan.jl_epsilon(10**6, 100) is None
+    job = plan.Job(10, 100, 10**6)
+    assert "no bound below 100 %" in plan.text(job, plan.predict(job, RATES))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("samples", [400, 40])  # more and fewer than k
+def test_disk_is_what_a_run_takes(half: bool, samples: int, tmp_path: Path) -> None:
+    k, targets = 64, 30
+    model = torch.nn.Linear(20, 5)
+    traker = trak_fast.TRAKer(
+        model, "image_classification", samples, tmp_path, proj_dim=k, use_half_precision=half, logging_level=40
+    )
+    for model_id in range(2):
+        traker.load_checkpoint(model.state_dict(), model_id=model_id)
+        traker.featurize([torch.randn(samples, 20), torch.zeros(samples, dtype=torch.long)], num_samples=samples)
+    traker.finalize_features()
+    for model_id in range(2):
+        traker.start_scoring_checkpoint("e", model.state_dict(), model_id=model_id, num_targets=targets)
+        traker.score([torch.randn(targets, 20), torch.zeros(targets, dtype=torch.long)], num_samples=targets)
+    traker.finalize_scores("e")
+    taken = sum(path.stat().st_size for path in tmp_path.rglob("*.np*"))
+    job = plan.Job(105, k, samples, targets=targets, checkpoints=2, half=half)
+    predicted = plan.predict(job, RATES)["disk_bytes"]["total"]
+    headers = sum(128 for _ in tmp_path.rglob("*.np*"))
+    assert taken - headers == predicted
+
+
+def results() -> dict[str, Any]:
+    ceilings = {
+        "copy_bytes_per_second": 7e9,
+        "flop_per_second": {"float32": 1e11, "bfloat16": 2e11, "float16": 1e9, "float64": 5e10},
+    }
+    timings = []
+    for name, batch, grad_dim, proj_dim, seconds in (
+        ("trak_fast slow", 32, 1000, 512, 2.0),
+        ("trak_fast fast", 32, 1000, 512, 1.0),
+        ("trak_fast fast", 32, 500, 512, 0.1),
+        ("trak_fast fast", 256, 1000, 4096, 0.01),
+        ("torch", 32, 1000, 512, 0.001),
+    ):
+        case = Case(batch, grad_dim, proj_dim, "float32", "normal", "cpu")
+        entry = {"candidate": name, "case": case.asdict(), "dense": True, "rounds": [[seconds]], "status": "ok"}
+        timings.append({**entry, **summarize(entry, ceilings)})
+    return {
+        "format": runner.FORMAT, "started": "2026-01-02T03:04:05", "ceilings": ceilings, "timings": timings,
+    }  # fmt: skip
+
+
+def test_rates_from_results_are_the_nearest() -> None:
+    rates = plan.from_results(plan.Job(10**6, 600, 1000, proj_type="normal"), results())
+    assert rates.projection == pytest.approx(2 * 32 * 1000 * 512 / 1.0)
+    assert (rates.float64, rates.float32, rates.gradients, rates.copy) == (5e10, 1e11, 1e11, 7e9)
+    assert rates.source == "trak_fast fast of 2026-01-02"
+    far = plan.from_results(plan.Job(10**6, 8192, 1000, batch=128, proj_type="normal"), results())
+    assert far.projection == pytest.approx(2 * 256 * 1000 * 4096 / 0.01)
+    with pytest.raises(ValueError, match="no timing of trak_fast for cpu, float32, rademacher"):
+        plan.from_results(plan.Job(10**6, 8192, 1000), results())
+
+
+def test_calibration_measures_every_rate() -> None:
+    rates = plan.calibrate(plan.Job(3000, 64, 100, batch=4, dtype="bfloat16"))
+    names = set(plan.Rates.__dataclass_fields__) - {"source", "sync"}
+    assert all(1e5 < getattr(rates, name) < 1e18 for name in names)
+    assert 0 < rates.sync < 60
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results()))
+    options = ["plan", "--params", "1.3e9", "--proj-dim", "8192", "--samples", "1e6", "--proj-type", "normal"]
+    options += ["--device", "cpu", "--bench", str(tmp_path / "results.json")]
+    assert main(options) == 0
+    output = capsys.readouterr().out
+    assert "1,000,000 training samples, 1,000 targets, 1 checkpoints, 1,300,000,000 parameters to k = 8,192" in output
+    assert "give --tokens or --gradient-seconds" in output
+    assert main([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"]["projection"] == pytest.approx(
+        1_001_000 * 2 * 1.3e9 * 8192 / (2 * 256 * 1000 * 4096 / 0.01)
+    )
+    assert main([*options[:-1], str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--params", "1.5"], "--params: invalid count value: '1.5'"),
+        (["--samples", "0"], "samples must be at least 1, not 0"),
+        (["--tokens", "-1"], "tokens must be at least 1, not -1"),
+        (["--gradient-seconds", "nan"], "gradient_seconds must be at least 0, not nan"),
+    ],
+)
+def test_wrong_arguments_are_named(change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", "--params", "10", "--proj-dim", "8", "--samples", "9", "--device", "cpu", *change])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,263 @@
+"""What can be measured: ours for each instruction set or kernel, torch, and the projections of other libraries.
+
+Each is found by import, and is a function from gradients (B, D) to (B, k) once it is made for a `Case`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import projection
+
+Project = Callable[[Tensor], Tensor]
+
+CHUNK = 1 << 24
+"""Entries of the matrix that "torch, in chunks" draws at a time."""
+
+DENSE = ("rademacher", "normal")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape to measure.
+
+    Attributes:
+        batch: Gradients at a time, B.
+        grad_dim: D.
+        proj_dim: k.
+        dtype: Of the gradients, by torch's name.
+        proj_type: "rademacher" or "normal".
+        device: "cpu" or "cuda".
+    """
+
+    batch: int
+    grad_dim: int
+    proj_dim: int
+    dtype: str
+    proj_type: str
+    device: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The gradients' dtype."""
+        return dtype_of(self.dtype)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Size of the gradients."""
+        return self.batch * self.grad_dim * self.torch_dtype.itemsize
+
+    @property
+    def flop(self) -> int:
+        """Additions and multiplications of the product: 2 B D k."""
+        return 2 * self.batch * self.grad_dim * self.proj_dim
+
+    def asdict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A torch dtype by its name."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {name!r} is none of torch's")
+    return dtype
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A projection that may be there.
+
+    Attributes:
+        name: What results call it.
+        module: What must be importable.
+        make: Makes the projection for a case.
+        package: What pip calls it.
+        devices: Where it runs.
+        kinds: Of matrix that it has.
+        dtypes: Of gradients that it takes.
+        environment: Variables of its process.
+        divisor: What its matrix is divided by, from k.
+        stored_bytes: Memory that its matrix takes, from the case.
+        proj_dim_step: What k must be a multiple of.
+        dense: Whether all entries of its matrix are ±1 or normal; otherwise most are 0.
+        ours: Whether its matrix is trak_fast's, which reference.py states again.
+    """
+
+    name: str
+    module: str
+    make: Callable[[Case], Project]
+    package: str = ""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    kinds: tuple[str, ...] = DENSE
+    dtypes: tuple[str, ...] = DTYPES
+    environment: Mapping[str, str] = field(default_factory=dict)
+    divisor: Callable[[int], float] = lambda proj_dim: 1.0
+    stored_bytes: Callable[[Case], int] = lambda case: 0
+    proj_dim_step: int = 1
+    dense: bool = True
+    ours: bool = False
+
+    def missing(self) -> str | None:
+        """Why it cannot be imported, if so."""
+        try:
+            if importlib.util.find_spec(self.module) is not None:
+                return None
+        except (ImportError, ValueError):
+            pass
+        return f"{self.module} is not installed: pip install {self.package or self.module}"
+
+    def refusal(self, case: Case, free_bytes: int) -> str | None:
+        """Why a case is not for it, if so."""
+        for what, value, allowed in (
+            ("device", case.device, self.devices),
+            ("kind", case.proj_type, self.kinds),
+            ("dtype", case.dtype, self.dtypes),
+        ):
+            if value not in allowed:
+                return f"{what} {value}: it has {', '.join(allowed)}"
+        if case.proj_dim % self.proj_dim_step:
+            return f"k = {case.proj_dim}: it needs a multiple of {self.proj_dim_step}"
+        if (needed := self.stored_bytes(case)) > free_bytes:
+            return f"its matrix takes {needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} are to be had"
+        return None
+
+
+def matrix_bytes(case: Case, itemsize: int = 0) -> int:
+    """Size of the whole matrix, by default in the gradients' dtype."""
+    return case.grad_dim * case.proj_dim * (itemsize or case.torch_dtype.itemsize)
+
+
+def draw(case: Case, columns: int, generator: torch.Generator) -> Tensor:
+    """Random entries (columns, k) in the gradients' dtype."""
+    entries = torch.empty(columns, case.proj_dim, dtype=case.torch_dtype, device=case.device)
+    if case.proj_type == "normal":
+        return entries.normal_(generator=generator)
+    return entries.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+def _ours(case: Case) -> Project:
+    return functools.partial(projection.project, proj_dim=case.proj_dim, proj_type=case.proj_type)
+
+
+def _stored(case: Case) -> Project:
+    matrix = draw(case, case.grad_dim, torch.Generator(case.device).manual_seed(0))
+    return lambda grads: grads @ matrix
+
+
+def _chunks(case: Case) -> Project:
+    step = max(1, CHUNK // case.proj_dim)
+
+    def project(grads: Tensor) -> Tensor:
+        generator = torch.Generator(case.device).manual_seed(0)
+        total = torch.zeros(len(grads), case.proj_dim, device=case.device)
+        for start in range(0, case.grad_dim, step):
+            part = grads[:, start : start + step]
+            total += part @ draw(case, part.shape[1], generator)
+        return total
+
+    return project
+
+
+def _traker(case: Case, name: str) -> Project:
+    module = importlib.import_module("trak.projectors")
+    options: dict[str, Any] = {"max_batch_size": 32} if name == "CudaProjector" else {"dtype": case.torch_dtype}
+    projector = getattr(module, name)(
+        case.grad_dim, case.proj_dim, 0, module.ProjectionType(case.proj_type), torch.device(case.device), **options
+    )
+    return lambda grads: projector.project(grads, model_id=0)  # type: ignore[no-any-return]
+
+
+def _fast_jl(case: Case) -> Project:
+    module = importlib.import_module("fast_jl")
+    multiprocessors = torch.cuda.get_device_properties(case.device).multi_processor_count
+    rows = next((size for size in (8, 16) if case.batch <= size), 32)
+    function = getattr(module, f"project_{case.proj_type}_{rows}")
+    return lambda grads: function(grads, case.proj_dim, 0, multiprocessors)  # type: ignore[no-any-return]
+
+
+def _dattri(case: Case) -> Project:
+    module = importlib.import_module("dattri.func.projection")
+    shape = torch.empty(case.batch, case.grad_dim, dtype=case.torch_dtype, device="meta")
+    project: Project = module.random_project(
+        shape, case.batch, case.proj_dim, 32, proj_seed=0, proj_type=case.proj_type, device=case.device
+    )
+    return project
+
+
+def _bergson(case: Case) -> Project:
+    project_global = importlib.import_module("bergson.collector.collector").project_global
+    return lambda grads: project_global("bench", grads, case.proj_dim, case.proj_type)  # type: ignore[no-any-return]
+
+
+def _sjlt(case: Case) -> Project:
+    project: Project = importlib.import_module("sjlt").SJLTProjection(case.grad_dim, case.proj_dim, c=1)
+    return project
+
+
+def _sklearn(case: Case, name: str) -> Project:
+    transformer = getattr(importlib.import_module("sklearn.random_projection"), name)(case.proj_dim, random_state=0)
+    transformer.fit(torch.zeros(1, case.grad_dim).expand(2, -1).numpy())
+    return lambda grads: torch.from_numpy(transformer.transform(grads.numpy()))
+
+
+def _sqrt(proj_dim: int) -> float:
+    return math.sqrt(proj_dim)
+
+
+def everything(device: str) -> list[Candidate]:
+    """All candidates on a device, installed or not; ours first.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    facts = projection.info()
+    if device == "cuda":
+        kernels = facts["cuda_devices"][0]["kernels"] if facts["cuda_devices"] else []
+        variable = projection.KERNEL_VARIABLE
+    else:
+        kernels, variable = facts["instruction_sets"], projection.ISA_VARIABLE
+    own = [
+        Candidate(
+            f"trak_fast {kernel}", "trak_fast", _ours, devices=(device,), environment={variable: kernel}, ours=True
+        )
+        for kernel in kernels
+    ]
+    others = [
+        Candidate("torch, matrix in memory", "torch", _stored, stored_bytes=matrix_bytes),
+        Candidate("torch, in chunks", "torch", _chunks),
+        Candidate("traker BasicProjector", "trak", functools.partial(_traker, name="BasicProjector"), "traker"),
+        Candidate(
+            "traker CudaProjector", "trak", functools.partial(_traker, name="CudaProjector"), "traker fast_jl",
+            devices=("cuda",), dtypes=("float32", "float16"), proj_dim_step=512,
+        ),
+        Candidate(
+            "fast_jl", "fast_jl", _fast_jl, devices=("cuda",), dtypes=("float32", "float16"), proj_dim_step=512
+        ),
+        Candidate("dattri", "dattri", _dattri, divisor=_sqrt),
+        Candidate("bergson", "bergson", _bergson, divisor=_sqrt),
+        Candidate(
+            "sjlt", "sjlt", _sjlt, devices=("cuda",), kinds=("rademacher",), dtypes=("float32", "bfloat16"), dense=False
+        ),
+        Candidate(
+            "scikit-learn Gaussian", "sklearn", functools.partial(_sklearn, name="GaussianRandomProjection"),
+            "scikit-learn", devices=("cpu",), kinds=("normal",), dtypes=("float32",), divisor=_sqrt,
+            stored_bytes=functools.partial(matrix_bytes, itemsize=24),  # the draw and what it is scaled to
+        ),
+        Candidate(
+            "scikit-learn sparse", "sklearn", functools.partial(_sklearn, name="SparseRandomProjection"),
+            "scikit-learn", devices=("cpu",), kinds=("rademacher",), dtypes=("float32",), dense=False,
+        ),
+    ]  # fmt: skip
+    return own + others

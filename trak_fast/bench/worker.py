@@ -1,0 +1,341 @@
+"""Measures one candidate, in a process of its own: requests come as lines of JSON, and answers go back so.
+
+`python -m trak_fast.bench.worker MODULE DEVICE NAME` looks the candidate up in MODULE's `everything(DEVICE)`. A process
+stays alive between requests, so that the runner can go round all candidates again and again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .candidates import Candidate, Case, Project
+
+IDENTITY_BYTES = 1 << 28
+"""Of the identity that is projected to see a matrix; where the whole one is larger, the matrix isn't looked at."""
+
+CHECK_VECTORS = 256
+ACCURACY_ROWS = 32
+COLUMNS = 4096
+"""That a processor correlates with each other; a GPU takes all."""
+
+
+class Session:
+    """What a candidate has on its hands."""
+
+    def __init__(self, candidate: Candidate, device: str) -> None:
+        self.candidate, self.device = candidate, device
+        self.project: Project | None = None
+        self.grads: Tensor | None = None
+        self._flush: Tensor | None = None
+
+    def open(self) -> dict[str, Any]:
+        """Imports the library and runs it once on something small."""
+        kind, dtype = self.candidate.kinds[0], self.candidate.dtypes[0]
+        case = Case(8, 5000, 512, dtype, kind, self.device)
+        self.candidate.make(case)(gradients(case))
+        return {"version": version(self.candidate)}
+
+    def prepare(self, **shape: Any) -> dict[str, Any]:
+        """Makes the gradients and the projection, and projects once.
+
+        Returns:
+            seconds of making and of the first call, and bytes of memory above the gradients and the result.
+        """
+        self.release()
+        case = Case(**shape)
+        self.grads = gradients(case)
+        memory = PeakMemory(self.device)
+        start = time.perf_counter()
+        self.project = self.candidate.make(case)
+        self._wait()
+        made = time.perf_counter()
+        result = self.project(self.grads)
+        self._wait()
+        done = time.perf_counter()
+        peak = memory.bytes()
+        size = result.numel() * result.element_size()
+        return {
+            "make_seconds": made - start,
+            "first_seconds": done - made,
+            "memory_bytes": None if peak is None else max(0, peak - size),
+        }
+
+    def time(self, seconds: float, repeats: int) -> dict[str, Any]:
+        """Seconds of calls, one after the other with caches flushed, until a time or a number is reached."""
+        assert self.project is not None
+        assert self.grads is not None
+        times: list[float] = []
+        start = time.perf_counter()
+        while not times or (len(times) < repeats and time.perf_counter() - start < seconds):
+            self.flush()
+            times.append(self._once(lambda: self.project(self.grads)))  # type: ignore[misc,arg-type]
+        return {"seconds": times}
+
+    def check(self, **shape: Any) -> dict[str, Any]:
+        """Accuracy, distortion and repeatability; see `checks`."""
+        self.release()
+        return checks(self.candidate, Case(**shape))
+
+    def ceilings(self) -> dict[str, Any]:
+        """What this machine does at best; see `ceilings`."""
+        return ceilings(self.device, self._once)
+
+    def release(self) -> dict[str, Any]:
+        """Frees all that `prepare` made."""
+        self.project = self.grads = None
+        gc.collect()
+        return {}
+
+    def flush(self) -> None:
+        """Empties the caches of what the last call left there."""
+        if self._flush is None:
+            self._flush = torch.zeros(2 * cache_bytes(self.device), dtype=torch.uint8, device=self.device)
+        self._flush.add_(1)
+
+    def _once(self, call: Callable[[], object]) -> float:
+        if self.device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def version(candidate: Candidate) -> str:
+    """A library's version, as its package or else its module says."""
+    for package in (*candidate.package.split(), candidate.module):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return str(getattr(importlib.import_module(candidate.module), "__version__", "?"))
+
+
+def gradients(case: Case, batch: int = 0) -> Tensor:
+    """Standard normal numbers (B, D), the same ones in every process."""
+    generator = torch.Generator(case.device).manual_seed(1)
+    shape = (batch or case.batch, case.grad_dim)
+    return torch.randn(shape, generator=generator, device=case.device).to(case.torch_dtype)
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last cache before memory."""
+    if device == "cuda":
+        return max(32 << 20, int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)))
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20}.get(text[-1], 0) if text[-1] in "KM" else int(text))
+    return min(max(sizes) or 32 << 20, 512 << 20)
+
+
+class PeakMemory:
+    """The highest memory use from here on, above that of now."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what is taken next
+        self.before = _status("VmRSS")
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+
+    def bytes(self) -> int | None:
+        """The difference; None where the system doesn't tell."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        peak = _status("VmHWM")
+        return peak - self.before if peak and self.before else None
+
+
+def _status(field: str) -> int:
+    try:
+        with open("/proc/self/status") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith(field))
+    except (OSError, StopIteration):
+        return 0
+
+
+def checks(candidate: Candidate, case: Case) -> dict[str, Any]:
+    """What a candidate's results are worth at one shape, whose batch does not count.
+
+    Returns:
+        `error`: ‖y − Pg‖/‖Pg‖ against float64, or None; `matrix`: where P came from ("reference", for ours; "identity":
+        the projection of the identity); `norm_distortion`: root mean square of ‖y‖²/‖g‖² − 1; `inner_distortion`: that
+        of ⟨y, y'⟩/(‖g‖‖g'‖) − ⟨g, g'⟩/(‖g‖‖g'‖); `effective_dim`: the k of independent entries with that distortion of
+        norms, 2/distortion²; `column_dim`: 1/mean squared correlation of two columns of P, which is k where entries are
+        independent, or None; `equal_columns`: pairs of these that are equal up to sign; `repeatable`: whether the
+        same call gave the same bits twice, and `remade`: whether a projection made anew did.
+    """
+    rows = 32 if case.device == "cuda" else CHECK_VECTORS  # on a GPU what the fused projections of others take
+    case = replace(case, batch=rows)
+    project = candidate.make(case)
+
+    def projected(vectors: Tensor) -> Tensor:
+        step = rows if case.device == "cuda" else len(vectors)
+        return torch.cat([project(vectors[i : i + step]) for i in range(0, len(vectors), step)])
+
+    grads = gradients(case, CHECK_VECTORS)
+    raw, again = projected(grads), projected(grads)
+    remade = candidate.make(case)(grads[:rows])
+    divisor = candidate.divisor(case.proj_dim) if candidate.dense else math.sqrt(case.proj_dim)
+    result: dict[str, Any] = {
+        "repeatable": torch.equal(raw, again),
+        "remade": torch.equal(raw[:rows], remade),
+        "error": None,
+        "matrix": None,
+        "column_dim": None,
+        "equal_columns": None,
+        **distortion(grads.double(), raw.double() * (divisor / math.sqrt(case.proj_dim))),
+    }
+    sample = min(ACCURACY_ROWS, case.proj_dim)
+    if case.grad_dim**2 * case.torch_dtype.itemsize <= IDENTITY_BYTES:
+        matrix = projected(identity(case)).double()  # (D, k): P'
+        result.update(columns(matrix if case.device == "cuda" else matrix[:COLUMNS]))
+        if candidate.dense and case.proj_type == "rademacher":  # exact, whatever the result was rounded to
+            matrix = matrix.sign() / divisor
+        result["matrix"] = "identity"
+    if candidate.ours:
+        entries = reference.matrix(case.proj_type, 0, 0, range(sample), range(case.grad_dim))
+        matrix = torch.from_numpy(entries).double().T
+        result["matrix"] = "reference"
+    if result["matrix"]:
+        truth = grads[:rows].double().cpu() @ matrix[:, :sample].cpu()
+        result["error"] = float((raw[:rows, :sample].double().cpu() - truth).norm() / truth.norm())
+    return result
+
+
+def identity(case: Case) -> Tensor:
+    """The identity (D, D) in the gradients' dtype."""
+    return torch.eye(case.grad_dim, dtype=case.torch_dtype, device=case.device)
+
+
+def distortion(grads: Tensor, projected: Tensor) -> dict[str, float]:
+    """How a projection changes norms and inner products.
+
+    Args:
+        grads: (n, D) float64.
+        projected: (n, k) float64, scaled so that norms are kept on average.
+    """
+    grads, lengths = grads / grads.norm(dim=1, keepdim=True), grads.norm(dim=1, keepdim=True)
+    projected = projected / lengths
+    change = projected @ projected.T - grads @ grads.T
+    norms = change.diagonal().square().mean()
+    off = (change.square().sum() - change.diagonal().square().sum()) / (len(grads) * (len(grads) - 1))
+    return {
+        "norm_distortion": float(norms.sqrt()),
+        "inner_distortion": float(off.sqrt()),
+        "effective_dim": float(2 / norms),
+    }
+
+
+def columns(matrix: Tensor, block: int = 1024) -> dict[str, float | int]:
+    """Whether columns of P are independent.
+
+    Args:
+        matrix: (D, k) float64: the columns, one a row here.
+        block: Of columns to correlate at a time.
+    """
+    unit = (matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-300)).float()
+    squares, equal = 0.0, 0
+    for start in range(0, len(unit), block):
+        correlations = unit[start : start + block] @ unit[start:].T
+        upper = correlations.triu_(1)
+        squares += float(upper.double().square().sum())
+        equal += int((upper.abs() > 0.9999).sum())
+    pairs = len(unit) * (len(unit) - 1) / 2
+    return {"column_dim": pairs / squares if squares else float(matrix.shape[1]), "equal_columns": equal}
+
+
+def ceilings(device: str, once: Callable[[Callable[[], object]], float]) -> dict[str, Any]:
+    """Copy bandwidth, and the rate of torch's product for each dtype.
+
+    Returns:
+        `copy_bytes_per_second`: read and written, of 256 MiB (1 GiB on a GPU); `flop_per_second`: by dtype, of a
+        square product, the best of several sizes.
+    """
+    size = (1 << 30) if device == "cuda" else (1 << 28)
+    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    copy = _quick(lambda: target.copy_(source), once)
+    rates = {}
+    for name in ("float32", "bfloat16", "float16", "float64"):
+        rates[name], side = 0.0, 256
+        while side <= 8192:  # larger ones as long as they are quick
+            a, b = (torch.randn(side, side, device=device).to(getattr(torch, name)) for _ in range(2))
+            seconds = _quick(lambda a=a, b=b: a @ b, once)  # type: ignore[misc]
+            rates[name] = max(rates[name], 2 * side**3 / seconds)
+            if side >= 512 and seconds > (0.002 if device == "cuda" else 0.02):
+                break
+            side *= 2
+    return {"copy_bytes_per_second": 2 * size / copy, "flop_per_second": rates}
+
+
+def _quick(call: Callable[[], object], once: Callable[[Callable[[], object]], float]) -> float:
+    """The lower quartile of a call's seconds: what is possible, rather than what is usual, without a clock's slips."""
+    once(call)
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 5 or (len(times) < 50 and time.perf_counter() - start < 0.4):
+        times.append(once(call))
+    return statistics.quantiles(times, n=4)[0]
+
+
+def serve(session: Session, requests: Any, answer: Callable[[dict[str, Any]], None]) -> None:
+    """Answers requests until there are no more: {"op": a method of Session, ...its arguments}."""
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer({"result": getattr(session, request.pop("op"))(**request)})
+        except Exception as error:  # of a library that we know nothing of
+            session.release()
+            answer({"error": f"{type(error).__name__}: {error}".strip()})
+
+
+def main() -> None:
+    """The process."""
+    module, device, name = sys.argv[1:]
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print to stdout
+
+    def answer(content: dict[str, Any]) -> None:
+        channel.write(json.dumps(content) + "\n")
+        channel.flush()
+
+    everything = importlib.import_module(module).everything
+    candidate = next(candidate for candidate in everything(device) if candidate.name == name)
+    serve(Session(candidate, device), sys.stdin, answer)
+
+
+if __name__ == "__main__":
+    main()
