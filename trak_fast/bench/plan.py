@@ -228,11 +228,12 @@ def predict(job: Job, rates: Rates) -> dict[str, Any]:
         gradients = rows * job.gradient_seconds
     elif job.tokens is not None:
         gradients = rows * FLOP_PER_PARAMETER * job.params * job.tokens / rates.gradients
+    grams = 2 if n >= k else 1  # X'X and X'CX, as the automatic ridge takes for classification; or XX'
     stages = {
         "gradients": gradients,
         "projection": rows * 2 * job.params * k / rates.projection,
         "store": rows / job.batch * SYNCS * rates.sync,
-        "X'X": c * 2 * n * k * size / rates.float64 / job.processes,
+        "X'X": grams * c * 2 * n * k * size / rates.float64 / job.processes,
         "solve": c * (size**3 / 3 / rates.cholesky + 2 * size**2 * m / rates.float64)
         + (0 if n >= k else c * 2 * n * k * m / rates.float64),
         "scores": (c * 2 * n * k * m / rates.float32 if n >= k else 0) / job.processes
@@ -242,13 +243,13 @@ def predict(job: Job, rates: Rates) -> dict[str, Any]:
     disk = {
         "training features": c * n * (k * entry + 4 + 1 + (4 if job.half else 0)),  # and weights, flags, factors
         "target features": c * m * (4 * k + 1),
-        "Gram matrices": c * 8 * size**2,
+        "Gram matrices": grams * c * 8 * size**2,
         "scores": 4 * n * m,
     }
     itemsize = dtype_of(job.dtype).itemsize
     memory = {
         # gradients exist twice while they are made (memory.sample_bytes); X'X of the rows so far
-        "featurize": 2 * job.batch * job.params * itemsize + 4 * job.batch * k + (8 * k * k if n >= k else 0),
+        "featurize": 2 * job.batch * job.params * itemsize + 4 * job.batch * k + (grams * 8 * k * k if n >= k else 0),
         # the matrix, the matrix with the ridge, its factor, blocks of rows
         "solve": 3 * 8 * size**2 + 2 * solver.BLOCK_BYTES,
         "scores": 2 * 8 * size**2 * c
