@@ -38,7 +38,8 @@ def counting(self, batch, *args, **kwargs):
 TRAKer.featurize = counting
 traker = build(save_dir, proj_dim=proj_dim)
 rows = [*traker.rows()], [*traker.rows(4)]
-print("rows", rank, rows[0][0], rows[0][-1] + 1, rows[1][0], rows[1][-1] + 1, flush=True)
+line = f"rows {rank} {rows[0][0]} {rows[0][-1] + 1} {rows[1][0]} {rows[1][-1] + 1}"
+print(line + "\\n", end="", flush=True)  # in one piece: ranks share a pipe
 scores = run(traker)
 assert scores.shape == (N, 4)
 top, low = traker.top_scores("test", 3), traker.top_scores("test", N, largest=False)
