@@ -6,8 +6,10 @@ Scenarios differ in network, training size, flipped labels, pixel noise and reci
 300 test images. Those marked held out played no part in finding the rule for the ridge. For each: models retrained on
 100 random halves (3 for each half), then, for every k and number of checkpoints, the LDS of
 
-- auto: trak_fast's default; auto, X'X: the same with curvature=False;
-- fixed: λ = c times the mean squared norm of the features, X'X, for each c on a grid;
+- auto: trak_fast's default; "auto, Q as it is": with shrink_weights=False; "auto, X'X and Q as it is": with
+  curvature=False too;
+- ridge: the default but for λ = c times the mean squared norm of the features, for each c on a grid;
+- fixed: the same c with X'X and Q as they are;
 - traker: 0.3.2's own score code at its defaults (float16, λ = 0). Its features come from trak_fast's projection, which
   has the distribution of its BasicProjector's and is many times as fast; `--confirm` runs all of traker with
   BasicProjector once, at k = 256 on the first scenario.
@@ -33,7 +35,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,13 +46,15 @@ from trak_fast import retraining
 from trak_fast.demo import build_net, margins
 from trak_fast.gradients import FunctionalGradientComputer
 from trak_fast.retraining import Recipe
-from trak_fast.solver import Solver, auto_ridge, curvature_weights, gram_matrix
+from trak_fast.solver import Solver, auto_ridge, curvature_weights, disagreement, gram_matrix, shrunk_weights
 from trak_fast.tasks import ImageClassification
 
 PROJ_DIMS = [128, 256, 512, 1024, 2048, 4096]
 FACTORS = np.geomspace(0.1, 100, 13)
 SINGLES = 5
-AUTO_PLAIN = "auto, X'X"
+AUTO, AUTO_RAW, AUTO_PLAIN = "auto", "auto, Q as it is", "auto, X'X and Q as it is"
+SHRUNK = (AUTO,)
+BY_DEFAULT, PLAIN = "ridge ", "fixed "
 TARGETS = 300
 
 
@@ -77,6 +81,59 @@ def small() -> nn.Module:
     )  # fmt: skip
 
 
+def gelu_mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 10))
+
+
+def tabular_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+
+
+class ResidualNet(nn.Module):
+    """Convolutions with a skip connection and group norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 24, 3, padding=1, stride=2)
+        self.norm = nn.GroupNorm(4, 24)
+        self.second, self.third = nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.head = nn.Linear(24 * 4, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.first(images)).relu()
+        x = x + self.third(self.second(x).relu())
+        return self.head(nn.functional.avg_pool2d(x.relu(), 2).flatten(1))
+
+
+class AttentionNet(nn.Module):
+    """One transformer block; each row of an image is a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Linear(8, 32), nn.Parameter(0.1 * torch.randn(8, 32))
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.norms = nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32)])
+        self.wide, self.narrow, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images.flatten(1, 2)) + self.place
+        query, key, value = self.qkv(self.norms[0](x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT / 4).softmax(-1)
+        x = x + self.out((weights @ value).transpose(1, 2).flatten(2))
+        x = x + self.narrow(nn.functional.gelu(self.wide(self.norms[1](x))))
+        return self.head(x.mean(1))
+
+
+def digits() -> tuple[NDArray[Any], NDArray[Any]]:
+    data = load_digits()
+    return data.images[:, None] / 16, data.target
+
+
+def cancer() -> tuple[NDArray[Any], NDArray[Any]]:
+    data = load_breast_cancer()
+    return (data.data - data.data.mean(0)) / data.data.std(0), data.target
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A problem: `noise` is the standard deviation added to pixels in [0, 1], `flipped` a share of the labels."""
@@ -88,6 +145,7 @@ class Scenario:
     recipe: Recipe = field(default_factory=Recipe)
     held_out: bool = False
     seed: int = 0
+    data: Callable[[], tuple[NDArray[Any], NDArray[Any]]] = digits
 
 
 SCENARIOS = {
@@ -100,26 +158,31 @@ SCENARIOS = {
     "cnn1000long": Scenario(build_net, 1000, 0.1, 0.3, Recipe(weight_decay=0.0, epochs=30)),
     "cnn200": Scenario(build_net, 200, 0.05, 0.1, Recipe(epochs=40, batch_size=32)),
     "mlp1347short": Scenario(mlp, 1347, 0.05, 0, Recipe(epochs=8)),
-    "tanh1200": Scenario(tanh_mlp, 1200, 0.1, 0.2, Recipe(epochs=25), held_out=True, seed=7),
-    "cnn700": Scenario(build_net, 700, 0.15, 0.1, Recipe(epochs=15, learning_rate=0.05), held_out=True, seed=7),
-    "mlp300": Scenario(mlp, 300, 0, 0.2, Recipe(epochs=40, weight_decay=3e-3), held_out=True, seed=7),
+    "tanh1200": Scenario(tanh_mlp, 1200, 0.1, 0.2, Recipe(epochs=25), seed=7),
+    "cnn700": Scenario(build_net, 700, 0.15, 0.1, Recipe(epochs=15, learning_rate=0.05), seed=7),
+    "mlp300": Scenario(mlp, 300, 0, 0.2, Recipe(epochs=40, weight_decay=3e-3), seed=7),
+    "gelu900": Scenario(gelu_mlp, 900, 0.1, 0.1, Recipe(epochs=20), held_out=True, seed=11),
+    "residual1100": Scenario(ResidualNet, 1100, 0.05, 0.2, Recipe(epochs=18), held_out=True, seed=11),
+    "attention800": Scenario(AttentionNet, 800, 0.05, 0, Recipe(epochs=30, learning_rate=0.03), held_out=True, seed=11),
+    "cancer269": Scenario(tabular_mlp, 269, 0.1, 0, Recipe(epochs=30), held_out=True, seed=11, data=cancer),
 }
 
 
 def load(scenario: Scenario) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, test images and labels."""
     rng = np.random.default_rng(scenario.seed)
-    digits = load_digits()
-    images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
-    images = images + scenario.noise * torch.from_numpy(rng.standard_normal(images.shape)).float()
-    labels = torch.from_numpy(digits.target).long()
+    pixels, classes = scenario.data()
+    images = torch.from_numpy(pixels).float()
+    images = images + scenario.noise * torch.from_numpy(rng.standard_normal(pixels.shape)).float()
+    labels = torch.from_numpy(classes).long()
     train, test = train_test_split(
-        np.arange(len(labels)), train_size=scenario.train_size, test_size=TARGETS, stratify=digits.target,
+        np.arange(len(labels)), train_size=scenario.train_size, test_size=TARGETS, stratify=classes,
         random_state=scenario.seed,
     )  # fmt: skip
     given = labels[train]
     flipped = rng.choice(len(train), round(scenario.flipped * len(train)), replace=False)
-    given[flipped] = (given[flipped] + torch.from_numpy(rng.integers(1, 10, len(flipped)))) % 10
+    count = int(labels.max()) + 1
+    given[flipped] = (given[flipped] + torch.from_numpy(rng.integers(1, count, len(flipped)))) % count
     return images[train], given, images[test], labels[test]
 
 
@@ -185,22 +248,25 @@ def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: lis
     grad_dim = sum(p.numel() for p in scenario.build().parameters())
     real = ranks(outputs)
 
-    def lds(scores: NDArray[Any], model_ids: list[int]) -> float | None:
+    def lds(scores: NDArray[Any], model_ids: list[int], kind: str) -> float | None:
         if not np.isfinite(scores).all():
             return None
-        predicted = masks.astype(np.float64) @ (weights[model_ids].mean(0)[:, None] * scores)
+        mean = torch.from_numpy(weights[model_ids].mean(0))
+        mean = shrunk_weights(mean) if kind in SHRUNK or kind.startswith(BY_DEFAULT) else mean
+        predicted = masks.astype(np.float64) @ (mean.numpy()[:, None] * scores)
         return float((ranks(predicted) * real).sum(axis=0).mean())
 
-    cells = []
+    cells: list[Any] = []
     for k in tqdm(proj_dims, desc=f"{name}: k"):
         x, phi = train[:, :, :k], targets[:, :, :k]  # a row of the matrix does not depend on k
+        rho = {c: disagreement(list(x[:c])) for c in counts}
         singles: dict[str, list[float | None]] = {}
         totals = {c: dict[str, Any]() for c in counts if c > 1}
         factors: dict[int, list[float]] = {c: [] for c in counts}
 
         def note(kind: str, c: int, model_id: int, scores: Any, singles: Any = singles, totals: Any = totals) -> None:
             if c == 1:
-                singles.setdefault(kind, []).append(lds(scores, [model_id]))
+                singles.setdefault(kind, []).append(lds(scores, [model_id], kind))
             elif model_id < c:
                 totals[c][kind] = totals[c].get(kind, 0) + scores
 
@@ -208,24 +274,28 @@ def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: lis
             one, phi_one = x[model_id], phi[model_id]
             q = weights[model_id]
             used = [c for c in counts if (model_id < SINGLES if c == 1 else model_id < c)]
-            for kind, r in (("auto", curvature_weights(q * (1 - q))), (AUTO_PLAIN, None)):
+            for r in (curvature_weights(q * (1 - q)), None):
                 gram = gram_matrix(one, torch.device("cpu"), r)
                 for c in used:
-                    ridge = auto_ridge(gram, n, k, c)
-                    note(kind, c, model_id, dense(Solver(one, gram, ridge, r), phi_one))
-                    if r is None:
+                    ridge = auto_ridge(gram, n, k, c, rho[c])
+                    scores = dense(Solver(one, gram, ridge, r), phi_one)
+                    for kind in (AUTO, AUTO_RAW) if r is not None else (AUTO_PLAIN,):
+                        note(kind, c, model_id, scores)
+                    if r is not None:
                         factors[c].append(ridge * n / gram.trace().item())
-            left = torch.from_numpy(np.array(one, np.float64))
-            right = torch.from_numpy(np.array(phi_one, np.float64))
-            values, vectors = torch.linalg.eigh(gram)  # the whole path from one decomposition
-            if k <= n:
-                u, w = left @ vectors, vectors.mT @ right.mT
-            else:
-                u, w = vectors, vectors.mT @ (left @ right.mT)
-            for factor in FACTORS:
-                scores = ((u / (values.clamp(min=0) + factor * gram.trace() / n)) @ w).numpy()
-                for c in used:
-                    note(f"fixed {factor:.4g}", c, model_id, scores)
+                # the whole path from one decomposition
+                left = torch.from_numpy(np.array(one, np.float64))
+                right = torch.from_numpy(np.array(phi_one, np.float64))
+                roots = torch.ones(n, 1).double() if r is None else torch.from_numpy(r).sqrt().unsqueeze(1)
+                values, vectors = torch.linalg.eigh(gram)
+                if k <= n:
+                    u, w = left @ vectors, vectors.mT @ right.mT
+                else:
+                    u, w = vectors / roots, vectors.mT @ (roots * (left @ right.mT))
+                for factor in FACTORS:
+                    scores = ((u / (values.clamp(min=0) + factor * gram.trace() / n)) @ w).numpy()
+                    for c in used:
+                        note(f"{PLAIN if r is None else BY_DEFAULT}{factor:.4g}", c, model_id, scores)
             scores = traker_scores(one, phi_one, grad_dim)
             for c in used:
                 note("traker", c, model_id, scores)
@@ -233,9 +303,15 @@ def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: lis
             if c == 1:
                 found = {kind: None if None in v else float(np.mean(v)) for kind, v in singles.items()}  # type: ignore[arg-type]
             else:
-                found = {kind: lds(total / c, list(range(c))) for kind, total in totals[c].items()}
+                found = {kind: lds(total / c, list(range(c)), kind) for kind, total in totals[c].items()}
             cells.append(
-                {"k": k, "checkpoints": c, "auto_factor": float(np.exp(np.mean(np.log(factors[c])))), "lds": found}
+                {
+                    "k": k,
+                    "checkpoints": c,
+                    "disagreement": rho[c],
+                    "lds": found,
+                    "auto_factor": float(np.exp(np.mean(np.log(factors[c])))),
+                }
             )
     return {
         "scenario": name, "held_out": scenario.held_out, "network": scenario.build.__name__, "train_size": n,
@@ -290,37 +366,27 @@ def confirm(name: str, work: Path, subsets: int, per_subset: int) -> dict[str, A
     return {"scenario": name, "k": 256, "lds": results}
 
 
-def best_factor(results: list[Any]) -> dict[str, float]:
-    """For each number of checkpoints, the factor with the highest LDS on average, relative to each cell's best."""
-    kinds = [f"fixed {factor:.4g}" for factor in FACTORS]
-    best = {}
-    for c in sorted({cell["checkpoints"] for result in results for cell in result["cells"]}):
-        cells = [cell["lds"] for result in results for cell in result["cells"] if cell["checkpoints"] == c]
-        relative = np.array([[lds[kind] for kind in kinds] for lds in cells])
-        relative /= relative.max(axis=1, keepdims=True)
-        best[str(c)] = float(FACTORS[relative.mean(axis=0).argmax()])
-    return best
-
-
 def table(results: list[Any]) -> str:
     """The best LDS over k of each kind, and the worst of the default for k ≥ 256."""
-    best = best_factor(results)
-    lines = ["scenario        C   traker (k)     auto   worst   auto, X'X   best ridge   one ridge (c)"]
+    lines = ["scenario         C   traker (k)     auto   worst   best ridge   Q as it is   X'X too   best fixed"]
     for result in results:
         for c in sorted({cell["checkpoints"] for cell in result["cells"]}):
             cells = [cell for cell in result["cells"] if cell["checkpoints"] == c]
 
             def top(kind: str, cells: list[Any] = cells) -> tuple[float, int]:
-                found = [(cell["lds"][kind], cell["k"]) for cell in cells if cell["lds"][kind] is not None]
+                found = [
+                    (lds, cell["k"])
+                    for cell in cells
+                    for name, lds in cell["lds"].items()
+                    if lds is not None and (name.startswith(kind) if kind[-1] == " " else name == kind)
+                ]
                 return max(found, default=(float("nan"), 0))
 
-            path = max(v for cell in cells for kind, v in cell["lds"].items() if kind.startswith("fixed"))
-            worst = min(cell["lds"]["auto"] for cell in cells if cell["k"] >= 256)
-            one = top(f"fixed {best[str(c)]:.4g}")[0]
+            worst = min(cell["lds"][AUTO] for cell in cells if cell["k"] >= 256)
             lines.append(
-                f"{result['scenario']:13}{'*' if result['held_out'] else ' '} {c:2}  {top('traker')[0]:6.3f} "
-                f"({top('traker')[1]:4})  {top('auto')[0]:6.3f}  {worst:6.3f}   {top(AUTO_PLAIN)[0]:6.3f}      "
-                f"{path:6.3f}       {one:6.3f} ({best[str(c)]:.3g})"
+                f"{result['scenario']:14}{'*' if result['held_out'] else ' '} {c:2}  {top('traker')[0]:6.3f} "
+                f"({top('traker')[1]:4})  {top(AUTO)[0]:6.3f}  {worst:6.3f}       {top(BY_DEFAULT)[0]:6.3f}       "
+                f"{top(AUTO_RAW)[0]:6.3f}    {top(AUTO_PLAIN)[0]:6.3f}       {top(PLAIN)[0]:6.3f}"
             )
     return "\n".join([*lines, "all but worst are the best over k; worst: of auto over k >= 256; * held out"])
 
@@ -355,7 +421,6 @@ def main() -> None:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "traker": "score code of 0.3.2, float16, lambda 0, on features of trak_fast's projection",
             "traker_with_basic_projector": confirmed,
-            "best_fixed_factor": best_factor(results),
             "results": results,
         }
         arguments.output.write_text(json.dumps(summary, indent=1) + "\n")

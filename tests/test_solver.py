@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from trak_fast import solver
-from trak_fast.solver import GramAccumulator, Solver, auto_ridge, curvature_weights, factorize, gram_matrix
+from trak_fast.solver import (
+    GramAccumulator,
+    Solver,
+    auto_ridge,
+    curvature_weights,
+    disagreement,
+    factorize,
+    gram_matrix,
+    shrunk_weights,
+)
 
 CPU = torch.device("cpu")
 M = 7
@@ -165,20 +174,64 @@ def test_half_precision_features_do_not_change_the_ranking(n: int, k: int, mappe
         assert len(top & set(np.argsort(-scores[:, j])[:10])) >= 9
 
 
-def test_auto_ridge_is_the_rms_eigenvalue_plus_the_norm_times_n_over_k() -> None:
-    for n, k in [(40, 9), (9, 40), (12, 12)]:
-        x = features(n, k)
-        kernel = x.astype(np.float64) @ x.T
-        values = np.linalg.eigvalsh(kernel)
-        expected = np.sqrt((values**2).mean()) + n / k * np.mean([np.dot(row, row) for row in x.astype(np.float64)])
-        for checkpoints in (1, 5):
-            ridge = auto_ridge(gram_matrix(x, CPU), n, k, checkpoints)
-            assert ridge == pytest.approx(expected / checkpoints**0.5, rel=1e-6)  # the features are float32
+@pytest.mark.parametrize(("n", "k"), [(40, 9), (9, 40), (12, 12)])
+@pytest.mark.parametrize(
+    ("checkpoints", "rho", "share"),
+    [(1, 0.0, 0.2), (5, 0.5, 0.5 / 5**0.5), (5, 0.2, 0.2 / 5**0.5), (4, 0.1, (0.03 + 0.01 / 4) ** 0.5), (3, 0.0, 0.2)],
+)
+def test_auto_ridge_is_the_level_of_noise(n: int, k: int, checkpoints: int, rho: float, share: float) -> None:
+    x = features(n, k).astype(np.float64)
+    values = np.linalg.eigvalsh(x @ x.T)
+    expected = 2 * share * np.sqrt((values**2).mean()) + n / k * (x**2).sum(1).mean() / checkpoints**0.5
+    ridge = auto_ridge(gram_matrix(features(n, k), CPU), n, k, checkpoints, rho)
+    assert ridge == pytest.approx(expected, rel=1e-6)  # the features are float32
 
 
-@pytest.mark.parametrize(("noise", "share_of_best"), [(0.5, 0.97), (1.0, 0.85)])
+@pytest.mark.parametrize("k", [300, 3000])
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.5])
+def test_disagreement_is_the_share_of_the_kernel_that_checkpoints_do_not_have_in_common(k: int, noise: float) -> None:
+    """Kernels with parts of their own, seen through projections of their own."""
+    rng = np.random.default_rng(3)
+    n, count, shared = 400, 4, 6
+    common = rng.standard_normal((n, shared))
+    gradients = [np.concatenate([common, noise**0.5 * rng.standard_normal((n, shared))], axis=1) for _ in range(count)]
+    kernels = [g @ g.T / np.mean((g**2).sum(1)) for g in gradients]
+    size = np.mean([(a**2).sum() for a in kernels])
+    cross = np.mean([(a * b).sum() for i, a in enumerate(kernels) for b in kernels[:i]])
+    of_projection = (n**2 + size) / k
+    found = disagreement([g @ rng.choice([-1.0, 1.0], (2 * shared, k)) for g in gradients])
+    # (‖a‖² ‖b‖² + ⟨a, b⟩²)/k is exact for normal entries; with signs the variance is less by 2 Σ a_i² b_i²/k, which for
+    # `shared` directions of the same size is 2/shared of the first term. And each of a kernel's 2 · shared eigenvalues,
+    # of which squares are summed, varies by √(2/k) of itself; this has half as much again.
+    slack = 2 / shared * of_projection / size + 1.5 * 2 * (2 / (k * 2 * shared * count)) ** 0.5
+    assert found**2 == pytest.approx((size - cross) / (size + of_projection), abs=slack)
+
+
+def test_disagreement_looks_at_an_even_sample_and_at_directions_alone_if_normalized() -> None:
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal((2500, 8)).astype(np.float32) @ rng.choice([-1, 1], (8, 500)) for _ in range(2)]
+    rows = np.linspace(0, 2499, 1024).astype(int)
+    assert disagreement(xs) > 0.5
+    assert disagreement(xs) == pytest.approx(disagreement([x[rows] for x in xs]), rel=1e-12)
+    assert disagreement(xs) != pytest.approx(disagreement([x[:1024] for x in xs]), rel=1e-6)
+    scaled = [x * rng.uniform(0.1, 10, (2500, 1)) for x in xs]
+    assert disagreement(scaled, normalize=True) == pytest.approx(disagreement(xs, normalize=True), rel=1e-9)
+    assert disagreement(scaled) != pytest.approx(disagreement(xs), rel=1e-5)
+    assert disagreement(xs[:1]) == disagreement([]) == disagreement([np.zeros((5, 3), np.float32)] * 2) == 0
+
+
+def test_weights_are_shrunk_by_a_third_where_none_is_negative() -> None:
+    weights = torch.tensor([0.0, 0.3, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(shrunk_weights(weights), torch.tensor([0.4, 1.0, 2.2], dtype=torch.float64) / 3)
+    signed = torch.tensor([-0.1, 0.3])
+    assert shrunk_weights(signed) is signed
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "noise", "share_of_best"),
+    [(1, 0.1, 0.97), (1, 0.3, 0.97), (5, 0.1, 0.97), (5, 0.5, 0.97), (5, 1.0, 0.9)],
+)
 @pytest.mark.parametrize(("n", "k"), [(300, 75), (300, 300), (300, 1200), (150, 1200)])
-@pytest.mark.parametrize("checkpoints", [1, 5])
 @pytest.mark.parametrize("decay", [0.6, 1.0])
 def test_auto_ridge_is_near_the_best_where_the_truth_is_known(
     n: int, k: int, noise: float, share_of_best: float, checkpoints: int, decay: float
@@ -194,12 +247,15 @@ def test_auto_ridge_is_near_the_best_where_the_truth_is_known(
 
     factors = np.geomspace(1e-2, 1e3, 31)
     path, auto = np.zeros((len(factors), n, m)), np.zeros((n, m))
+    xs = []
     for _ in range(checkpoints):
         private = noise * rng.standard_normal((n + m, own)) / np.sqrt(own)
         entries = rng.choice([-1.0, 1.0], (shared + own, k))
-        x = (np.concatenate([common, private], axis=1) @ entries).astype(np.float32)
+        xs.append((np.concatenate([common, private], axis=1) @ entries).astype(np.float32))
+    rho = disagreement([x[:n] for x in xs])
+    for x in xs:
         gram = gram_matrix(x[:n], CPU)
-        auto += assemble(Solver(x[:n], gram, auto_ridge(gram, n, k, checkpoints)), x[n:], n)
+        auto += assemble(Solver(x[:n], gram, auto_ridge(gram, n, k, checkpoints, rho)), x[n:], n)
         train, targets = x[:n].astype(np.float64), x[n:].astype(np.float64)
         values, vectors = np.linalg.eigh(train @ train.T)
         products = vectors.T @ (train @ targets.T)

@@ -95,6 +95,14 @@ def projected(gradients: NDArray[np.float64], proj_dim: int, model_id: int) -> t
     return gradients @ entries.T, np.broadcast_to(bound, (len(gradients), proj_dim))
 
 
+def apart(features: list[NDArray]) -> float:
+    """ρ of two checkpoints' features, each (N, k)."""
+    first, second = (x @ x.T * (N / (x * x).sum()) for x in features)
+    size = ((first**2).sum() + (second**2).sum()) / 2
+    of_projection = (N**2 + size) / features[0].shape[1]
+    return float(np.sqrt(max(0, size - (first * second).sum() - of_projection) / size))
+
+
 class ClosedForm:
     """τ as the paper writes it, from features in float64 that may be off by a little.
 
@@ -104,9 +112,18 @@ class ClosedForm:
         perturbation: Bound on what the features' own errors add, to first order.
     """
 
-    def __init__(self, grad_dim: int, proj_dim: int, lambda_reg: float | str, curvature: bool = True) -> None:
+    def __init__(
+        self,
+        grad_dim: int,
+        proj_dim: int,
+        lambda_reg: float | str,
+        features: list[NDArray],
+        curvature: bool = True,
+        shrink: bool = True,
+    ) -> None:
         self.grad_dim, self.proj_dim, self.lambda_reg = grad_dim, proj_dim, lambda_reg
-        self.curvature = curvature
+        self.curvature, self.shrink = curvature, shrink and lambda_reg == "auto"
+        self.rho = apart(features)
         self.terms: list[NDArray] = []
         self.weights: list[NDArray] = []
         self.rounding = self.perturbation = 0.0
@@ -119,8 +136,9 @@ class ClosedForm:
                 r = weights * (1 - weights)
                 r = (r / r.mean() + 0.1) / 1.1
             kernel = np.sqrt(r)[:, None] * (x @ x.T) * np.sqrt(r)
-            values = np.linalg.eigvalsh(kernel)
-            ridge = (np.sqrt((values**2).mean()) + values.sum() / self.proj_dim) / np.sqrt(len(CHECKPOINTS))
+            values, count = np.linalg.eigvalsh(kernel), len(CHECKPOINTS)
+            apart = np.sqrt(max(0, 0.2**2 - self.rho**2) + self.rho**2 / count)
+            ridge = 2 * apart * np.sqrt((values**2).mean()) + values.sum() / self.proj_dim / np.sqrt(count)
         else:
             ridge = float(self.lambda_reg) * self.grad_dim
         if ridge == 0 and self.proj_dim > N:  # least-norm
@@ -140,7 +158,10 @@ class ClosedForm:
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        return np.mean(self.weights, 0)[:, None] * np.mean(self.terms, 0)
+        weights = np.mean(self.weights, 0)
+        if self.shrink:
+            weights = 2 / 3 * weights + weights.mean() / 3
+        return weights[:, None] * np.mean(self.terms, 0)
 
     def check(self, scores: NDArray[np.float32]) -> None:
         error = np.linalg.norm(scores - self.scores)
@@ -149,32 +170,44 @@ class ClosedForm:
         assert error <= bound
 
 
-def from_gradients(proj_dim: int, lambda_reg: float | str, curvature: bool = True) -> ClosedForm:
+def from_gradients(proj_dim: int, lambda_reg: float | str, curvature: bool = True, shrink: bool = True) -> ClosedForm:
     """The closed form with nothing taken from the package."""
-    expected = ClosedForm(131, proj_dim, lambda_reg, curvature)
+    parts = []
     for model_id, state in enumerate(CHECKPOINTS):
         gradients, weights = by_hand(state, TRAIN)
         x, x_error = projected(gradients, proj_dim, model_id)
         targets, targets_error = projected(by_hand(state, TARGETS)[0], proj_dim, model_id)
-        expected.add(weights, x, targets, float(np.linalg.norm(x_error)), float(np.linalg.norm(targets_error)))
+        parts.append((weights, x, targets, float(np.linalg.norm(x_error)), float(np.linalg.norm(targets_error))))
+    expected = ClosedForm(131, proj_dim, lambda_reg, [part[1] for part in parts], curvature, shrink)
+    for part in parts:
+        expected.add(*part)
     return expected
 
 
-@pytest.mark.parametrize("proj_dim", [8, N, 20])
-@pytest.mark.parametrize(("lambda_reg", "curvature"), [("auto", True), ("auto", False), (0, True), (0.3, True)])
-def test_scores_are_the_closed_form(tmp_path: Path, proj_dim: int, lambda_reg: float | str, curvature: bool) -> None:
-    traker = build(tmp_path, proj_dim=proj_dim, lambda_reg=lambda_reg, curvature=curvature)
+@pytest.mark.parametrize("proj_dim", [8, N, 20, 60])
+@pytest.mark.parametrize(
+    ("lambda_reg", "curvature", "shrink"),
+    [("auto", True, True), ("auto", False, True), ("auto", True, False), (0, True, True), (0.3, True, True)],
+)
+def test_scores_are_the_closed_form(
+    tmp_path: Path, proj_dim: int, lambda_reg: float | str, curvature: bool, shrink: bool
+) -> None:
+    traker = build(tmp_path, proj_dim=proj_dim, lambda_reg=lambda_reg, curvature=curvature, shrink_weights=shrink)
     scores = run(traker)
     assert scores.shape == (N, M)
     assert scores.dtype == np.float32
     assert (np.load(tmp_path / "scores" / "test.npy") == scores).all()
-    from_gradients(proj_dim, lambda_reg, curvature).check(scores)
+    from_gradients(proj_dim, lambda_reg, curvature, shrink).check(scores)
     # the same once more from the stored features, whose rounding then plays no part: a much sharper bound
-    expected = ClosedForm(131, proj_dim, lambda_reg, curvature)
+    parts = []
     for model_id in range(len(CHECKPOINTS)):
         train, targets = traker.store.train(model_id).columns, traker.store.targets(model_id, "test").columns
-        expected.add(*(a.astype(np.float64) for a in (train["weights"], train["features"], targets["features"])))
+        parts.append([a.astype(np.float64) for a in (train["weights"], train["features"], targets["features"])])
+    expected = ClosedForm(131, proj_dim, lambda_reg, [part[1] for part in parts], curvature, shrink)
+    for part in parts:
+        expected.add(*part)
     expected.check(scores)
+    assert (expected.rho > 0.2) == (proj_dim >= 20)  # both branches of the ridge
 
 
 def test_the_ridge_is_automatic_by_default_and_with_none(tmp_path: Path) -> None:
@@ -271,7 +304,7 @@ def test_gradients_of_one_chunk_are_gone_before_those_of_the_next_are_made(tmp_p
 
 
 def test_self_influence_is_the_diagonal_of_the_scores_of_the_training_set(tmp_path: Path) -> None:
-    traker = build(tmp_path)
+    traker = build(tmp_path, shrink_weights=False)
     run(traker)
     for model_id, state in enumerate(CHECKPOINTS):
         traker.start_scoring_checkpoint("itself", state, model_id, num_targets=N)
@@ -282,6 +315,7 @@ def test_self_influence_is_the_diagonal_of_the_scores_of_the_training_set(tmp_pa
     alone = traker.self_influence([1])
     np.testing.assert_allclose(alone, traker.finalize_scores("itself", [1]).diagonal(), rtol=1e-4)
     assert not np.allclose(alone, traker.self_influence())
+    np.testing.assert_array_equal(build(tmp_path).self_influence(), traker.self_influence())  # Q as it is
 
 
 def test_self_influence_finds_flipped_labels(tmp_path: Path) -> None:

@@ -24,7 +24,15 @@ from .gradients import FunctionalGradientComputer, select_parameters
 from .projection import Projector
 from .rows import Rows
 from .scores import Checkpoint, ScoreFile, ScoreMatrix, TopScores, merge_top_scores, top_scores
-from .solver import Solver, auto_ridge, curvature_weights, gram_matrix, weighted_gram
+from .solver import (
+    Solver,
+    auto_ridge,
+    curvature_weights,
+    disagreement,
+    gram_matrix,
+    shrunk_weights,
+    weighted_gram,
+)
 from .store import Store, describe
 from .task import Task
 from .tasks import resolve_task
@@ -77,6 +85,7 @@ class TRAKer:
         memory_budget: int | None = None,
         distributed: bool | None = None,
         curvature: bool = True,
+        shrink_weights: bool = True,
         normalize: bool = False,
     ) -> None:
         """Opens `save_dir`, or makes it.
@@ -103,10 +112,10 @@ class TRAKer:
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
             grad_wrt: Names or patterns ("head.*") of the parameters to differentiate; all of them by default.
-            lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features
-                (`solver.auto_ridge`). 0: plain TRAK, with the least-norm solution where X'X is singular. With these,
-                scores do not depend on the scale of P. Another number means what it means in traker, whose features
-                are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
+            lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features and from how far
+                those of the others differ (`solver.auto_ridge`). 0: plain TRAK, with the least-norm solution where X'X
+                is singular. With these, scores do not depend on the scale of P. Another number means what it means in
+                traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
             proj_type: "rademacher" or "normal".
             chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
             memory_budget: Bytes for gradients and what computing them keeps; by default a quarter of the memory that is
@@ -116,6 +125,8 @@ class TRAKer:
             curvature: With lambda_reg="auto", whether the training samples weigh in X'X by the curvature of their
                 loss, where the task says it (`get_loss_curvature`; classification does). X'RX is then the Hessian of
                 the linearised model, which the paper's X'X approximates. With another `lambda_reg` it is X'X.
+            shrink_weights: With lambda_reg="auto", whether the weights Q of samples, where none is negative, are moved
+                a third of the way to their mean (`solver.shrunk_weights`). With another `lambda_reg` they stay.
             normalize: Divides each feature, of training samples and targets, by its norm: cosine scores.
 
         Raises:
@@ -128,7 +139,7 @@ class TRAKer:
         chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size)
         memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, high=2**62)
         self.lambda_reg = _ridge(lambda_reg)
-        self.curvature, self.normalize = curvature, normalize
+        self.curvature, self.shrink_weights, self.normalize = curvature, shrink_weights, normalize
         self.logger = logging.getLogger("trak_fast")
         self.logger.setLevel(logging_level)
 
@@ -403,16 +414,21 @@ class TRAKer:
                     else f"exp_name {exp_name!r} has no checkpoint with all its targets"
                 )
             self._require_finalized(used)
+        rho = self._disagreement(used)
         checkpoints = [
-            Checkpoint(self._solver(i, len(used)), self.store.train(i), rows.columns["features"])
+            Checkpoint(self._solver(i, len(used), rho), self.store.train(i), rows.columns["features"])
             for i, rows in used.items()
         ]
-        return ScoreMatrix(checkpoints, self._mean_weights(used) / len(used))
+        weights = self._mean_weights(used)
+        if self.lambda_reg is None and self.shrink_weights:
+            weights = shrunk_weights(weights)
+        return ScoreMatrix(checkpoints, weights / len(used))
 
     def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[np.float32]:
         """The score of each training sample for itself; high values point to wrong labels and outliers.
 
-        This is the diagonal of the scores with the training set as targets, without computing the rest.
+        This is the diagonal of the scores with the training set as targets, without computing the rest, and with the
+        weights Q as they are (`shrink_weights` is for scores): how badly a sample is fitted says much about its label.
 
         Args:
             model_ids: Checkpoints; all by default.
@@ -427,8 +443,9 @@ class TRAKer:
         ids = self._model_ids(model_ids)
         self._require_finalized(ids)
         total = torch.zeros(self.train_set_size, dtype=torch.float64)
+        rho = self._disagreement(ids)
         for model_id in self._progress(ids, "self-influence"):
-            total += self._solver(model_id, len(ids)).self_influence()
+            total += self._solver(model_id, len(ids), rho).self_influence()
         return (total / len(ids) * self._mean_weights(ids)).float().numpy()
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
@@ -515,8 +532,14 @@ class TRAKer:
         if missing := [i for i in self._model_ids(model_ids) if not self.store.is_finalized(i)]:
             raise RuntimeError(f"model_ids {missing} are not finalized; call finalize_features first")
 
-    def _solver(self, model_id: int, num_checkpoints: int) -> Solver:
-        """The solver of one of `num_checkpoints` checkpoints whose scores are averaged."""
+    def _disagreement(self, model_ids: Iterable[int]) -> float:
+        """ρ between checkpoints, where the ridge depends on it."""
+        if self.lambda_reg is not None:
+            return 0.0
+        return disagreement([self.store.train(i).columns["features"] for i in model_ids], self.normalize)
+
+    def _solver(self, model_id: int, num_checkpoints: int, rho: float) -> Solver:
+        """The solver of one of `num_checkpoints` checkpoints whose scores are averaged and that differ by ρ."""
         columns, weights = self.store.train(model_id).columns, None
         features = columns["features"]
         stored = torch.from_numpy(self.store.gram(model_id)).to(self._solver_device)
@@ -534,7 +557,7 @@ class TRAKer:
         elif weights is not None:  # finalized for another ridge
             matrix = gram_matrix(features, self._solver_device, weights)
         if self.lambda_reg is None:
-            ridge = auto_ridge(matrix, len(features), features.shape[1], num_checkpoints)
+            ridge = auto_ridge(matrix, len(features), features.shape[1], num_checkpoints, rho)
         else:
             ridge = self.lambda_reg * self.grad_dim
         solver = Solver(features, matrix, ridge, weights, self.normalize)
