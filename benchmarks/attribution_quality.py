@@ -209,11 +209,9 @@ def features_of(
     return torch.stack(features).numpy(), torch.stack(weights).numpy()
 
 
-def dense(solver: Solver, targets: NDArray[np.float32]) -> NDArray[np.float32]:
-    scores = np.zeros((len(solver.features), len(targets)), np.float32)
-    for rows, columns, block in solver.scores(targets):
-        scores[rows, columns] = block
-    return scores
+def dense(solver: Solver, train: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float32]:
+    solved = solver.solve(targets).numpy()
+    return train @ solved if solver.primal else solved
 
 
 def traker_scores(train: NDArray[np.float32], targets: NDArray[np.float32], grad_dim: int) -> NDArray[np.float32]:
@@ -278,7 +276,7 @@ def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: lis
                 gram = gram_matrix(one, torch.device("cpu"), r)
                 for c in used:
                     ridge = auto_ridge(gram, n, k, c, rho[c])
-                    scores = dense(Solver(one, gram, ridge, r), phi_one)
+                    scores = dense(Solver(one, gram, ridge, r), one, phi_one)
                     for kind in (AUTO, AUTO_RAW) if r is not None else (AUTO_PLAIN,):
                         note(kind, c, model_id, scores)
                     if r is not None:

@@ -19,6 +19,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+import numpy as np
 from test_traker import CHECKPOINTS, TRAIN, N, build, run
 from trak_fast.traker import TRAKer
 
@@ -44,7 +45,7 @@ scores = run(traker)
 assert scores.shape == (N, 4)
 top, low = traker.top_scores("test", 3), traker.top_scores("test", N, largest=False)
 assert (low.indices[:, ::-1] == (-scores).argsort(0, kind="stable").T).all()
-assert traker.self_influence().shape == (N,)
+np.save(save_dir / f"influence_{rank}.npy", traker.self_influence())
 """
 
 
@@ -58,6 +59,13 @@ def torchrun(ranks: int, folder: Path, proj_dim: int = 8, mode: str = "whole") -
     )  # fmt: skip
 
 
+def alone(folder: Path, proj_dim: int = 8) -> None:
+    """The same in this process."""
+    traker = build(folder, proj_dim=proj_dim)
+    run(traker)
+    np.save(folder / "influence_0.npy", traker.self_influence())
+
+
 def close(folder: Path, expected: Path) -> None:
     """Both folders hold the same up to rounding in float32."""
     for model_id in range(len(CHECKPOINTS)):
@@ -67,6 +75,9 @@ def close(folder: Path, expected: Path) -> None:
         assert not (folder / f"checkpoint_{model_id}" / "gram").exists()
     ours, theirs = (np.load(path / "scores" / "test.npy") for path in (folder, expected))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+    whole = np.load(expected / "influence_0.npy")
+    for path in folder.glob("influence_*.npy"):
+        np.testing.assert_allclose(np.load(path), whole, rtol=1e-4, atol=1e-4 * whole.max())
     top = TopScores.load(folder / "scores" / "test.highest.npz")
     assert top.indices.shape == (M, 3)
     np.testing.assert_array_equal(top.scores, np.sort(ours, 0)[::-1][:3].T)
@@ -75,7 +86,7 @@ def close(folder: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(("ranks", "proj_dim"), [(1, 8), (2, 8), (4, 8), (2, 20)])
 def test_any_number_of_ranks_gives_the_same(tmp_path: Path, ranks: int, proj_dim: int) -> None:
-    run(build(tmp_path / "alone", proj_dim=proj_dim))
+    alone(tmp_path / "alone", proj_dim)
     done = torchrun(ranks, tmp_path / "shared", proj_dim)
     assert done.returncode == 0, done.stderr
     close(tmp_path / "shared", tmp_path / "alone")
@@ -98,7 +109,7 @@ def test_a_rank_that_dies_leaves_what_it_stored(tmp_path: Path) -> None:
     assert not stored.is_finalized(0)
     again = torchrun(2, tmp_path / "shared")
     assert again.returncode == 0, again.stderr
-    run(build(tmp_path / "alone"))
+    alone(tmp_path / "alone")
     close(tmp_path / "shared", tmp_path / "alone")
 
 

@@ -18,6 +18,7 @@ from trak_fast.solver import (
     disagreement,
     factorize,
     gram_matrix,
+    normalized,
     shrunk_weights,
 )
 
@@ -47,23 +48,27 @@ def solution(
     return (np.linalg.inv(kernel) if ridge else np.linalg.pinv(kernel, rcond=1e-10, hermitian=True)) @ targets.T
 
 
-def assemble(solved: Solver, targets: NDArray, n: int) -> NDArray[np.float64]:
-    result = np.zeros((n, len(targets)))
-    for rows, columns, block in solved.scores(targets):
-        result[rows, columns] += block.numpy()  # += so that a pair that came twice would show
-    return result
+def assemble(solved: Solver, x: NDArray, targets: NDArray) -> NDArray[np.float64]:
+    """The scores, with the last product in float32 as it is taken from disk."""
+    result = solved.solve(targets)
+    if solved.primal:
+        rows = torch.from_numpy(np.array(x, np.float64))
+        result = (normalized(rows) if solved.normalize else rows).float() @ result
+    return result.double().numpy()
 
 
 def check(
     solved: Solver, x: NDArray, targets: NDArray, ridge: float, weights: NDArray[np.float64] | None = None
 ) -> None:
     solution_ = solution(x, targets, ridge, weights)
-    error = np.abs(assemble(solved, targets, len(x)) - x @ solution_)
+    error = np.abs(assemble(solved, x, targets) - x @ solution_)
     # The last product sums k float32 terms, of which one factor was rounded: an error of at most (k + 2) ε of the
     # terms' magnitudes. All else is float64, and condition numbers of 100² leave it 12 digits.
     assert (error <= (x.shape[1] + 2) * 2.0**-23 * (np.abs(x) @ np.abs(solution_)) + 1e-11).all()
     itself = np.einsum("ik,ki->i", x, solution(x, x, ridge, weights))
-    np.testing.assert_allclose(solved.self_influence(), itself, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(solved.self_influence(slice(0, len(x))), itself, rtol=1e-10, atol=1e-12)
+    part = slice(len(x) // 3, len(x) // 2)
+    np.testing.assert_allclose(solved.self_influence(part), itself[part], rtol=1e-10, atol=1e-12)
 
 
 @pytest.fixture(params=[64 << 20, 400], ids=["one block", "many blocks"])
@@ -157,14 +162,14 @@ def test_half_precision_features_do_not_change_the_ranking(n: int, k: int, mappe
     spectrum = np.arange(1, k + 1) ** -0.7
     mixing = np.linalg.qr(rng.standard_normal((k, k)))[0] * spectrum
     x, targets = (100 * (rng.standard_normal((size, k)) @ mixing.T).astype(np.float32) for size in (n, 20))
-    full = assemble(Solver(x, (gram := gram_matrix(x, CPU)), auto_ridge(gram, n, k)), targets, n)
+    full = assemble(Solver(x, (gram := gram_matrix(x, CPU)), auto_ridge(gram, n, k)), x, targets)
     half = x.astype(np.float16)
     if mapped:
         np.save(tmp_path / "x.npy", half)
         half = np.load(tmp_path / "x.npy", mmap_mode="r")
     gram = gram_matrix(half, CPU)
     assert (gram.diagonal().sum() - (half.astype(np.float64) ** 2).sum()).abs() < 1e-9 * gram.trace()
-    scores = assemble(Solver(half, gram, auto_ridge(gram, n, k)), targets.astype(np.float16), n)
+    scores = assemble(Solver(half, gram, auto_ridge(gram, n, k)), half, targets.astype(np.float16))
     # Rounding changes each feature by about 2^-12 of itself. Errors of 2^-12 √2 of the scores' spread cost a rank
     # correlation of 1 − 2^-24; the inverse, with a condition number of some tens here,
     # makes them that many times larger.
@@ -255,7 +260,7 @@ def test_auto_ridge_is_near_the_best_where_the_truth_is_known(
     rho = disagreement([x[:n] for x in xs])
     for x in xs:
         gram = gram_matrix(x[:n], CPU)
-        auto += assemble(Solver(x[:n], gram, auto_ridge(gram, n, k, checkpoints, rho)), x[n:], n)
+        auto += assemble(Solver(x[:n], gram, auto_ridge(gram, n, k, checkpoints, rho)), x[:n], x[n:])
         train, targets = x[:n].astype(np.float64), x[n:].astype(np.float64)
         values, vectors = np.linalg.eigh(train @ train.T)
         products = vectors.T @ (train @ targets.T)
@@ -282,15 +287,17 @@ def test_dependent_rows_get_the_least_norm_solution(n: int, k: int, caplog: pyte
     assert "6 of 12 eigenvalues are inverted" in caplog.text
     assert solved.inverse.method == "eigh"
     check(solved, x, targets, 0.0)
-    assert solved.self_influence().sum().item() == pytest.approx(6, abs=1e-9)  # a projection's trace is its rank
+    assert solved.self_influence(slice(0, n)).sum().item() == pytest.approx(
+        6, abs=1e-9
+    )  # a projection's trace is its rank
 
 
 def test_features_that_are_all_zero_score_zero() -> None:
     x = np.zeros((4, 3), np.float32)
     gram = gram_matrix(x, CPU)
     solved = Solver(x, gram, auto_ridge(gram, 4, 3))
-    assert (assemble(solved, features(M, 3), 4) == 0).all()
-    assert (solved.self_influence() == 0).all()
+    assert (assemble(solved, x, features(M, 3)) == 0).all()
+    assert (solved.self_influence(slice(0, 4)) == 0).all()
 
 
 def spectral(values: list[float]) -> tuple[torch.Tensor, torch.Tensor]:

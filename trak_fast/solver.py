@@ -12,7 +12,7 @@ Features may be of any floating dtype, memory-mapped or not: blocks are converte
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -355,25 +355,6 @@ class Solver:
         cutoff = max(max(features.shape) * torch.finfo(torch.float32).eps ** 2, float(eps) ** 2)
         self.inverse = factorize(regularized, cutoff, jitter=ridge > 0)
 
-    def scores(self, targets: Features) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Scores of all training samples for all targets, block by block.
-
-        Args:
-            targets: Projected gradients of the targets, (m, k) floating, which may be memory-mapped.
-
-        Yields:
-            Rows (training samples), columns (targets) and X (X'RX + λI)⁻¹ φ for them, float32 on the CPU. Every pair
-            comes once.
-        """
-        n, k = self.features.shape
-        for columns in tqdm(blocks(len(targets), k), desc="scores", unit="block", leave=False, disable=None):
-            solved = self.solve(targets[columns])
-            if self.primal:
-                for rows in blocks(n, max(k, solved.shape[1])):
-                    yield rows, columns, (self._rows(rows, torch.float32) @ solved).cpu()
-            else:
-                yield slice(0, n), columns, solved.cpu()
-
     def solve(self, targets: Features) -> Tensor:
         """All that scores for some targets need apart from X.
 
@@ -390,25 +371,30 @@ class Solver:
             return self.inverse.solve(right).float()
         return self._dual(torch.cat([self._rows(rows) @ right for rows in blocks(*self.features.shape)])).float()
 
-    def self_influence(self) -> Tensor:
-        """φ (X'RX + λI)⁻¹ φ' of each training sample for itself, the diagonal of X (X'RX + λI)⁻¹ X'.
+    def self_influence(self, rows: slice) -> Tensor:
+        """φ (X'RX + λI)⁻¹ φ' of training samples for themselves, a part of the diagonal of X (X'RX + λI)⁻¹ X'.
+
+        Args:
+            rows: Which samples, [start, stop).
 
         Returns:
-            (n,) float64 on the CPU; times the weights, each is in [0, 1].
+            (stop − start,) float64 on the CPU; times the weights, each is in [0, 1].
         """
-        influence = torch.empty(len(self.features), dtype=torch.float64)
-        for rows in tqdm(blocks(*self.features.shape), desc="self-influence", unit="block", leave=False, disable=None):
+        influence = torch.empty(rows.stop - rows.start, dtype=torch.float64)
+        parts = blocks(len(influence), self.features.shape[1])
+        for part in tqdm(parts, desc="self-influence", unit="block", leave=False, disable=None):
+            own = slice(rows.start + part.start, rows.start + part.stop)
             if self.primal:
-                block = self._rows(rows)
-                influence[rows] = (block * self.inverse.solve(block.mT).mT).sum(1).cpu()
+                block = self._rows(own)
+                influence[part] = (block * self.inverse.solve(block.mT).mT).sum(1).cpu()
             elif self.roots is None:  # φ_i (X'X + λI)⁻¹ φ_i' = [XX' (XX' + λI)⁻¹]_ii
-                unit = torch.zeros_like(self.gram[rows])
-                unit.diagonal(rows.start).fill_(1)
-                influence[rows] = (self.gram[rows] * self.inverse.solve(unit.mT).mT).sum(1).cpu()
+                unit = torch.zeros_like(self.gram[own])
+                unit.diagonal(own.start).fill_(1)
+                influence[part] = (self.gram[own] * self.inverse.solve(unit.mT).mT).sum(1).cpu()
             else:
-                block = self._rows(rows)
+                block = self._rows(own)
                 products = torch.cat([self._rows(others) @ block.mT for others in blocks(*self.features.shape)])
-                influence[rows] = self._dual(products)[rows].diagonal().cpu()
+                influence[part] = self._dual(products)[own].diagonal().cpu()
         return influence
 
     def _dual(self, products: Tensor) -> Tensor:

@@ -443,10 +443,11 @@ class TRAKer:
         ids = self._model_ids(model_ids)
         self._require_finalized(ids)
         total = torch.zeros(self.train_set_size, dtype=torch.float64)
-        rho = self._disagreement(ids)
-        for model_id in self._progress(ids, "self-influence"):
-            total += self._solver(model_id, len(ids), rho).self_influence()
-        return (total / len(ids) * self._mean_weights(ids)).float().numpy()
+        with self._ranks.together():
+            rho, share = self._disagreement(ids), self._ranks.rows(len(total))
+            for model_id in self._progress(ids, "self-influence"):
+                total[share] += self._solver(model_id, len(ids), rho).self_influence(share)
+        return (self._ranks.sum(total) / len(ids) * self._mean_weights(ids)).float().numpy()
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
