@@ -13,9 +13,10 @@ import torch
 from trak_fast import info
 from trak_fast.bench import candidates, page, runner
 from trak_fast.bench.candidates import Case
+from trak_fast.bench.settings import Settings
 from trak_fast.cli import main
 
-SETTINGS = runner.Settings(
+SETTINGS = Settings(
     device="cpu", batches=(4,), grad_dims=(64, 128), proj_dims=(16,), dtypes=("float32",), proj_types=("rademacher",),
     check_dims=(96,), check_proj_dim=48, full=False, only=("good", "other"), threads=1,
 )  # fmt: skip
@@ -217,7 +218,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
 IMPORT_THE_BENCH = """
 import sys, torch
 torch.cuda._lazy_init = None  # calling it now fails
-from trak_fast.bench import candidates, figures, page, plan, runner, worker
+from trak_fast.bench import candidates, figures, page, plan, runner, settings, worker
 print(sorted({name.split(".")[0] for name in sys.modules} & {"trak", "dattri", "bergson", "matplotlib", "sjlt"}))
 """
 

@@ -111,6 +111,7 @@ def _add_bench(commands: Any) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from .bench import figures, page, runner
+    from .bench.settings import defaults
 
     if arguments.compare:
         try:
@@ -120,7 +121,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         print(page.compared(figures.compare(before, after)))
         return 0
     try:
-        settings = runner.defaults(arguments.device)
+        settings = defaults(arguments.device)
         given = {name: getattr(arguments, name) for name in settings.__dataclass_fields__}
         given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
         settings = dataclasses.replace(settings, **given)
@@ -180,12 +181,13 @@ def _add_plan(commands: Any) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from .bench import plan, runner
+    from .bench.settings import defaults
 
     given = {name: getattr(arguments, name) for name in plan.Job.__dataclass_fields__}
     given = {name: value for name, value in given.items() if value is not None}
     try:
         if given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu") == "cuda":
-            runner.defaults("cuda")  # checks that there is one
+            defaults("cuda")  # checks that there is one
         job = plan.Job(**given)
     except ValueError as error:
         arguments.usage_error(str(error))

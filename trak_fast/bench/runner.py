@@ -8,16 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import re
-import select
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import import_module
 from itertools import zip_longest
@@ -27,11 +21,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import memory, projection
-from ..checks import kind_of
+from .. import memory
 from ..files import replacing
-from .candidates import Candidate, Case, dtype_of
+from .candidates import Case
+from .environment import environment
 from .figures import better, summarize
+from .process import TookTooLong, Worker, WorkerError
+from .settings import Settings
 
 FORMAT = 1
 CANDIDATES = "trak_fast.bench.candidates"
@@ -40,188 +36,6 @@ REPEATS = 5
 """Calls of a candidate in a round, at most."""
 OPEN_SECONDS = 120.0
 """For a library to be imported in, whatever the budget."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run measures.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        batches: B to measure.
-        grad_dims: D to measure.
-        proj_dims: k to measure.
-        dtypes: Of gradients to measure.
-        proj_types: Kinds to measure.
-        check_dims: D at which accuracy, distortion and repeatability are looked at.
-        check_proj_dim: k for these.
-        full: Whether to measure every combination; otherwise one thing is varied at a time, from the middle one of
-            each (the first one for dtypes and kinds).
-        only: Parts of names of candidates; empty: all.
-        threads: Of the processor.
-    """
-
-    device: str
-    batches: tuple[int, ...]
-    grad_dims: tuple[int, ...]
-    proj_dims: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    proj_types: tuple[str, ...]
-    check_dims: tuple[int, ...]
-    check_proj_dim: int
-    full: bool
-    only: tuple[str, ...]
-    threads: int
-
-    def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            ValueError: A setting is out of its range.
-        """
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, not {self.device}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch finds no CUDA device")
-        for name in ("batches", "grad_dims", "proj_dims", "check_dims"):
-            if any(value < 1 for value in getattr(self, name)):
-                raise ValueError(f"{name} must be at least 1, not {min(getattr(self, name))}")
-        for name in ("batches", "grad_dims", "proj_dims", "dtypes", "proj_types"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty")
-        if min(self.check_proj_dim, self.threads) < 1:
-            raise ValueError("check_proj_dim and threads must be at least 1")
-        for kind in self.proj_types:
-            kind_of(kind)
-        for dtype in self.dtypes:
-            if dtype not in ("float32", "bfloat16", "float16"):
-                raise ValueError(f"dtypes has {dtype}, allowed are float32, bfloat16, float16")
-            dtype_of(dtype)
-
-    def cases(self) -> list[Case]:
-        """What to time, what matters most first."""
-        axes = (self.batches, self.grad_dims, self.proj_dims, self.dtypes, self.proj_types)
-        middle = [sorted(values)[len(values) // 2] for values in axes[:3]]
-        base = [*middle, self.dtypes[0], self.proj_types[0]]
-        points: dict[tuple[Any, ...], int] = {tuple(base): 0}
-        for axis, values in enumerate(axes):
-            for step, value in enumerate(values):
-                points.setdefault(tuple([*base[:axis], value, *base[axis + 1 :]]), 1 + step)
-        ordered = sorted(points, key=lambda point: points[point])  # an early end leaves something of each axis
-        if self.full:
-            for b in self.batches:
-                for d in self.grad_dims:
-                    for k in self.proj_dims:
-                        ordered += [(b, d, k, dtype, kind) for dtype in self.dtypes for kind in self.proj_types]
-        return [Case(*point, self.device) for point in dict.fromkeys(ordered)]  # type: ignore[arg-type, call-arg]
-
-    def checks(self) -> list[Case]:
-        """What to look closer at: every size and kind with the first dtype, the smallest size with the others."""
-        return [
-            Case(1, grad_dim, self.check_proj_dim, dtype, kind, self.device)
-            for dtype in self.dtypes
-            for kind in self.proj_types
-            for grad_dim in (self.check_dims if dtype == self.dtypes[0] else sorted(self.check_dims)[:1])
-        ]
-
-
-def defaults(device: str | None = None) -> Settings:
-    """What a run without arguments measures: in two to three minutes on two cores, or more on a GPU.
-
-    Args:
-        device: By default a CUDA device where there is one that trak_fast was built for.
-    """
-    if device is None:
-        device = "cuda" if projection.info()["cuda_devices"] else "cpu"
-    gpu = device == "cuda"
-    return Settings(
-        device=device,
-        batches=(1, 8, 32, 128, 512) if gpu else (1, 8, 32, 64, 256),
-        grad_dims=(1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-        if gpu
-        else (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20),
-        proj_dims=(1024, 4096, 16384) if gpu else (256, 1024, 4096),
-        dtypes=("bfloat16", "float16", "float32") if gpu else ("float32", "bfloat16"),
-        proj_types=("rademacher", "normal"),
-        check_dims=(650, 7850, 50000),
-        check_proj_dim=4096 if gpu else 512,
-        full=False,
-        only=(),
-        threads=torch.get_num_threads(),
-    )
-
-
-class WorkerError(RuntimeError):
-    """A measurement failed, or its process did."""
-
-
-class TookTooLong(WorkerError):
-    """There was no answer in time."""
-
-
-class Worker:
-    """The process of one candidate."""
-
-    def __init__(self, module: str, candidate: Candidate, settings: Settings) -> None:
-        environment = {**os.environ, **candidate.environment, "PYTHONUNBUFFERED": "1"}
-        environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(settings.threads)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (close() closes it)
-        command = [sys.executable, "-W", "ignore", "-m", "trak_fast.bench.worker"]
-        self.process = subprocess.Popen(
-            [*command, module, settings.device, candidate.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=environment,
-        )
-
-    def ask(self, op: str, limit: float, **arguments: Any) -> dict[str, Any]:
-        """Sends a request and waits for its answer.
-
-        Raises:
-            WorkerError: It failed or ended.
-            TookTooLong: It took longer than `limit` seconds; it is ended then.
-        """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            raise WorkerError(self._ended()) from None
-        if not select.select([self.process.stdout], [], [], limit)[0]:
-            self.close()
-            raise TookTooLong(f"took longer than {limit:.0f} s")
-        line = self.process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise WorkerError(self._ended())
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"])
-        result: dict[str, Any] = answer["result"]
-        return result
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process is still there."""
-        return self.process.poll() is None
-
-    def _ended(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f"its process ended with status {self.process.poll()}" + (f": {lines[-1]}" if lines else "")
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        self._errors.close()
 
 
 class Run:
@@ -480,43 +294,6 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or results.get("format") != FORMAT or "timings" not in results:
         raise ValueError(f"{path} holds no results of trak-fast bench (format {FORMAT})")
     return results
-
-
-def environment(device: str) -> dict[str, Any]:
-    """All about the machine and its software that figures may depend on."""
-    facts: dict[str, Any] = {
-        "machine": {
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        },
-        "trak_fast": projection.info(),
-        "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "build": torch.__config__.show()},
-        "variables": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("TRAK_FAST_", "OMP_", "MKL_", "KMP_", "TORCH_", "CUDA_", "NVIDIA_", "PYTORCH_"))
-        },
-    }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts["device"] = {
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-        }
-    return facts
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:

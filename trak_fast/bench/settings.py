@@ -1,0 +1,121 @@
+"""What a benchmark measures: its settings, the defaults for a device, and the grid of cases that follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import projection
+from ..checks import kind_of
+from .candidates import Case, dtype_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run measures.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        batches: B to measure.
+        grad_dims: D to measure.
+        proj_dims: k to measure.
+        dtypes: Of gradients to measure.
+        proj_types: Kinds to measure.
+        check_dims: D at which accuracy, distortion and repeatability are looked at.
+        check_proj_dim: k for these.
+        full: Whether to measure every combination; otherwise one thing is varied at a time, from the middle one of
+            each (the first one for dtypes and kinds).
+        only: Parts of names of candidates; empty: all.
+        threads: Of the processor.
+    """
+
+    device: str
+    batches: tuple[int, ...]
+    grad_dims: tuple[int, ...]
+    proj_dims: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    proj_types: tuple[str, ...]
+    check_dims: tuple[int, ...]
+    check_proj_dim: int
+    full: bool
+    only: tuple[str, ...]
+    threads: int
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: A setting is out of its range.
+        """
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, not {self.device}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but torch finds no CUDA device")
+        for name in ("batches", "grad_dims", "proj_dims", "check_dims"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ValueError(f"{name} must be at least 1, not {min(getattr(self, name))}")
+        for name in ("batches", "grad_dims", "proj_dims", "dtypes", "proj_types"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty")
+        if min(self.check_proj_dim, self.threads) < 1:
+            raise ValueError("check_proj_dim and threads must be at least 1")
+        for kind in self.proj_types:
+            kind_of(kind)
+        for dtype in self.dtypes:
+            if dtype not in ("float32", "bfloat16", "float16"):
+                raise ValueError(f"dtypes has {dtype}, allowed are float32, bfloat16, float16")
+            dtype_of(dtype)
+
+    def cases(self) -> list[Case]:
+        """What to time, what matters most first."""
+        axes = (self.batches, self.grad_dims, self.proj_dims, self.dtypes, self.proj_types)
+        middle = [sorted(values)[len(values) // 2] for values in axes[:3]]
+        base = [*middle, self.dtypes[0], self.proj_types[0]]
+        points: dict[tuple[Any, ...], int] = {tuple(base): 0}
+        for axis, values in enumerate(axes):
+            for step, value in enumerate(values):
+                points.setdefault(tuple([*base[:axis], value, *base[axis + 1 :]]), 1 + step)
+        ordered = sorted(points, key=lambda point: points[point])  # an early end leaves something of each axis
+        if self.full:
+            for b in self.batches:
+                for d in self.grad_dims:
+                    for k in self.proj_dims:
+                        ordered += [(b, d, k, dtype, kind) for dtype in self.dtypes for kind in self.proj_types]
+        return [Case(*point, self.device) for point in dict.fromkeys(ordered)]  # type: ignore[arg-type, call-arg]
+
+    def checks(self) -> list[Case]:
+        """What to look closer at: every size and kind with the first dtype, the smallest size with the others."""
+        return [
+            Case(1, grad_dim, self.check_proj_dim, dtype, kind, self.device)
+            for dtype in self.dtypes
+            for kind in self.proj_types
+            for grad_dim in (self.check_dims if dtype == self.dtypes[0] else sorted(self.check_dims)[:1])
+        ]
+
+
+def defaults(device: str | None = None) -> Settings:
+    """What a run without arguments measures: in two to three minutes on two cores, or more on a GPU.
+
+    Args:
+        device: By default a CUDA device where there is one that trak_fast was built for.
+    """
+    if device is None:
+        device = "cuda" if projection.info()["cuda_devices"] else "cpu"
+    gpu = device == "cuda"
+    return Settings(
+        device=device,
+        batches=(1, 8, 32, 128, 512) if gpu else (1, 8, 32, 64, 256),
+        grad_dims=(1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+        if gpu
+        else (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20),
+        proj_dims=(1024, 4096, 16384) if gpu else (256, 1024, 4096),
+        dtypes=("bfloat16", "float16", "float32") if gpu else ("float32", "bfloat16"),
+        proj_types=("rademacher", "normal"),
+        check_dims=(650, 7850, 50000),
+        check_proj_dim=4096 if gpu else 512,
+        full=False,
+        only=(),
+        threads=torch.get_num_threads(),
+    )
