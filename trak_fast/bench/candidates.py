@@ -144,7 +144,7 @@ def draw(case: Case, columns: int, generator: torch.Generator) -> Tensor:
     entries = torch.empty(columns, case.proj_dim, dtype=case.torch_dtype, device=case.device)
     if case.proj_type == "normal":
         return entries.normal_(generator=generator)
-    return entries.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    return entries.random_(0, 2, generator=generator).mul_(2).sub_(1)  # 3 times as fast as bernoulli_
 
 
 def _ours(case: Case) -> Project:
