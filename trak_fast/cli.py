@@ -94,7 +94,7 @@ def _add_bench(commands: Any) -> None:
     bench = commands.add_parser("bench", help=text, description=text, epilog=epilog)
     bench.set_defaults(run=_bench, usage_error=bench.error)
     bench.add_argument("--output", default="trak-fast-bench", metavar="DIR", help="folder to write to")
-    bench.add_argument("--budget", type=float, default=150.0, metavar="S", help="seconds to measure for (150)")
+    bench.add_argument("--budget", type=float, default=270.0, metavar="S", help="seconds to measure for (270)")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
     bench.add_argument("--batches", type=int, nargs="+", metavar="B", help="gradients at a time")
     bench.add_argument("--grad-dims", type=int, nargs="+", metavar="D", help="sizes of a gradient")

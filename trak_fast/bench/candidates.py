@@ -58,9 +58,14 @@ class Case:
         return self.batch * self.grad_dim * self.torch_dtype.itemsize
 
     @property
+    def matrix_entries(self) -> int:
+        """Of P."""
+        return self.grad_dim * self.proj_dim
+
+    @property
     def flop(self) -> int:
         """Additions and multiplications of the product: 2 B D k."""
-        return 2 * self.batch * self.grad_dim * self.proj_dim
+        return 2 * self.batch * self.matrix_entries
 
     def asdict(self) -> dict[str, Any]:
         """For JSON."""
@@ -136,7 +141,7 @@ class Candidate:
 
 def matrix_bytes(case: Case, itemsize: int = 0) -> int:
     """Size of the whole matrix, by default in the gradients' dtype."""
-    return case.grad_dim * case.proj_dim * (itemsize or case.torch_dtype.itemsize)
+    return case.matrix_entries * (itemsize or case.torch_dtype.itemsize)
 
 
 def draw(case: Case, columns: int, generator: torch.Generator) -> Tensor:

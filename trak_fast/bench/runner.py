@@ -1,16 +1,19 @@
 """Goes through the grid: one process for each candidate, rounds that are interleaved, a time budget, and resuming.
 
 Results are a JSON object that is written after every case, so nothing that was measured is lost. Within a case all
-candidates take their turns, again and again, so that a machine that slows down hurts all alike.
+candidates take their turns, again and again, so that a machine that slows down hurts all alike. Those that are slow at
+a case (budget.py) have to wait until everything quick was measured in every case, and get what time is left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import import_module
@@ -23,9 +26,10 @@ from tqdm.auto import tqdm
 
 from .. import memory
 from ..files import replacing
+from .budget import PATIENCE, Budget, Task
 from .candidates import Case
 from .environment import environment
-from .figures import better, summarize
+from .figures import better, case_of, measured, summarize
 from .process import TookTooLong, Worker, WorkerError
 from .settings import Settings
 
@@ -54,7 +58,6 @@ class Run:
         self.settings, self.path, self.budget, self.module = settings, path, budget, module
         self.candidates = {candidate.name: candidate for candidate in import_module(module).everything(settings.device)}
         self._workers: dict[str, Worker] = {}
-        self._slowness: dict[str, float] = {}
         self.results = self._resumed() or {
             "format": FORMAT,
             "started": _now(),
@@ -80,22 +83,27 @@ class Run:
         """
         try:
             self._look_around()
+            total = self._set_out()
             self._deadline = time.monotonic() + self.budget
-            names = self._names()
-            cases, checks = self.settings.cases(), self.settings.checks()
-            total = len(cases) + len(checks)
-            with tqdm(total=total, desc="bench", unit="case", disable=None) as bar:
-                in_turn = zip_longest([(case, False) for case in cases], [(case, True) for case in checks])
-                for i, (case, is_check) in enumerate(turn for pair in in_turn for turn in pair if turn):
-                    left = self._left()
-                    part = left / max(1, total - i)
-                    bar.set_postfix_str(f"{'check' if is_check else 'time'} {describe(case)}", refresh=True)
-                    if left > 0:
-                        (self._check if is_check else self._time)(case, names, part)
-                        self._save()
-                    bar.update()
+            in_turn = zip_longest(
+                [("timings", case) for case in self.settings.cases()],
+                [("checks", case) for case in self.settings.checks()],
+            )
+            turns = [turn for pair in in_turn for turn in pair if turn]
+            with tqdm(total=total, initial=total - len(self._todo), desc="bench", disable=None) as bar:
+                slowest = self._spending.quick_seconds
+                while self._chosen():
+                    for kind, case in turns:
+                        chosen = self._chosen()
+                        tasks = [task for task in self._todo if task in chosen and task[:2] == (kind, case)]
+                        if tasks := [task for task in tasks if self._spending.cost(task) <= slowest]:
+                            bar.set_postfix_str(f"{'time' if kind == 'timings' else 'check'} {describe(case)}")
+                            (self._time if kind == "timings" else self._check)(tasks)
+                            self._save()
+                            bar.update(total - len(self._todo) - bar.n)
+                    slowest = math.inf
             self._measure_ceilings()
-            self.results["left"] = self._unmeasured(names)
+            self.results["left"] = dict(Counter(task.name for task in self._todo))
             self.results["finished"] = not self.results["left"]
         finally:
             for worker in self._workers.values():
@@ -103,14 +111,9 @@ class Run:
             self._save()
         return self.results
 
-    def _unmeasured(self, names: Sequence[str]) -> dict[str, int]:
-        """How many cases of each candidate the time was too short for."""
-        left = {}
-        for name in names:
-            done = [e for kind in ("timings", "checks") for e in self.results[kind] if e["candidate"] == name]
-            if count := len(self.settings.cases()) + len(self.settings.checks()) - len(done):
-                left[name] = count
-        return left
+    def _chosen(self) -> set[Task]:
+        """What there is time for."""
+        return self._spending.affordable(self._todo, self._left())
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
@@ -144,7 +147,6 @@ class Run:
 
     def _look_around(self) -> None:
         """Which candidates there are, and what the machine does at best."""
-        known = self.results["candidates"]
         wanted = [
             name
             for name in self.candidates
@@ -154,26 +156,49 @@ class Run:
             raise ValueError(
                 f"no candidate's name has {' or '.join(self.settings.only)} in it: {list(self.candidates)}"
             )
+        known: dict[str, dict[str, Any]] = {}
         opening = []
         for name in wanted:
-            if name in known:
-                continue
             candidate = self.candidates[name]
             if self.settings.device not in candidate.devices:
                 known[name] = {"status": "missing", "error": f"runs on {', '.join(candidate.devices)} only"}
             elif (reason := candidate.missing()) is not None:
                 known[name] = {"status": "missing", "error": reason}
             else:
-                self._worker(name)  # all of them begin to import now
+                known[name] = {}  # keeps the order
+                self._workers[name] = Worker(self.module, candidate, self.settings)  # all begin to import now
                 opening.append(name)
         for name in tqdm(opening, desc="looking for projections", leave=False, disable=None):
             try:
-                known[name] = {"status": "found", **self._worker(name).ask("open", OPEN_SECONDS)}
+                known[name] = {"status": "found", **self._workers[name].ask("open", OPEN_SECONDS)}
             except WorkerError as error:
                 known[name] = {"status": "failed", "error": str(error)}
-        self.results["candidates"] = {name: known[name] for name in wanted}
+        self.results["candidates"] = known
         self._measure_ceilings()
         self._save()
+
+    def _set_out(self) -> int:
+        """Lists what has no entry yet, gives one to what is not for a candidate, and returns how many there will be."""
+        kinds = {"timings": self.settings.cases(), "checks": self.settings.checks()}
+        tasks = [Task(kind, case, name) for kind in kinds for case in kinds[kind] for name in self._names()]
+        done = {Task(kind, case_of(e), e["candidate"]) for kind in kinds for e in self.results[kind]}
+        self._todo = dict.fromkeys(task for task in tasks if task not in done)
+        free = memory.free_bytes(torch.device(self.settings.device)) // 3
+        for task in list(self._todo):
+            if (reason := self.candidates[task.name].refusal(task.case, free)) is not None:
+                self._enter(task, status="skipped", error=reason)
+        self._spending = Budget(self.budget, len(self._todo))
+        for name in self._names():
+            self._spending.learn(name, self.results["candidates"][name]["seconds_per_entry"])
+        for entry in measured(self.results):
+            self._learn(entry)
+        return len(tasks)
+
+    def _learn(self, entry: Mapping[str, Any]) -> None:
+        """Takes note of what a first call took, where the matrix is most of it."""
+        if (case := case_of(entry)).batch <= 32:
+            seconds = entry["make_seconds"] + entry["first_seconds"]
+            self._spending.learn(entry["candidate"], seconds / case.matrix_entries)
 
     def _measure_ceilings(self) -> None:
         """Measures what the machine does at best, at the start and at the end: the better counts for everything."""
@@ -185,95 +210,65 @@ class Run:
                     entry.update(summarize(entry, self.results["ceilings"]))
 
     def _worker(self, name: str) -> Worker:
-        """A candidate's process, a new one if the last is gone."""
-        worker = self._workers.get(name)
-        if worker is None or not worker.alive:
-            if worker is not None:
-                worker.close()
+        """A candidate's process, a new one with everything imported if the last is gone."""
+        worker = self._workers[name]
+        if not worker.alive:
+            worker.close()
             worker = self._workers[name] = Worker(self.module, self.candidates[name], self.settings)
+            worker.ask("open", OPEN_SECONDS)
         return worker
 
-    def _todo(self, kind: str, case: Case, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Candidates without an entry for a case, each with the start of one; those that can't do it get theirs."""
-        done = {entry["candidate"] for entry in self.results[kind] if entry["case"] == case.asdict()}
-        free = memory.free_bytes(torch.device(case.device)) // 3
-        for name in names:
-            if name in done:
-                continue
-            entry: dict[str, Any] = {"candidate": name, "case": case.asdict()}
-            if (reason := self.candidates[name].refusal(case, free)) is not None:
-                self.results[kind].append({**entry, "status": "skipped", "error": reason})
-            else:
-                yield name, entry
+    def _ask(self, op: str, task: Task) -> dict[str, Any] | None:
+        """The answer to a task's request, or None; what failed is entered, what took too long may get another turn."""
+        limit = self._spending.limit(task, self._left())
+        try:
+            return self._worker(task.name).ask(op, limit, **task.case.asdict())
+        except TookTooLong:
+            self._spending.overran(task, limit)
+        except WorkerError as error:
+            self._enter(task, status="failed", error=str(error))
+        return None
 
-    def _limit(self, part: float) -> float:
-        """Seconds that one candidate may take for a call, when there are `part` for a case."""
-        return max(part / 2, self.budget / 30)
+    def _enter(self, task: Task, **content: Any) -> None:
+        """Adds an entry to the results."""
+        self.results[task.kind].append({"candidate": task.name, "case": task.case.asdict(), **content})
+        del self._todo[task]
 
-    def _too_slow(self, name: str, entries: float, limit: float) -> bool:
-        """Whether what a candidate took before says that it needs more time than there is for this."""
-        return self._slowness.get(name, 0.0) * entries > limit
-
-    def _time(self, case: Case, names: Sequence[str], part: float) -> None:
-        """Times a case, in rounds of all candidates."""
-        begun = time.monotonic()
-        entries: dict[str, dict[str, Any]] = {}
-        spent: dict[str, float] = {}
-        matrix = case.grad_dim * case.proj_dim
-        for name, entry in self._todo("timings", case, names):
-            if self._too_slow(name, matrix, self._limit(part)):
-                continue  # left for a run with more time
-            try:
-                first = self._worker(name).ask("prepare", self._limit(part), **case.asdict())
-            except TookTooLong:
-                self._slowness[name] = self._limit(part) / matrix
-                continue
-            except WorkerError as error:
-                self._failed("timings", entry, error)
-                continue
-            spent[name] = first["first_seconds"]
-            if case.batch <= 32:  # what it needs for the matrix alone
-                self._slowness[name] = (first["make_seconds"] + first["first_seconds"]) / matrix
-            dense = self.candidates[name].dense
-            entries[name] = {**entry, "status": "ok", "error": None, "dense": dense, **first, "rounds": []}
-        left = part - (time.monotonic() - begun)
-        allowance = max(left, part / 10) / max(1, len(entries))
+    def _time(self, tasks: Sequence[Task]) -> None:
+        """Times candidates at a shape, in rounds of all of them."""
+        entries: dict[Task, dict[str, Any]] = {}
+        for task in tasks:
+            if (first := self._ask("prepare", task)) is not None:
+                entries[task] = {"dense": self.candidates[task.name].dense, **first, "rounds": []}
+        share = self._spending.rounds_share(entries, self._chosen().difference(tasks), self._left())
+        spent = dict.fromkeys(entries, 0.0)
         for _ in range(ROUNDS):
-            for name in [name for name in entries if spent[name] < allowance]:
-                start = time.monotonic()
+            for task in [task for task in entries if spent[task] + entries[task]["first_seconds"] <= share]:
+                start, limit = time.monotonic(), 30.0 + PATIENCE * entries[task]["first_seconds"]
                 try:
-                    answer = self._worker(name).ask(
-                        "time", max(30.0, 4 * self._limit(part)), seconds=allowance / (2 * ROUNDS), repeats=REPEATS
-                    )
+                    answer = self._workers[task.name].ask("time", limit, seconds=share / (2 * ROUNDS), repeats=REPEATS)
                 except WorkerError as error:
-                    self._failed("timings", {key: entries.pop(name)[key] for key in ("candidate", "case")}, error)
-                    continue
-                spent[name] += time.monotonic() - start
-                entries[name]["rounds"].append(answer["seconds"])
-        for name, entry in entries.items():
+                    del entries[task]
+                    self._enter(task, status="failed", error=str(error))
+                else:
+                    spent[task] += time.monotonic() - start
+                    entries[task]["rounds"].append(answer["seconds"])
+        for task, found in entries.items():
             with contextlib.suppress(WorkerError):
-                self._worker(name).ask("release", 20.0)
-            entry["warm"] = bool(entry["rounds"])
-            entry["rounds"] = entry["rounds"] or [[entry["first_seconds"]]]  # a slow one: its only call
-            self.results["timings"].append({**entry, **summarize(entry, self.results["ceilings"])})
+                self._workers[task.name].ask("release", 20.0)
+            found["warm"] = bool(found["rounds"])
+            found["rounds"] = found["rounds"] or [[found["first_seconds"]]]  # a slow one: its only call
+            self._enter(task, status="ok", error=None, **found)
+            entry = self.results["timings"][-1]
+            entry.update(summarize(entry, self.results["ceilings"]))
+            self._learn(entry)
 
-    def _check(self, case: Case, names: Sequence[str], part: float) -> None:
+    def _check(self, tasks: Sequence[Task]) -> None:
         """Accuracy, distortion and repeatability at a shape, one candidate after the other."""
-        for name, entry in self._todo("checks", case, names):
-            calls = 5  # at least
-            if self._too_slow(name, case.grad_dim * case.proj_dim * calls, self._limit(part)):
-                continue
-            try:
-                answer = self._worker(name).ask("check", 2 * self._limit(part), **case.asdict())
-            except TookTooLong:
-                continue
-            except WorkerError as error:
-                self._failed("checks", entry, error)
-            else:
-                self.results["checks"].append({**entry, "status": "ok", "error": None, "found": answer})
-
-    def _failed(self, kind: str, entry: Mapping[str, Any], error: WorkerError) -> None:
-        self.results[kind].append({**entry, "status": "failed", "error": str(error)})
+        for task in tasks:
+            start = time.monotonic()
+            if (found := self._ask("check", task)) is not None:
+                self._enter(task, status="ok", error=None, seconds=round(time.monotonic() - start, 3), found=found)
 
 
 def describe(case: Case) -> str:

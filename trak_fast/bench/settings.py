@@ -96,7 +96,7 @@ class Settings:
 
 
 def defaults(device: str | None = None) -> Settings:
-    """What a run without arguments measures: in two to three minutes on two cores, or more on a GPU.
+    """What a run without arguments measures: in four and a half minutes on two cores.
 
     Args:
         device: By default a CUDA device where there is one that trak_fast was built for.
