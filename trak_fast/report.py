@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
-INK = "#7d7d7d"  # as far from white as from black: charts are transparent and shown on either
+from .webpage import INK, document, dress
+
 BLUE, ORANGE = "#3b82d0", "#d97a1d"
 RANKINGS = {"self_influence": ("TRAK, score of an image for itself", BLUE), "loss": ("loss of the nets", ORANGE)}
 STAGES = {
@@ -31,23 +32,10 @@ STAGES = {
 }
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --text: #22262b; --soft: #666d75; --line: #dfe2e6; --fill: #f4f5f7;
-  --blue: #2f6fb5; --red: #c43d2f; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16181c; --text: #dfe2e6; --soft: #9aa1a9; --line: #33383f;
-  --fill: #1f2227; --blue: #6ea8e6; --red: #f07f6e; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--paper); color: var(--text);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .75rem; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .5rem; }
-p { max-width: 46rem; margin: .5rem 0; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem; margin: 1.75rem 0; }
 .facts div { background: var(--fill); border-radius: .5rem; padding: .9rem 1rem; color: var(--soft);
   font-size: .85rem; line-height: 1.4; }
 .facts b { display: block; font-size: 1.6rem; font-weight: 600; color: var(--text); line-height: 1.3; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--soft); font-size: .85rem; }
 .digits { width: 100%; }
 .digits th { padding: .25rem; }
 .digits td { padding: .5rem .2rem; vertical-align: top; border-top: 1px solid var(--line); }
@@ -58,16 +46,11 @@ figure img { display: block; width: 4.5rem; height: 4.5rem; image-rendering: pix
 figure b { color: var(--text); }
 figure.flipped img { border-color: var(--red); }
 .red, figure.flipped b { color: var(--red); }
-.chart { width: 100%; max-width: 50rem; height: auto; display: block; margin: 1rem 0; }
-.numbers td, .numbers th { padding: .3rem 1.4rem .3rem 0; border-top: 1px solid var(--line); }
-.numbers td + td, .numbers th + th { text-align: right; white-space: nowrap; }
 .times { width: 100%; max-width: 46rem; }
 .times td:last-child { width: 45%; padding-right: 0; }
 .bar { height: .7rem; min-width: 1px; border-radius: .2rem; background: var(--soft); opacity: .6; }
 .times .project { font-weight: 600; }
 .project .bar { background: var(--blue); opacity: 1; }
-footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft);
-  font-size: .85rem; }
 """
 
 
@@ -133,13 +116,8 @@ def _png(figure: Figure) -> bytes:
 
 def _plain(axes: Axes, title: str, x: str, y: str = "") -> None:
     axes.set_title(title, color=INK, fontsize=10, loc="left")
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)
-    axes.tick_params(colors=INK, labelsize=8)
     axes.locator_params(nbins=6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
+    dress(axes, x, y)
 
 
 def _detection_chart(results: Mapping[str, Any]) -> Figure:
@@ -180,16 +158,7 @@ def _page(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     seconds, projection = timings["seconds"], timings["projection"]
     place = found["inspected"].index(0.05)
     half = len(results["examples"]) // 2
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>trak-fast demo</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>Which training images explain an answer?</h1>
+    body = f"""<h1>Which training images explain an answer?</h1>
 <p>{settings["checkpoints"]} small convolutional nets ({results["grad_dim"]:,} parameters each) were trained on
 {results["train_images"]:,} images of handwritten digits. {results["flipped_images"]} of these images were given a wrong
 label on purpose. TRAK then scored how much each training image helps or harms the nets on each of
@@ -243,10 +212,8 @@ them. It took in {projection["gradient_entries_per_second"] / 1e6:,.0f} million 
 <table class="numbers times">
 {"".join(_stage(name, label, seconds) for name, label in STAGES.items())}</table>
 <footer>seed {settings["seed"]}, {escape(timings["machine"])}. Every figure of this page is in results.json, the scores
-and retrained outputs in arrays.npz.</footer>
-</body>
-</html>
-"""
+and retrained outputs in arrays.npz.</footer>"""
+    return document("trak-fast demo", body, STYLE)
 
 
 def _image(name: str, pictures: Mapping[str, bytes], text: str, style: str = "") -> str:

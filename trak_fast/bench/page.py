@@ -8,6 +8,7 @@ from html import escape
 from io import StringIO
 from typing import Any
 
+from ..webpage import INK, document, dress, one_line
 from .candidates import Case
 from .figures import case_of, measured
 
@@ -15,7 +16,7 @@ Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
 AXES = (("batch", "gradients at a time, B"), ("grad_dim", "gradient size, D"), ("proj_dim", "projected size, k"))
 
-PAGE_STYLE = """
+STYLE = """
 .numbers { font-size: .85rem; } .numbers td, .numbers th { padding-right: 1rem; white-space: nowrap; }
 .chart svg { width: 100%; height: auto; }
 """
@@ -205,8 +206,6 @@ def _machine(results: Mapping[str, Any]) -> str:
 
 def page(results: Mapping[str, Any]) -> str:
     """A page with the same tables and with plots; needs matplotlib."""
-    from ..report import STYLE  # imports matplotlib
-
     timings = "".join(
         f"<h3>{escape(case_text(case))}</h3>{_html(table(TIMING_COLUMNS, _fastest_first(entries)))}"
         for case, entries in _grouped(measured(results)).items()
@@ -220,16 +219,7 @@ def page(results: Mapping[str, Any]) -> str:
         f'<h2>{escape(title)}</h2><p>{text}</p><div class="chart">{svg}</div>' for title, text, svg in _plots(results)
     )
     absent = "".join(f"<li>{escape(line)}</li>" for line in _absent(results))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Random projections, measured</title>
-<style>{STYLE}{PAGE_STYLE}</style>
-</head>
-<body>
-<h1>Random projections, measured</h1>
+    body = f"""<h1>Random projections, measured</h1>
 <p>{escape(_machine(results))}. This machine at its best: {escape(_ceilings(results))}.</p>
 {plots}
 <h2>All timings</h2>
@@ -248,10 +238,8 @@ sign (a processor looks at the first 4,096 columns). Same bits: the same call tw
 {checks}
 {f"<h2>Not measured</h2><ul>{absent}</ul>" if absent else ""}
 <footer>{escape(results["environment"]["machine"]["system"])}, Python {results["environment"]["machine"]["python"]};
-trak_fast {escape(results["environment"]["trak_fast"]["version"])}. All figures are in results.json.</footer>
-</body>
-</html>
-"""
+trak_fast {escape(results["environment"]["trak_fast"]["version"])}. All figures are in results.json.</footer>"""
+    return document("Random projections, measured", body, STYLE)
 
 
 def _html(cells: Sequence[Sequence[str]]) -> str:
@@ -333,8 +321,6 @@ def _lines(
     import matplotlib
     from matplotlib.figure import Figure
 
-    from ..report import INK
-
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     if roof:
@@ -348,16 +334,11 @@ def _lines(
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)
-    axes.tick_params(which="both", colors=INK, labelsize=8)
     axes.grid(color=INK, alpha=0.2)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
+    dress(axes, x, y)
     figure.legend(loc="outside right center", frameon=False, fontsize=8, labelcolor=INK)
     buffer = StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "trak_fast", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return one_line(text[text.index("<svg") :])
