@@ -218,7 +218,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
 IMPORT_THE_BENCH = """
 import sys, torch
 torch.cuda._lazy_init = None  # calling it now fails
-from trak_fast.bench import candidates, figures, page, plan, runner, settings, worker
+from trak_fast.bench import candidates, figures, page, plan, rates, runner, worker
 print(sorted({name.split(".")[0] for name in sys.modules} & {"trak", "dattri", "bergson", "matplotlib", "sjlt"}))
 """
 

@@ -1,5 +1,6 @@
 """Predictions against closed forms, against what a store really takes, and against scikit-learn's bound."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
 
 import trak_fast
-from trak_fast.bench import plan, runner
+from trak_fast.bench import plan, rates, runner
 from trak_fast.bench.candidates import Case
 from trak_fast.bench.figures import summarize
 from trak_fast.cli import main
@@ -55,9 +56,64 @@ def test_processes_share_the_samples() -> None:
 
 def test_memory_by_hand() -> None:
     found = plan.predict(plan.Job(10**6, 1000, 10**5, batch=16, dtype="bfloat16"), RATES)["memory_bytes"]
-    assert found["featurize"] == 2 * 16 * 10**6 * 2 + 4 * 16 * 1000 + 2 * 8 * 1000**2
-    assert found["solve"] == 3 * 8 * 1000**2 + 2 * (64 << 20)
-    assert found["peak"] == max(found["featurize"], found["solve"], found["scores"])
+    sums, waiting = 2 * 8 * 1000**2, 3 * 8 * 1000 * (1000 + 16)
+    assert found["featurize"] == 16 * 10**6 * 2 + 4 * 16 * 1000 + sums + waiting
+    assert found["X'X"] == 4 * sums
+    assert found["solve"] == 6 * 8 * 1000**2
+    assert found["scores"] == 2 * 8 * 1000**2 + 1000 * (16 * 1000 + 4 * 1000) + 3 * (32 << 20)
+    assert found["peak"] == max(value for name, value in found.items() if name != "peak")
+
+
+def test_memory_of_fewer_samples_than_dimensions() -> None:
+    found = plan.predict(plan.Job(100, 4000, 500, targets=10, checkpoints=3, batch=16), RATES)["memory_bytes"]
+    assert found["featurize"] == 16 * 100 * 4 + 4 * 16 * 4000
+    assert found["X'X"] == 8 * 500**2 + 20 * 500 * 4000
+    assert found["solve"] == (2 * 2 + 5) * 8 * 500**2
+    assert found["scores"] == 3 * 2 * 8 * 500**2 + 10 * (16 * 4000 + 24 * 500 + 4 * 3 * 500) + 12 * 500 * 4000
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_timed_with_a_model_of_that_size(
+    dtype: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model has the job's tokens and batch, and its time is divided by its own parameters."""
+    seen: list[list[torch.Tensor]] = []
+    compute = rates.FunctionalGradientComputer.compute_per_sample_grad
+
+    def spied(self: Any, batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append([batch[0], *compute(self, batch).values()])
+        return dict(enumerate(seen[-1]))
+
+    monkeypatch.setattr(rates.FunctionalGradientComputer, "compute_per_sample_grad", spied)
+    monkeypatch.setattr(rates, "_seconds", lambda call, device: call() or 6.0)
+    job = plan.Job(600_000, 64, 100, batch=3, dtype=dtype, tokens=tokens)
+    rate = rates.gradient_rate(job)
+    inputs, *grads = seen[0]
+    width = 671 if tokens == 1 else 128  # √(0.75 · 600,000); 12 · 128² · 128/64 is the nearest
+    assert inputs.shape == ((3, width) if tokens == 1 else (3, tokens, width))
+    assert {grad.dtype for grad in grads} == {getattr(torch, dtype)}
+    assert all(bool((grad != 0).any()) for grad in grads)
+    assert rate == pytest.approx(6.0 / 3 / sum(grad[0].numel() for grad in grads))
+
+
+def test_long_sequences_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "_seconds", lambda call, device: 6.0)
+    job = plan.Job(600_000, 64, 100, batch=64, tokens=10**6)
+    size = sum(parameter.numel() for parameter in rates.stand_in(job.params, job.tokens)[0].parameters())
+    tokens = rates.GRADIENT_FLOP["cpu"] // (8 * size)
+    assert rates.gradient_rate(job) == pytest.approx(6.0 / 1 / size * 10**6 / tokens)
+
+
+def test_measured_gradients_take_the_place_of_operations() -> None:
+    job = plan.Job(1000, 64, 100, targets=0, tokens=7)
+    known = dataclasses.replace(RATES, gradient=1e-6)
+    assert plan.predict(job, known)["seconds"]["gradients"] == pytest.approx(100 * 1000 * 1e-6)
+    assert "measured with a transformer block" in plan.text(job, plan.predict(job, known))
+    assert "at least: 8 FLOP" in plan.text(job, plan.predict(job, RATES))
+    given = dataclasses.replace(job, gradient_seconds=2.0)
+    assert plan.predict(given, known)["seconds"]["gradients"] == 200
+    assert "measured with" not in plan.text(given, plan.predict(given, known))
 
 
 @pytest.mark.parametrize(("samples", "proj_dim"), [(100, 1000), (10**6, 8192), (30, 512)])
@@ -120,21 +176,21 @@ def results() -> dict[str, Any]:
 
 
 def test_rates_from_results_are_the_nearest() -> None:
-    rates = plan.from_results(plan.Job(10**6, 600, 1000, proj_type="normal"), results())
-    assert rates.projection == pytest.approx(2 * 32 * 1000 * 512 / 1.0)
-    assert (rates.float64, rates.float32, rates.gradients, rates.copy) == (5e10, 1e11, 1e11, 7e9)
-    assert rates.source == "trak_fast fast of 2026-01-02"
-    far = plan.from_results(plan.Job(10**6, 8192, 1000, batch=128, proj_type="normal"), results())
+    found = rates.from_results(plan.Job(10**6, 600, 1000, proj_type="normal"), results())
+    assert found.projection == pytest.approx(2 * 32 * 1000 * 512 / 1.0)
+    assert (found.float64, found.float32, found.product, found.copy) == (5e10, 1e11, 1e11, 7e9)
+    assert found.source == "trak_fast fast of 2026-01-02"
+    far = rates.from_results(plan.Job(10**6, 8192, 1000, batch=128, proj_type="normal"), results())
     assert far.projection == pytest.approx(2 * 256 * 1000 * 4096 / 0.01)
     with pytest.raises(ValueError, match="no timing of trak_fast for cpu, float32, rademacher"):
-        plan.from_results(plan.Job(10**6, 8192, 1000), results())
+        rates.from_results(plan.Job(10**6, 8192, 1000), results())
 
 
 def test_calibration_measures_every_rate() -> None:
-    rates = plan.calibrate(plan.Job(3000, 64, 100, batch=4, dtype="bfloat16"))
-    names = set(plan.Rates.__dataclass_fields__) - {"source", "sync"}
-    assert all(1e5 < getattr(rates, name) < 1e18 for name in names)
-    assert 0 < rates.sync < 60
+    found = rates.calibrate(plan.Job(3000, 64, 100, batch=4, dtype="bfloat16"))
+    names = set(plan.Rates.__dataclass_fields__) - {"source", "sync", "gradient"}
+    assert all(1e5 < getattr(found, name) < 1e18 for name in names)
+    assert 0 < found.sync < 60
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

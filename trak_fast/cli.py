@@ -172,7 +172,12 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--proj-type", choices=("rademacher", "normal"), help="kind of matrix (rademacher)")
     plan.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
     plan.add_argument("--half", action="store_true", help="features stored in float16")
-    plan.add_argument("--tokens", type=_count, metavar="T", help="tokens of a sample, to estimate its gradient's time")
+    plan.add_argument(
+        "--tokens",
+        type=_count,
+        metavar="T",
+        help="tokens of a sample, to estimate its gradient's time; 1 if it has none",
+    )
     plan.add_argument("--gradient-seconds", type=float, metavar="S", help="of one sample's gradient, if known")
     plan.add_argument("--processes", type=_count, metavar="P", help="machines or GPUs like this one (1)")
     plan.add_argument("--bench", type=Path, metavar="JSON", help="take rates from results of trak-fast bench")
@@ -180,7 +185,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from .bench import plan, runner
+    from .bench import plan, rates, runner
     from .bench.settings import defaults
 
     given = {name: getattr(arguments, name) for name in plan.Job.__dataclass_fields__}
@@ -192,10 +197,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         arguments.usage_error(str(error))
     try:
-        rates = plan.from_results(job, runner.load(arguments.bench)) if arguments.bench else plan.calibrate(job)
+        known = rates.from_results(job, runner.load(arguments.bench)) if arguments.bench else rates.calibrate(job)
     except ValueError as error:
         return _failed(str(error))
-    found = plan.predict(job, rates)
+    found = plan.predict(job, known)
     print(json.dumps(found, indent=1) if arguments.json else plan.text(job, found))
     return 0
 

@@ -3,5 +3,5 @@
 candidates.py says what can be measured, settings.py at which shapes. worker.py measures one candidate in a process of
 its own, process.py asks it, runner.py goes through the grid as far as budget.py sees time for it. environment.py
 describes the machine, figures.py computes what follows from the measurements, page.py shows them. `trak-fast plan` is
-plan.py.
+plan.py, with rates from rates.py.
 """

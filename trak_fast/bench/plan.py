@@ -1,30 +1,21 @@
 """`trak-fast plan`: what a TRAK run will take in time, memory and disk, and what the projection will distort.
 
-Time is operations divided by rates. The operations are those of the driver (traker.py, solver.py, scores.py); the rates
-are measured on this machine in a few seconds, or taken from results of `trak-fast bench`.
+Time is operations divided by rates, and memory the arrays that are there at once. Both are those of the driver
+(traker.py, gram.py, solver.py, scores.py); rates.py has the rates. benchmarks/plan.py compares with real runs.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from scipy.optimize import brentq
 
-from .. import files, projection, scores, solver
+from .. import scores, solver
 from .candidates import Case, dtype_of
-from .figures import case_of, measured
 from .page import bytes_text, seconds_text
-
-CALIBRATION_SECONDS = 0.5
-"""Of one projection, about, while rates are measured."""
 
 SYNCS = 3
 """Waits for the disk for each batch: features, weights, flags."""
@@ -48,7 +39,7 @@ class Job:
         proj_type: Kind of matrix.
         device: Where to run.
         half: Whether features are stored in float16.
-        tokens: Tokens of a sample (for other models: positions that use each weight), to estimate its gradient's time.
+        tokens: Of a sample, to estimate its gradient's time; 1 for a model that uses each weight once for a sample.
         gradient_seconds: Of one sample's gradient, if it is known; takes the place of `tokens`.
         processes: That share the work, each on a machine or GPU like this.
     """
@@ -96,105 +87,25 @@ class Rates:
     Attributes:
         projection: FLOP of the projection, 2 B D k a call, at the job's B, k, dtype and kind.
         float64: FLOP of a product in float64: X'X and the solve.
-        float32: The same in float32: scores, and gradients of float32 models.
-        gradients: FLOP of a product in the gradients' dtype.
+        float32: The same in float32: scores.
+        product: The same in the gradients' dtype.
         cholesky: FLOP of a factorisation in float64, k³/3 each.
         copy: Bytes copied.
         source: Where they are from.
         sync: Seconds to have written data safely on disk, once; 0 where it is not known.
+        gradient: Seconds of one sample's gradient and weighting for each parameter, of a model like the job's; None
+            where it is not known.
     """
 
     projection: float
     float64: float
     float32: float
-    gradients: float
+    product: float
     cholesky: float
     copy: float
     source: str
     sync: float = 0.0
-
-
-def calibrate(job: Job) -> Rates:
-    """Measures rates on this machine, with the job's own B, k, dtype and kind; takes some seconds."""
-    device, dtype = torch.device(job.device), dtype_of(job.dtype)
-    columns = min(job.params, 1 << 12)
-    while True:  # longer until it takes long enough; the time is in proportion to D
-        grads = torch.randn(job.batch, columns, device=device).to(dtype)
-        seconds = _seconds(lambda g=grads: projection.project(g, job.proj_dim, proj_type=job.proj_type), device)  # type: ignore[misc]
-        if seconds > CALIBRATION_SECONDS / 4 or columns >= job.params or 2 * grads.numel() * 4 > 1 << 30:
-            break
-        columns = min(job.params, 2 * columns)
-    side = min(2048, max(256, job.proj_dim))
-    rates = {}
-    for name in {"float64", "float32", job.dtype}:
-        a = torch.randn(2048, side, device=device).to(dtype_of(name))
-        rates[name] = 2 * 2048 * side**2 / _seconds(lambda a=a: a.mT @ a, device)  # type: ignore[misc]
-    double = torch.randn(2048, side, device=device, dtype=torch.float64)
-    spd = double.mT @ double + 2048 * torch.eye(side, device=device, dtype=torch.float64)
-    cholesky = side**3 / 3 / _seconds(lambda: torch.linalg.cholesky_ex(spd), device)
-    source = torch.ones(1 << 24, device=device)
-    target = torch.empty_like(source)
-    copy = source.numel() * 8 / _seconds(lambda: target.copy_(source), device)
-    return Rates(
-        2 * job.batch * columns * job.proj_dim / seconds,
-        rates["float64"], rates["float32"], rates[job.dtype], cholesky, copy, "measured now", _sync_seconds(job),
-    )  # fmt: skip
-
-
-def _sync_seconds(job: Job) -> float:
-    """Of writing a batch of features to a file in this folder and waiting until it is on the disk."""
-    with tempfile.TemporaryFile(dir=".") as file:
-
-        def write() -> None:
-            os.pwrite(file.fileno(), bytes(4 * job.batch * job.proj_dim), 0)
-            files.sync(file.fileno())
-
-        return _seconds(write, torch.device("cpu"))
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median of five calls after one."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    return statistics.median(once() for _ in range(5))
-
-
-def from_results(job: Job, results: Mapping[str, Any]) -> Rates:
-    """Rates from results of `trak-fast bench`.
-
-    The projection's is that of our fastest kernel at the timing that is nearest to the job in B and k, of its dtype and
-    kind and with the largest D.
-
-    Raises:
-        ValueError: There is no timing of ours for the job's device, dtype and kind.
-    """
-    ours = [
-        entry
-        for entry in measured(results)
-        if entry["candidate"].startswith("trak_fast ")
-        and all(entry["case"][name] == getattr(job, name) for name in ("device", "dtype", "proj_type"))
-    ]
-    if not ours or not results["ceilings"]:
-        raise ValueError(f"the results hold no timing of trak_fast for {job.device}, {job.dtype}, {job.proj_type}")
-
-    def distance(entry: Mapping[str, Any]) -> tuple[float, float, float]:
-        case = case_of(entry)
-        away = abs(math.log(case.batch / job.batch)) + abs(math.log(case.proj_dim / job.proj_dim))
-        return away, -case.grad_dim, entry["median"]
-
-    nearest = min(ours, key=distance)
-    rates = results["ceilings"]["flop_per_second"]
-    return Rates(
-        nearest["flop_per_second"], rates["float64"], rates["float32"], rates[job.dtype], rates["float64"] / 2,
-        results["ceilings"]["copy_bytes_per_second"], f"{nearest['candidate']} of {results['started'][:10]}",
-    )  # fmt: skip
+    gradient: float | None = None
 
 
 def jl_epsilon(samples: float, proj_dim: int) -> float | None:
@@ -227,7 +138,8 @@ def predict(job: Job, rates: Rates) -> dict[str, Any]:
     if job.gradient_seconds is not None:
         gradients = rows * job.gradient_seconds
     elif job.tokens is not None:
-        gradients = rows * FLOP_PER_PARAMETER * job.params * job.tokens / rates.gradients
+        flop_seconds = FLOP_PER_PARAMETER * job.tokens / rates.product
+        gradients = rows * job.params * (rates.gradient or flop_seconds)
     grams = 2 if n >= k else 1  # X'X and X'CX, as the automatic ridge takes for classification; or XX'
     stages = {
         "gradients": gradients,
@@ -246,15 +158,24 @@ def predict(job: Job, rates: Rates) -> dict[str, Any]:
         "Gram matrices": grams * c * 8 * size**2,
         "scores": 4 * n * m,
     }
-    itemsize = dtype_of(job.dtype).itemsize
+    square = 8 * size**2  # float64
+    group = max(1, min(m, scores.SOLVED_BYTES // (4 * c * (k if n >= k else n))))  # targets at a time
     memory = {
-        # gradients exist twice while they are made (memory.sample_bytes); X'X of the rows so far
-        "featurize": 2 * job.batch * job.params * itemsize + 4 * job.batch * k + (grams * 8 * k * k if n >= k else 0),
-        # the matrix, the matrix with the ridge, its factor, blocks of rows
-        "solve": 3 * 8 * size**2 + 2 * solver.BLOCK_BYTES,
-        "scores": 2 * 8 * size**2 * c
-        + min(scores.SOLVED_BYTES, 4 * c * m * (k if n >= k else n))
-        + 3 * scores.BLOCK_BYTES,
+        # gradients, once: vmap over grad makes those of a layer in place; the rows of X that wait for a product, in
+        # each sum, and those of one joined; the sums
+        "featurize": job.batch * job.params * dtype_of(job.dtype).itemsize
+        + 4 * job.batch * k
+        + (grams * square + (grams + 1) * 8 * k * min(n, min(1024, k) + job.batch) if n >= k else 0),
+        # this process's own sums, what it saved of them, their total, and sums of rows that no saved sum has
+        # (or XX', the present block of columns in float32 and float64, and the last one)
+        "X'X": 4 * grams * square if n >= k else square + min(5 * solver.BLOCK_BYTES // 2, 20 * n * k),
+        # the factors of the checkpoints before; what is stored, its weighted sum, the same with the ridge, its factor,
+        # and what LAPACK copies
+        "solve": (2 * (c - 1) + (6 if grams == 2 else 5)) * square,
+        # matrices and factors; the right sides in float64, products with them, and their copies; blocks of features
+        "scores": 2 * c * square
+        + group * (16 * k + (4 * c * k if n >= k else 24 * n + 4 * c * n))
+        + min(3 * scores.BLOCK_BYTES, 12 * n * max(k, m)),
     }
     return {
         "seconds": {**stages, "total": sum(seconds or 0.0 for seconds in stages.values())},
@@ -272,17 +193,23 @@ def text(job: Job, plan: Mapping[str, Any]) -> str:
     def line(name: str, value: str, note: str = "") -> str:
         return f"  {name:<20}{value:>12}  {note}".rstrip()
 
-    unknown = "not known: give --tokens or --gradient-seconds"
+    notes = {"gradients": "", "total": ""}
+    if seconds["gradients"] is None:
+        notes = dict.fromkeys(notes, "without gradients: give --tokens or --gradient-seconds")
+    elif job.gradient_seconds is None and rates["gradient"] is None:
+        notes = dict.fromkeys(notes, f"at least: {FLOP_PER_PARAMETER} FLOP a parameter and token, at a product's rate")
+    elif job.gradient_seconds is None:
+        notes["gradients"] = "measured with " + ("the layer of an MLP" if job.tokens == 1 else "a transformer block")
     lines = [
         f"{job.samples:,} training samples, {job.targets:,} targets, {job.checkpoints} checkpoints, "
         f"{job.params:,} parameters to k = {job.proj_dim:,}, {job.processes} × {job.device}",
         f"rates: {rates['source']}; projection {rates['projection'] / 1e9:,.0f} GFLOP/s",
         "time",
         *(
-            line(name, "–" if value is None else duration(value), unknown if value is None else "")
+            line(name, "–" if value is None else duration(value), notes.get(name, ""))
             for name, value in seconds.items()
         ),
-        "memory, the model aside",
+        "memory, the model and its activations aside",
         *(line(name, bytes_text(value)) for name, value in plan["memory_bytes"].items()),
         "disk",
         *(line(name, bytes_text(value)) for name, value in plan["disk_bytes"].items()),
