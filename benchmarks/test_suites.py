@@ -87,7 +87,7 @@ def test_packing(benchmark: Any, dtype: str, layout: str) -> None:
 
 @pytest.mark.parametrize("computer", ["FunctionalGradientComputer", "HookGradientComputer"])
 def test_featurize(benchmark: Any, tmp_path: Path, computer: str) -> None:
-    """Gradients, projection, rows on disk and X'X of a batch."""
+    """From a batch to its rows on disk: gradients, projection, weightings, X'X."""
     benchmark.group = "featurize"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
@@ -107,7 +107,20 @@ def test_featurize(benchmark: Any, tmp_path: Path, computer: str) -> None:
     benchmark.pedantic(featurize, rounds=40, warmup_rounds=2)
     rows = traker.store.train(0)
     assert int(rows.done.sum()) == done
-    np.testing.assert_allclose(rows.columns["features"][done - 32 : done], rows.columns["features"][:32], rtol=1e-5)
+    images, labels = (x[:4] for x in batch)
+    features = torch.from_numpy(np.array(rows.columns["features"][done - 32 :][:4]))
+    check(features, margin_gradients(model, images, labels), "rademacher")
+
+
+def margin_gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, D): of the label's logit minus the log of the sum of the others' exponentials, one sample after the other."""
+    rows = []
+    for image, label in zip(images, labels, strict=True):
+        logits = model(image)
+        others = torch.cat([logits[:label], logits[label + 1 :]])
+        gradient = torch.autograd.grad(logits[label] - others.logsumexp(0), list(model.parameters()))
+        rows.append(torch.cat([part.flatten() for part in gradient]))
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize(("samples", "width"), [(8192, K), (512, K)])
@@ -119,10 +132,11 @@ def test_solve(benchmark: Any, samples: int, width: int) -> None:
 
     def solve() -> torch.Tensor:
         gram = solver.gram_matrix(features, torch.device("cpu"))
-        return solver.Solver(features, gram, solver.default_ridge(gram, samples)).solve(targets)
+        return solver.Solver(features, gram, solver.auto_ridge(gram, samples, width)).solve(targets)
 
     result = benchmark(solve).double().numpy()
-    x, ridge = features.astype(np.float64), 5 * float((features.astype(np.float64) ** 2).sum()) / samples
+    x = features.astype(np.float64)
+    ridge = float(np.linalg.norm(x.T @ x)) / samples**0.5 + float((x**2).sum()) / width
     wanted = np.linalg.solve(x.T @ x + ridge * np.eye(width), targets.astype(np.float64).T)
     np.testing.assert_allclose(result, wanted if samples >= width else x @ wanted, atol=1e-4 * np.abs(wanted).max())
 
