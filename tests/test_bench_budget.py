@@ -82,7 +82,7 @@ def test_what_is_quick_is_never_left_out(
     assert len(measured(results, "fast", "checks")) == len(SETTINGS.checks())
     assert all(len(entry["rounds"]) > 1 for entry in measured(results, "fast", "timings"))
     assert "slower" not in burden or results["left"]["slower"]
-    assert results["now"] <= budget * (1 + 1 / 30)
+    assert results["now"] <= budget + max(3, budget / 30)
 
 
 def test_the_slow_ones_get_what_is_left_the_cheapest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,12 +105,12 @@ def test_everything_is_measured_where_time_suffices(tmp_path: Path, monkeypatch:
 
 
 def test_what_took_too_long_gets_a_longer_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """20 s are needed, 0.07 predicted; the turns have 2, 8 and 32 s."""
+    """20 s are needed, 0.07 predicted; the turns have 3, 12 and 48 s."""
     one = dataclasses.replace(SETTINGS, batches=(32,), grad_dims=(1 << 16,), proj_dims=(1024,), check_dims=())
     monkeypatch.setitem(globals(), "SETTINGS", dataclasses.replace(one, proj_types=("normal",)))
     results = simulated(monkeypatch, tmp_path, 60.0, "liar")
     assert results["finished"]
-    assert results["now"] == pytest.approx(2 + 8 + 2 * SECONDS_PER_ENTRY["liar"] * (1 << 26), abs=0.01)  # and a round
+    assert results["now"] == pytest.approx(3 + 12 + 2 * SECONDS_PER_ENTRY["liar"] * (1 << 26), abs=0.01)  # and a round
     assert not simulated(monkeypatch, tmp_path, 15.0, "liar")["finished"]
 
 

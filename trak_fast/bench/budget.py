@@ -20,7 +20,9 @@ MARGIN = 1.3
 """Times as long as predicted that what follows may take before rounds have cost it its place: the largest shapes take
 longer for each entry than those that predictions come from."""
 PATIENCE = 4.0
-"""Times as long as predicted that something may take."""
+"""Times as long as predicted that something may take, but in any case:"""
+LEAST_LIMIT = 3.0
+"""Seconds, as a busy machine may be slow for a moment."""
 
 
 class Task(NamedTuple):
@@ -43,7 +45,7 @@ class Budget:
         """
         self.rounds_seconds = min(ROUNDS_SECONDS, seconds / (3 * max(1, tasks)))
         self.quick_seconds = seconds / max(1, tasks)  # an equal share; what takes longer waits
-        self._least_limit = seconds / 30
+        self._least_limit = max(seconds / 30, LEAST_LIMIT)
         self._rates: dict[str, float] = {}
 
     def learn(self, name: str, seconds_per_entry: float) -> None:

@@ -73,7 +73,7 @@ class Run:
         }
         self.resumed = bool(self.results["timings"] or self.results["checks"])
         self._spent_before = self.results["seconds"]
-        self._start = time.monotonic()
+        self._start = self._deadline = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Measures until all is done or the budget is used up.
@@ -183,6 +183,7 @@ class Run:
         tasks = [Task(kind, case, name) for kind in kinds for case in kinds[kind] for name in self._names()]
         done = {Task(kind, case_of(e), e["candidate"]) for kind in kinds for e in self.results[kind]}
         self._todo = dict.fromkeys(task for task in tasks if task not in done)
+        # two keep a matrix at the same time, and all have gradients
         free = memory.free_bytes(torch.device(self.settings.device)) // 3
         for task in list(self._todo):
             if (reason := self.candidates[task.name].refusal(task.case, free)) is not None:
@@ -214,8 +215,10 @@ class Run:
         worker = self._workers[name]
         if not worker.alive:
             worker.close()
+            start = time.monotonic()
             worker = self._workers[name] = Worker(self.module, self.candidates[name], self.settings)
             worker.ask("open", OPEN_SECONDS)
+            self._deadline += time.monotonic() - start  # imports do not count
         return worker
 
     def _ask(self, op: str, task: Task) -> dict[str, Any] | None:
