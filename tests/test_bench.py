@@ -4,6 +4,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ import pytest
 import torch
 
 from trak_fast import info
-from trak_fast.bench import candidates, page, runner
+from trak_fast.bench import candidates, page, runner, worker
 from trak_fast.bench.candidates import Case
-from trak_fast.bench.settings import Settings
+from trak_fast.bench.settings import Settings, defaults
 from trak_fast.cli import main
 
 SETTINGS = Settings(
@@ -172,6 +174,132 @@ def test_candidates_of_this_machine_project() -> None:
         assert float(ratio) == pytest.approx(1, abs=0.15)  # √(2/512/8) = 2 %
     big = Case(8, 10**9, 4096, "float32", "normal", "cpu")
     assert there["torch, matrix in memory"].refusal(big, 2**34) == ("its matrix takes 15258.8 GiB, 16.0 are to be had")
+
+
+def devices(monkeypatch: pytest.MonkeyPatch, *kernels: str) -> None:
+    """Makes it seem that there is a CUDA device with these kernels."""
+    facts = {**info(), "cuda_devices": [{"name": "imagined", "kernels": list(kernels)}]}
+    monkeypatch.setattr(candidates.projection, "info", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices(monkeypatch, "sm90", "sm80")
+    there = {candidate.name: candidate for candidate in candidates.everything("cuda")}
+    ours = {name: dict(candidate.environment) for name, candidate in there.items() if candidate.ours}
+    assert ours == {f"trak_fast {name}": {"TRAK_FAST_CUDA_KERNEL": name} for name in ("sm90", "sm80")}
+    assert defaults().device == "cuda"
+    case = Case(32, 1 << 20, 4096, "bfloat16", "rademacher", "cuda")
+    free = 2**32  # the matrix has 2^33 bytes, a block of it 2^33 / 41
+    refusals = {name: candidate.refusal(case, free) for name, candidate in there.items()}
+    assert {name for name, reason in refusals.items() if reason is None} == {
+        *ours, "torch, in chunks", "traker BasicProjector", "bergson", "sjlt",
+    }  # fmt: skip
+    assert refusals["dattri"] == refusals["torch, matrix in memory"] == ("its matrix takes 8.0 GiB, 4.0 are to be had")
+    assert refusals["fast_jl"] == "dtype bfloat16: it has float32, float16"
+    half = dataclasses.replace(case, dtype="float16")
+    assert there["fast_jl"].refusal(half, free) is None
+    assert there["fast_jl"].refusal(dataclasses.replace(half, proj_dim=700), free) == (
+        "k = 700: it needs a multiple of 512"
+    )
+    assert there["sjlt"].refusal(half, free) == "dtype float16: it has float32, bfloat16"
+    assert there["traker CudaProjector"].missing() == "fast_jl is not installed: pip install traker fast_jl"
+
+
+def test_a_gpu_without_a_kernel_is_not_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices(monkeypatch)
+    assert defaults().device == "cpu"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CUDA device whose calls are noted and whose clock goes on by 3 ms between two events."""
+    calls: list[str] = []
+
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            Event.clock += 3.0
+            self.at = Event.clock
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name, value in (
+        ("synchronize", None), ("empty_cache", None), ("reset_peak_memory_stats", None), ("memory_allocated", 1000),
+        ("max_memory_allocated", 5000), ("get_device_properties", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name, value=value: calls.append(name) or value)
+    return calls
+
+
+def imagined(project: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> worker.Session:
+    """A session on the device above, with tensors that are on the processor."""
+    made = worker.gradients
+    monkeypatch.setattr(worker, "gradients", lambda case: made(dataclasses.replace(case, device="cpu")))
+    session = worker.Session(candidates.Candidate("it", "torch", lambda case: project), "cuda")
+    session._flush = torch.zeros(8)
+    return session
+
+
+CUDA_CASE = {"batch": 4, "grad_dim": 8, "proj_dim": 8, "dtype": "float32", "proj_type": "normal", "device": "cuda"}
+
+
+def test_a_gpu_is_timed_by_events_and_its_memory_counted(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    session = imagined(lambda grads: gpu.append("project") or grads[:, :8], monkeypatch)
+    first = session.prepare(**CUDA_CASE)
+    assert first["memory_bytes"] == 5000 - 1000 - 4 * 4 * 8
+    assert gpu[-4:] == ["synchronize", "project", "synchronize", "max_memory_allocated"]
+    gpu.clear()
+    assert session.time(10.0, 2) == {"seconds": [pytest.approx(0.003)] * 2}
+    assert gpu == ["record", "project", "record", "wait"] * 2
+    gpu.clear()
+    session.release()
+    assert gpu == ["synchronize", "empty_cache"]
+
+
+def test_memory_is_given_back_after_a_failure(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the answer, and once nothing of what failed is left."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def fails(grads: torch.Tensor) -> torch.Tensor:
+        large = torch.zeros(10)
+        alive.append(weakref.ref(large))
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpu.append(f"kept: {alive[-1]() is not None}"))
+    answers: list[dict[str, Any]] = []
+    request = json.dumps({"op": "prepare", **CUDA_CASE})
+    monkeypatch.setattr(worker, "PeakMemory", lambda device: None)
+    alive.append(lambda: None)  # type: ignore[arg-type]
+    worker.serve(imagined(fails, monkeypatch), [request], lambda content: answers.append({**content, "then": gpu[-1]}))
+    assert answers == [{"error": "MemoryError: too large", "then": "kept: False"}]
+
+
+def test_a_broken_gpu_ends_the_process(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next request gets a new one."""
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def breaks(grads: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(torch.cuda, "synchronize", broken)
+        raise RuntimeError("misaligned")
+
+    answers: list[dict[str, Any]] = []
+    request = json.dumps({"op": "prepare", **CUDA_CASE})
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        worker.serve(imagined(breaks, monkeypatch), [request, request], answers.append)
+    assert answers == [{"error": "RuntimeError: misaligned"}]
 
 
 @pytest.mark.parametrize(

@@ -201,12 +201,23 @@ def _dattri(case: Case) -> Project:
     return project
 
 
+def _block_bytes(case: Case) -> int:
+    """Of the 100 columns of the matrix that the BasicProjector of traker and of dattri keep."""
+    return matrix_bytes(case) * min(100, case.proj_dim) // case.proj_dim
+
+
+def _dattri_bytes(case: Case) -> int:
+    """On a GPU it keeps the whole matrix, which its first call makes."""
+    return matrix_bytes(case) if case.device == "cuda" else _block_bytes(case)
+
+
 def _bergson(case: Case) -> Project:
     project_global = importlib.import_module("bergson.collector.collector").project_global
     return lambda grads: project_global("bench", grads, case.proj_dim, case.proj_type)  # type: ignore[no-any-return]
 
 
 def _sjlt(case: Case) -> Project:
+    torch.manual_seed(0)  # it has no seed of its own
     project: Project = importlib.import_module("sjlt").SJLTProjection(case.grad_dim, case.proj_dim, c=1)
     return project
 
@@ -242,15 +253,18 @@ def everything(device: str) -> list[Candidate]:
     others = [
         Candidate("torch, matrix in memory", "torch", _stored, stored_bytes=matrix_bytes),
         Candidate("torch, in chunks", "torch", _chunks),
-        Candidate("traker BasicProjector", "trak", functools.partial(_traker, name="BasicProjector"), "traker"),
         Candidate(
-            "traker CudaProjector", "trak", functools.partial(_traker, name="CudaProjector"), "traker fast_jl",
+            "traker BasicProjector", "trak", functools.partial(_traker, name="BasicProjector"), "traker",
+            stored_bytes=_block_bytes,
+        ),
+        Candidate(
+            "traker CudaProjector", "fast_jl", functools.partial(_traker, name="CudaProjector"), "traker fast_jl",
             devices=("cuda",), dtypes=("float32", "float16"), proj_dim_step=512,
         ),
         Candidate(
             "fast_jl", "fast_jl", _fast_jl, devices=("cuda",), dtypes=("float32", "float16"), proj_dim_step=512
         ),
-        Candidate("dattri", "dattri", _dattri, divisor=_sqrt),
+        Candidate("dattri", "dattri", _dattri, divisor=_sqrt, stored_bytes=_dattri_bytes),
         Candidate("bergson", "bergson", _bergson, divisor=_sqrt),
         Candidate(
             "sjlt", "sjlt", _sjlt, devices=("cuda",), kinds=("rademacher",), dtypes=("float32", "bfloat16"), dense=False

@@ -99,10 +99,10 @@ def defaults(device: str | None = None) -> Settings:
     """What a run without arguments measures: in four and a half minutes on two cores.
 
     Args:
-        device: By default a CUDA device where there is one that trak_fast was built for.
+        device: By default a CUDA device where there is one that trak_fast has kernels for.
     """
     if device is None:
-        device = "cuda" if projection.info()["cuda_devices"] else "cpu"
+        device = "cuda" if any(found["kernels"] for found in projection.info()["cuda_devices"]) else "cpu"
     gpu = device == "cuda"
     return Settings(
         device=device,

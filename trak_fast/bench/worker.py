@@ -52,7 +52,8 @@ class Session:
         Returns:
             The library's version, and the seconds of the second time for each entry of the matrix.
         """
-        case = Case(8, 5000, 512, self.candidate.dtypes[0], self.candidate.kinds[0], self.device)
+        size = 500_000 if self.device == "cuda" else 5000  # launches alone would predict nothing
+        case = Case(8, size, 512, self.candidate.dtypes[0], self.candidate.kinds[0], self.device)
         grads = gradients(case)
         self.candidate.make(case)(grads)
         self._wait()
@@ -105,18 +106,32 @@ class Session:
 
     def ceilings(self) -> dict[str, Any]:
         """What this machine does at best; see `ceilings`."""
-        return ceilings(self.device, self._once)
+        try:
+            return ceilings(self.device, self._once)
+        finally:
+            self.release()
 
     def release(self) -> dict[str, Any]:
-        """Frees all that `prepare` made."""
+        """Frees all that `prepare` made, for the other processes too.
+
+        Raises:
+            RuntimeError: The CUDA device does not answer this process any more; only a new one can go on.
+        """
         self.project = self.grads = None
         gc.collect()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
         return {}
 
     def flush(self) -> None:
-        """Empties the caches of what the last call left there."""
+        """Empties the caches of what the last call left there.
+
+        On a GPU it goes on while the next call is launched, so that the host's part of a call is not measured.
+        """
         if self._flush is None:
-            self._flush = torch.zeros(2 * cache_bytes(self.device), dtype=torch.uint8, device=self.device)
+            size = max(2 * cache_bytes(self.device), (1 << 28) if self.device == "cuda" else 0)  # at 3 TB/s 0.2 ms
+            self._flush = torch.zeros(size, dtype=torch.uint8, device=self.device)
         self._flush.add_(1)
 
     def _once(self, call: Callable[[], object]) -> float:
@@ -325,10 +340,14 @@ def serve(session: Session, requests: Any, answer: Callable[[dict[str, Any]], No
     for line in requests:
         request = json.loads(line)
         try:
-            answer({"result": getattr(session, request.pop("op"))(**request)})
+            content = {"result": getattr(session, request.pop("op"))(**request)}
         except Exception as error:  # of a library that we know nothing of
-            session.release()
-            answer({"error": f"{type(error).__name__}: {error}".strip()})
+            content = {"error": f"{type(error).__name__}: {error}".strip()}
+        try:
+            if "error" in content:
+                session.release()  # here, as an exception holds on to what its functions made
+        finally:
+            answer(content)
 
 
 def main() -> None:
