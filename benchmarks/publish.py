@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trak_fast.bench import page, runner
+from trak_fast.bench import page, runner, tables
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     results = runner.load(arguments.results)
     arguments.results.with_suffix(".html").write_text(page.page(results), encoding="utf-8")
     if arguments.readme:
-        arguments.readme.write_text(page.replace_table(arguments.readme.read_text(), results))
+        arguments.readme.write_text(tables.replace_table(arguments.readme.read_text(), results))
 
 
 if __name__ == "__main__":

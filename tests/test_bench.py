@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trak_fast import info
-from trak_fast.bench import candidates, page, runner, worker
+from trak_fast.bench import candidates, runner, tables, worker
 from trak_fast.bench.candidates import Case
 from trak_fast.bench.settings import Settings, defaults
 from trak_fast.cli import main
@@ -63,7 +63,7 @@ def test_failures_do_not_stop_the_rest(tmp_path: Path) -> None:
         }
     assert results["left"] == {"hanging": 2}
     assert not results["finished"]
-    text = page.terminal(results)
+    text = tables.terminal(results)
     assert "failing, B = 4, D = 64, k = 16, float32, rademacher: RuntimeError: out of luck" in text
     assert "no time for some cases of hanging (2)" in text
 
@@ -126,7 +126,7 @@ def test_no_time_measures_nothing_and_says_so(tmp_path: Path) -> None:
     results = run(tmp_path, budget=1e-9)
     assert results["timings"] == results["checks"] == []
     assert results["left"] == {"good": 3, "other": 3}
-    assert "no time for some cases of good (3), other (3)" in page.terminal(results)
+    assert "no time for some cases of good (3), other (3)" in tables.terminal(results)
 
 
 def test_checks_find_what_is_wrong(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
 IMPORT_THE_BENCH = """
 import sys, torch
 torch.cuda._lazy_init = None  # calling it now fails
-from trak_fast.bench import candidates, figures, page, plan, rates, runner, worker
+from trak_fast.bench import candidates, page, plan, rates, runner, worker
 print(sorted({name.split(".")[0] for name in sys.modules} & {"trak", "dattri", "bergson", "matplotlib", "sjlt"}))
 """
 

@@ -33,7 +33,8 @@ class Simulated:
 
     def ask(self, op: str, limit: float, **arguments: Any) -> dict[str, Any]:
         if op == "open":
-            return {"version": "1", "seconds_per_entry": 1e-9 if self.name == "liar" else SECONDS_PER_ENTRY[self.name]}
+            rate = 1e-9 if self.name == "liar" else SECONDS_PER_ENTRY[self.name]
+            return {"version": "1", "entries": 10**6, "seconds": rate * 10**6}
         if op == "ceilings":
             return {"copy_bytes_per_second": 1e10, "flop_per_second": dict.fromkeys(("float32", "float64"), 1e11)}
         if op == "release":
@@ -86,7 +87,8 @@ def test_what_is_quick_is_never_left_out(
 
 
 def test_the_slow_ones_get_what_is_left_the_cheapest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = simulated(monkeypatch, tmp_path, 60.0, "slower", "slow", "usual", "fast")
+    names = ["slower", "slow", "usual", "fast"]
+    results = simulated(monkeypatch, tmp_path, 60.0, *names)
     done = {Case(**entry["case"]) for entry in measured(results, "slower", "timings")}
     left = set(SETTINGS.cases()) - done
     assert done
@@ -94,6 +96,8 @@ def test_the_slow_ones_get_what_is_left_the_cheapest_first(tmp_path: Path, monke
     assert max(case.matrix_entries for case in done) <= min(case.matrix_entries for case in left)
     assert set(results["left"]) <= {"slow", "slower"}
     assert results["now"] > 40
+    order = [(Case(**entry["case"]), entry["candidate"]) for entry in results["timings"]]
+    assert order == sorted(order, key=lambda pair: (SETTINGS.cases().index(pair[0]), names.index(pair[1])))
 
 
 def test_everything_is_measured_where_time_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,10 +118,24 @@ def test_what_took_too_long_gets_a_longer_turn(tmp_path: Path, monkeypatch: pyte
     assert not simulated(monkeypatch, tmp_path, 15.0, "liar")["finished"]
 
 
+def test_small_shapes_do_not_raise_predictions() -> None:
+    budget, task = Budget(300.0, 10), Task("timings", Case(1, 10**6, 10**3, "float32", "normal", "cpu"), "a")
+    for entries, seconds, predicted in (
+        (10**6, 0.1, 100.0),
+        (10**8, 5.0, 50.0),
+        (10**7, 1.0, 50.0),
+        (10**7, 0.4, 40.0),
+    ):
+        budget.learn("a", entries, seconds)
+        assert budget.cost(task) == pytest.approx(predicted)
+    budget.overran(task._replace(case=Case(1, 10, 10, "float32", "normal", "cpu")), 10.0)
+    assert budget.cost(task) == pytest.approx(10.0 * 10**7)
+
+
 def test_limits_end_with_the_budget() -> None:
     budget, task = Budget(300.0, 10), Task("timings", Case(1, 10**6, 10**3, "float32", "normal", "cpu"), "a")
     assert budget.limit(task, 300.0) == 10
-    budget.learn("a", 20.0 / 10**9)
+    budget.learn("a", 10**9, 20.0)
     assert budget.limit(task, 300.0) == 80
     assert budget.limit(task, 30.0) == 40
     budget.overran(task, 80.0)

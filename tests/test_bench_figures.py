@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from trak_fast.bench import figures, page, worker
+from trak_fast.bench import figures, page, quality, tables, worker
 from trak_fast.bench.candidates import Case
 
 CASE = Case(32, 1000, 100, "float32", "rademacher", "cpu")
@@ -86,7 +86,7 @@ def test_changes_beyond_noise() -> None:
         "faster": "faster", "slower": "slower", "noisy": "same", "hardly": "same", "once": "one sample",
     }  # fmt: skip
     assert rows["faster"]["ratio"] == pytest.approx(2)
-    text = page.compared(list(rows.values()))
+    text = tables.compared(list(rows.values()))
     assert re.search(r"slower +B = 32, D = 1,000, .* 1 s +1.5 s +× 0.67 +slower", text)
     assert re.search(r"faster .* 1 s +500 ms +× 2.00 +faster", text)
     assert text.endswith("2 of 5 timings are the same within noise, 1 have too few samples to tell")
@@ -100,17 +100,17 @@ def test_a_slow_stretch_is_no_change() -> None:
 
 
 def test_units() -> None:
-    assert [page.seconds_text(value) for value in (12.34, 0.01234, 1.234e-5, 1.2e-9)] == [
+    assert [tables.seconds_text(value) for value in (12.34, 0.01234, 1.234e-5, 1.2e-9)] == [
         "12.3 s", "12.3 ms", "12.3 µs", "1.2 ns",
     ]  # fmt: skip
-    assert [page.bytes_text(value) for value in (None, 5, 1536, 3 << 20, 5 << 30)] == [
+    assert [tables.bytes_text(value) for value in (None, 5, 1536, 3 << 20, 5 << 30)] == [
         "?", "5 B", "1.5 KiB", "3.0 MiB", "5.0 GiB",
     ]  # fmt: skip
-    assert page.rate_text(2.5e12, "FLOP/s") == "2.5 TFLOP/s"
+    assert tables.rate_text(2.5e12, "FLOP/s") == "2.5 TFLOP/s"
 
 
 def test_table_of_the_terminal() -> None:
-    text = page.terminal(results(timing("slow one", [[0.2]]), timing("trak_fast amx", [[0.1, 0.1], [0.1]])))
+    text = tables.terminal(results(timing("slow one", [[0.2]]), timing("trak_fast amx", [[0.1, 0.1], [0.1]])))
     lines = text.splitlines()
     assert "copy 1 GB/s; product: float32 100 GFLOP/s, bfloat16 10 TFLOP/s" in lines[1]
     ours, other = (next(i for i, line in enumerate(lines) if line.startswith(name)) for name in ("trak_fast", "slow"))
@@ -139,7 +139,7 @@ def test_page() -> None:
 
 def test_table_for_a_readme() -> None:
     measured = results(timing("trak_fast amx", [[0.1]]), timing("slow", [[2.0]]))
-    text = page.replace_table("# A\n<!-- bench -->\nold\n<!-- /bench -->\nend\n", measured)
+    text = tables.replace_table("# A\n<!-- bench -->\nold\n<!-- /bench -->\nend\n", measured)
     assert text == (
         "# A\n<!-- bench -->\n"
         "| B = 32, D = 1,000, k = 100, float32, rademacher | median | times as long as ours | extra memory |\n"
@@ -147,13 +147,13 @@ def test_table_for_a_readme() -> None:
         "<!-- /bench -->\nend\n"
     )
     with pytest.raises(ValueError, match="<!-- bench -->"):
-        page.replace_table("# A\n", measured)
+        tables.replace_table("# A\n", measured)
 
 
 def test_distortion_by_hand() -> None:
     grads = torch.tensor([[3.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     projected = torch.tensor([[3.0 * 1.1**0.5, 0.0], [0.4, (0.9 * 4 - 0.16) ** 0.5]], dtype=torch.float64)
-    found = worker.distortion(grads, projected)
+    found = quality.distortion(grads, projected)
     assert found["norm_distortion"] == pytest.approx(0.1)
     assert found["effective_dim"] == pytest.approx(200)
     assert found["inner_distortion"] == pytest.approx(3 * 1.1**0.5 * 0.4 / 6)
@@ -163,7 +163,7 @@ def test_columns_by_hand() -> None:
     half = 2**-0.5
     columns = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [half, half]], dtype=torch.float64)
     for block in (1, 2, 1024):
-        found = worker.columns(columns, block)
+        found = quality.columns(columns, block)
         assert found["equal_columns"] == 1
         assert found["column_dim"] == pytest.approx(3 / (1 + 0.5 + 0.5), rel=1e-6)
 

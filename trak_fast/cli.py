@@ -110,7 +110,7 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from .bench import figures, page, runner
+    from .bench import figures, page, runner, tables
     from .bench.settings import defaults
 
     if arguments.compare:
@@ -118,7 +118,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             before, after = map(runner.load, arguments.compare)
         except ValueError as error:
             return _failed(str(error))
-        print(page.compared(figures.compare(before, after)))
+        print(tables.compared(figures.compare(before, after)))
         return 0
     try:
         settings = defaults(arguments.device)
@@ -135,7 +135,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if run.resumed:
         print("going on with the unfinished run that is there")
     results = run.run()
-    print(page.terminal(results), end="\n\n")
+    print(tables.terminal(results), end="\n\n")
     print(f"results  {run.path.resolve()}")
     try:
         html = page.page(results)

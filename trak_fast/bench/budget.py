@@ -46,15 +46,20 @@ class Budget:
         self.rounds_seconds = min(ROUNDS_SECONDS, seconds / (3 * max(1, tasks)))
         self.quick_seconds = seconds / max(1, tasks)  # an equal share; what takes longer waits
         self._least_limit = max(seconds / 30, LEAST_LIMIT)
-        self._rates: dict[str, float] = {}
+        self._rates: dict[str, tuple[int, float]] = {}  # entries of the largest matrix so far, seconds for each
 
-    def learn(self, name: str, seconds_per_entry: float) -> None:
-        """Takes note of what a candidate took, for each entry of its matrix, to be made and to project once."""
-        self._rates[name] = seconds_per_entry
+    def learn(self, name: str, entries: int, seconds: float) -> None:
+        """Takes note of what a candidate with a matrix of that many entries took to be made and to project once."""
+        largest, rate = self._rates.get(name, (0, 0.0))
+        if entries >= largest:
+            self._rates[name] = entries, seconds / entries
+        else:  # what else it takes weighs more there
+            self._rates[name] = largest, min(rate, seconds / entries)
 
     def cost(self, task: Task) -> float:
         """Seconds that a task takes, rounds aside."""
-        once = self._rates.get(task.name, 0.0) * task.case.matrix_entries
+        _, rate = self._rates.get(task.name, (0, 0.0))
+        once = rate * task.case.matrix_entries
         return once if task.kind == "timings" else CHECK_SECONDS + CHECK_CALLS * once
 
     def limit(self, task: Task, left: float) -> float:
@@ -64,7 +69,8 @@ class Budget:
     def overran(self, task: Task, limit: float) -> None:
         """Takes note of what took longer than its limit."""
         calls, other = (1, 0.0) if task.kind == "timings" else (CHECK_CALLS, CHECK_SECONDS)
-        self.learn(task.name, max(limit - other, 0.0) / calls / task.case.matrix_entries)
+        entries = task.case.matrix_entries
+        self._rates[task.name] = entries, max(limit - other, 0.0) / calls / entries
 
     def affordable(self, tasks: Collection[Task], left: float) -> set[Task]:
         """Those tasks, the cheapest first, that take no more than the seconds left."""

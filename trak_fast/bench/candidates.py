@@ -144,6 +144,13 @@ def matrix_bytes(case: Case, itemsize: int = 0) -> int:
     return case.matrix_entries * (itemsize or case.torch_dtype.itemsize)
 
 
+def gradients(case: Case, batch: int = 0) -> Tensor:
+    """Standard normal numbers (B, D), the same ones in every process."""
+    generator = torch.Generator(case.device).manual_seed(1)
+    shape = (batch or case.batch, case.grad_dim)
+    return torch.randn(shape, generator=generator, device=case.device).to(case.torch_dtype)
+
+
 def draw(case: Case, columns: int, generator: torch.Generator) -> Tensor:
     """Random entries (columns, k) in the gradients' dtype."""
     entries = torch.empty(columns, case.proj_dim, dtype=case.torch_dtype, device=case.device)

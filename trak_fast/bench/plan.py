@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 
 from .. import scores, solver
 from .candidates import Case, dtype_of
-from .page import bytes_text, seconds_text
+from .tables import bytes_text, seconds_text
 
 SYNCS = 3
 """Waits for the disk for each batch: features, weights, flags."""

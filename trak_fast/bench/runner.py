@@ -137,6 +137,10 @@ class Run:
 
     def _save(self) -> None:
         self.results["seconds"] = round(self._spent_before + time.monotonic() - self._start, 1)
+        cases = {case: i for i, case in enumerate([*self.settings.cases(), *self.settings.checks()])}
+        names = {name: i for i, name in enumerate(self.candidates)}
+        for kind in ("timings", "checks"):  # in the order of the grid, whatever had to wait
+            self.results[kind].sort(key=lambda entry: (cases[case_of(entry)], names.get(entry["candidate"], 0)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(self.results, indent=1) + "\n")
@@ -190,7 +194,8 @@ class Run:
                 self._enter(task, status="skipped", error=reason)
         self._spending = Budget(self.budget, len(self._todo))
         for name in self._names():
-            self._spending.learn(name, self.results["candidates"][name]["seconds_per_entry"])
+            facts = self.results["candidates"][name]
+            self._spending.learn(name, facts["entries"], facts["seconds"])
         for entry in measured(self.results):
             self._learn(entry)
         return len(tasks)
@@ -199,7 +204,7 @@ class Run:
         """Takes note of what a first call took, where the matrix is most of it."""
         if (case := case_of(entry)).batch <= 32:
             seconds = entry["make_seconds"] + entry["first_seconds"]
-            self._spending.learn(entry["candidate"], seconds / case.matrix_entries)
+            self._spending.learn(entry["candidate"], case.matrix_entries, seconds)
 
     def _measure_ceilings(self) -> None:
         """Measures what the machine does at best, at the start and at the end: the better counts for everything."""
