@@ -27,8 +27,8 @@ BLOCK_BYTES = 64 << 20
 
 DISAGREEMENT_ROWS = 1024
 
-TYPICAL_DISAGREEMENT = 0.2
-"""ρ of networks trained from different random weights: the least that was seen."""
+LEAST_DISAGREEMENT = 0.2
+"""ρ that networks are taken to have at least."""
 
 Features = NDArray[np.floating[Any]]
 
@@ -189,9 +189,9 @@ def auto_ridge(gram: Tensor, num_rows: int, proj_dim: int, num_checkpoints: int 
     deviation s has eigenvalues up to 2s√n (Wigner); what is peculiar to a network is the share ρ of the kernel, so that
     s = ρ ‖XX'‖_F/n. A projection to k rows turns directions that samples do not share into eigenvalues about their
     squared norms times n/k (Marchenko and Pastur), that is tr(XX')/k. Noise that is independent between C checkpoints
-    falls with √C. ρ is measured between the checkpoints; what it falls short of 0.2, the least that networks trained
-    from different random weights showed on digits (docs/choosing.md), they are taken to have in common, as all of it
-    where there is one checkpoint.
+    falls with √C. ρ is measured between the checkpoints. What it falls short of 0.2, they are taken to have in common:
+    one checkpoint shows nothing of ρ, and moments of one training less than there is. (Networks trained from different
+    random weights showed 0.1 to 0.6, docs/choosing.md. The 0.2 is the one number here that is not from theory.)
 
     λ has the unit of X'X, so scores do not depend on the scale of gradients and projection.
 
@@ -202,7 +202,7 @@ def auto_ridge(gram: Tensor, num_rows: int, proj_dim: int, num_checkpoints: int 
         num_checkpoints: Checkpoints that scores are averaged over, C.
         rho: Their `disagreement`, ρ.
     """
-    shared = max(0.0, TYPICAL_DISAGREEMENT**2 - rho**2)
+    shared = max(0.0, LEAST_DISAGREEMENT**2 - rho**2)
     network = 2 * (shared + rho**2 / num_checkpoints) ** 0.5 * torch.linalg.matrix_norm(gram).item() / num_rows**0.5
     return float(network + gram.trace().item() / (proj_dim * num_checkpoints**0.5))
 
