@@ -79,7 +79,7 @@ struct Thread : Fiber {
 };
 
 struct Barrier {
-  int threads = 0, arrived = 0;
+  size_t arrived = 0;
   Queue waiting;
 };
 
@@ -134,7 +134,7 @@ struct Block {
   int running;
   char* shared = nullptr;
   size_t shared_bytes;
-  Barrier barriers[16];
+  Barrier barrier;
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
   std::map<uint64_t*, Mbarrier> mbarriers;

@@ -34,7 +34,7 @@ uint32_t shared_address(const void* p);
 // Fails unless [p, p + bytes) lies in shared memory and p is aligned.
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what);
 
-void barrier(int id, int threads);  // threads < 0: all of the block
+void meet_block();
 
 void mbarrier_init(uint64_t* barrier, int arrivals);
 void mbarrier_fence();

@@ -30,8 +30,7 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 
 // Barriers -----------------------------------------------------------------------------------------------------------
 
-inline void block_barrier() { emulator::barrier(0, -1); }
-inline void named_barrier(int id, int threads) { emulator::barrier(id, threads); }
+inline void block_barrier() { emulator::meet_block(); }
 inline void mbarrier_init(uint64_t* barrier, int arrivals) { emulator::mbarrier_init(barrier, arrivals); }
 inline void fence_mbarrier_init() { emulator::mbarrier_fence(); }
 inline void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }

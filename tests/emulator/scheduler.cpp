@@ -231,28 +231,15 @@ void check_shared(const void* p, size_t bytes, size_t alignment, const char* wha
   if (shared_address(p) % alignment != 0) fail(std::string(what) + " at a misaligned address");
 }
 
-void barrier(int id, int threads) {
+void meet_block() {
   pause();
-  if (threads < 0) {
-    threads = static_cast<int>(block->threads.size());
-  } else if (id < 1 || id > 15 || threads <= 0 || threads % 32 != 0) {
-    fail("bar.sync " + std::to_string(id) + " of " + std::to_string(threads) + " threads");
-  }
-  Barrier& here = block->barriers[id];
-  if (here.arrived > 0 && here.threads != threads) {
-    fail("bar.sync " + std::to_string(id) + " of " + std::to_string(threads) + " threads where others wait for " +
-         std::to_string(here.threads));
-  }
-  here.threads = threads;
-  if (++here.arrived == threads) {
-    here.arrived = 0;
-    wake(here.waiting);
-    make_ready(current);
-    current->at = "bar.sync";
-    give_way();
-  } else {
-    wait_in(here.waiting, "bar.sync", id);
-  }
+  Barrier& here = block->barrier;
+  if (++here.arrived < block->threads.size()) return wait_in(here.waiting, "bar.sync");
+  here.arrived = 0;
+  wake(here.waiting);
+  make_ready(current);
+  current->at = "bar.sync";
+  give_way();
 }
 
 void meet_warp(const char* what, void* operands, void (*perform)(void* const*)) {

@@ -337,7 +337,7 @@ void copy_kernel(const uint32_t* from, uint32_t* to) {
     if (fault != Copy::no_wait) ptx::cp_async_wait<0>();
     if (fault != Copy::no_barrier) ptx::block_barrier();
     for (unsigned i = 0; i < 4; ++i) to[4 * me + i] = shared[4 * next + i];
-    if (fault != Copy::no_second_barrier) ptx::named_barrier(3, 96);
+    if (fault != Copy::no_second_barrier) ptx::block_barrier();
   }
 }
 
@@ -375,11 +375,6 @@ void test_reports() {
   expect_kernel_report(64, "deadlock: 0-31 has ended; 32-63 waits at bar.sync", [] {
     if (threadIdx.x >= 32) ptx::block_barrier();
   });
-  expect_kernel_report(64, "threads where others wait for", [] {
-    if (threadIdx.x % 32 < 16) ptx::named_barrier(1, 32);
-    ptx::named_barrier(1, 64);
-  });
-  expect_kernel_report(64, "bar.sync 16 of 64", [] { ptx::named_barrier(16, 64); });
   expect_kernel_report(32, "where its warp is at", [] {
     uint32_t d[4];
     if (threadIdx.x < 16) ptx::ldmatrix_x4(d, ptx::dynamic_shared());
