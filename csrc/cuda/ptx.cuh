@@ -280,6 +280,15 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[n / 2], const uint32_t (
 #undef TRAK_FAST_WGMMA
 #endif
 
+}  // namespace ptx
+}  // namespace trak_fast
+#endif
+
+// The same on both sides ---------------------------------------------------------------------------------------------
+
+namespace trak_fast {
+namespace ptx {
+
 // Rows of 128 bytes, swizzled in groups of eight as the copy engine's 128-byte mode does, the groups back to back.
 // `shared` points to the first of the 16 elements within row 0; row 0 is aligned to 1024 bytes.
 __device__ __forceinline__ uint64_t swizzled_descriptor(const void* shared) {
@@ -289,4 +298,3 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(const void* shared) {
 
 }  // namespace ptx
 }  // namespace trak_fast
-#endif

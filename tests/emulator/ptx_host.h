@@ -138,10 +138,6 @@ void wgmma_m64k16(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int acc
   static_assert(n % 8 == 0 && n >= 8 && n <= 256, "no such wgmma");
   emulator::wgmma(n, bf16, d, a, b, accumulate);
 }
-inline uint64_t swizzled_descriptor(const void* shared) {
-  const uint64_t start = (shared_address(shared) & 0x3FFFF) >> 4, group_stride = 1024 >> 4, swizzle_128 = 1;
-  return start | uint64_t{1} << 16 | group_stride << 32 | swizzle_128 << 62;
-}
 
 }  // namespace ptx
 }  // namespace trak_fast
