@@ -76,6 +76,14 @@ void project_adjoint(const AdjointTuple& arguments, const std::string& instructi
   if (!finished) throw py::error_already_set();
 }
 
+// Python's function from bytes to an address, for a caller that has released the GIL.
+Allocate allocate_by(const py::function& function) {
+  return [&function](int64_t bytes) {
+    const py::gil_scoped_acquire gil;
+    return reinterpret_cast<void*>(function(bytes).cast<uintptr_t>());
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TRAK_FAST_MODULE, m) {
@@ -90,25 +98,20 @@ PYBIND11_MODULE(TRAK_FAST_MODULE, m) {
                    reinterpret_cast<const uint64_t*>(columns), column_count, reinterpret_cast<float*>(out));
   });
   m.def("normal_half_table", [] { return reinterpret_cast<uintptr_t>(normal_half_table()); });
-  m.def("cuda_scratch_bytes", [](const ProjectionTuple& arguments, int device, const std::string& kernel) {
-    return cuda_scratch_bytes(projection_from(arguments), device, kernel);
-  });
-  m.def("project_cuda", [](const ProjectionTuple& arguments, bool add, uintptr_t half_table, uintptr_t scratch,
-                           int device, uintptr_t cuda_stream, const std::string& kernel) {
+  m.def("project_cuda", [](const ProjectionTuple& arguments, bool add, uintptr_t half_table,
+                           const py::function& scratch, int device, uintptr_t cuda_stream, const std::string& kernel) {
     const Projection p = projection_from(arguments);
     const py::gil_scoped_release no_gil;
-    project_cuda(p, add, reinterpret_cast<const void*>(half_table), reinterpret_cast<void*>(scratch), device,
+    project_cuda(p, add, reinterpret_cast<const void*>(half_table), allocate_by(scratch), device,
                  reinterpret_cast<void*>(cuda_stream), kernel);
   });
-  m.def("adjoint_cuda_scratch_bytes",
-        [](const AdjointTuple& arguments) { return adjoint_cuda_scratch_bytes(adjoint_from(arguments)); });
-  m.def("project_adjoint_cuda",
-        [](const AdjointTuple& arguments, uintptr_t half_table, uintptr_t scratch, int device, uintptr_t cuda_stream) {
-          const Adjoint a = adjoint_from(arguments);
-          const py::gil_scoped_release no_gil;
-          project_adjoint_cuda(a, reinterpret_cast<const void*>(half_table), reinterpret_cast<void*>(scratch), device,
-                               reinterpret_cast<void*>(cuda_stream));
-        });
+  m.def("project_adjoint_cuda", [](const AdjointTuple& arguments, uintptr_t half_table, const py::function& scratch,
+                                   int device, uintptr_t cuda_stream) {
+    const Adjoint a = adjoint_from(arguments);
+    const py::gil_scoped_release no_gil;
+    project_adjoint_cuda(a, reinterpret_cast<const void*>(half_table), allocate_by(scratch), device,
+                         reinterpret_cast<void*>(cuda_stream));
+  });
   m.def("instruction_sets", &instruction_sets);
   m.def("built_instruction_sets", &built_instruction_sets);
   m.def("cuda_architectures", &cuda_architectures);

@@ -2,6 +2,7 @@
 // offer. Pointers and sizes in, no framework: the caller has checked everything and owns all tensors.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -73,17 +74,19 @@ int cuda_version();
 int cuda_device_count();
 std::vector<std::string> cuda_kernels(int device);
 
+// Gives the address, aligned to 256, of so many bytes on the device. They stay the caller's, who keeps them at least
+// until the call that asked for them returns. What it throws goes through.
+using Allocate = std::function<void*(int64_t bytes)>;
+
 // The projection of tensors on a CUDA device, in the order of its stream: it only launches kernels. add: to what out
-// holds, which need not be set otherwise. half_table: the
-// normal table's upper half on the device, as bf16 and then as fp16, each kNormalHalf values (unused for rademacher).
-// scratch: cuda_scratch_bytes(...) bytes on the device, aligned to 256. kernel: one of cuda_kernels(device), or empty
-// for the best. Throws std::runtime_error for errors of CUDA.
-int64_t cuda_scratch_bytes(const Projection& projection, int device, const std::string& kernel);
-void project_cuda(const Projection& projection, bool add, const void* half_table, void* scratch, int device,
+// holds, which need not be set otherwise. half_table: the normal table's upper half on the device, as bf16 and then as
+// fp16, each kNormalHalf values (unused for rademacher). scratch: asked once, before the first launch. kernel: one of
+// cuda_kernels(device), or empty for the best. Throws std::runtime_error for errors of CUDA.
+void project_cuda(const Projection& projection, bool add, const void* half_table, const Allocate& scratch, int device,
                   void* stream, const std::string& kernel);
 
-// The adjoint, likewise, with adjoint_cuda_scratch_bytes(...) bytes of scratch.
-int64_t adjoint_cuda_scratch_bytes(const Adjoint& adjoint);
-void project_adjoint_cuda(const Adjoint& adjoint, const void* half_table, void* scratch, int device, void* stream);
+// The adjoint, likewise.
+void project_adjoint_cuda(const Adjoint& adjoint, const void* half_table, const Allocate& scratch, int device,
+                          void* stream);
 
 }  // namespace trak_fast

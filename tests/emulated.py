@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,19 +95,39 @@ class Device:
         self.run(projection, add=True)
 
     def run(self, projection: tuple[Any, ...], add: bool) -> None:
-        with scratch(self._module.cuda_scratch_bytes(projection, 0, self.kernel)) as place:
-            self._module.project_cuda(projection, add, self._table.data_ptr(), place, 0, 0, self.kernel)
+        with scratch() as allocate:
+            self._module.project_cuda(projection, add, self._table.data_ptr(), allocate, 0, 0, self.kernel)
 
     def project_adjoint(self, adjoint: tuple[Any, ...], instruction_set: str = "", threads: int = 1) -> None:
-        with scratch(self._module.adjoint_cuda_scratch_bytes(adjoint)) as place:
-            self._module.project_adjoint_cuda(adjoint, self._table.data_ptr(), place, 0, 0)
+        with scratch() as allocate:
+            self._module.project_adjoint_cuda(adjoint, self._table.data_ptr(), allocate, 0, 0)
+
+    def scratch_bytes(self, projection: tuple[Any, ...]) -> int:
+        """What a projection asks for, which then ends with the error of who refuses."""
+        asked: list[int] = []
+
+        def refuse(size: int) -> int:
+            asked.append(size)
+            raise MemoryError("refused")
+
+        with pytest.raises(MemoryError, match="refused"):
+            self._module.project_cuda(projection, False, self._table.data_ptr(), refuse, 0, 0, self.kernel)
+        (size,) = asked
+        return size
 
 
 @contextlib.contextmanager
-def scratch(size: int) -> Iterator[int]:
-    """The address, a multiple of 256, of `size` bytes full of NaN, beside which nothing may be written."""
-    memory = torch.full((size + 768,), 255, dtype=torch.uint8)
-    start = 256 + -memory.data_ptr() % 256
-    yield memory.data_ptr() + start
+def scratch() -> Iterator[Callable[[int], int]]:
+    """What a call asks for memory, once: it gets bytes full of NaN, beside which nothing may be written."""
+    given: list[tuple[torch.Tensor, int, int]] = []
+
+    def allocate(size: int) -> int:
+        memory = torch.full((size + 768,), 255, dtype=torch.uint8)
+        start = 256 + -memory.data_ptr() % 256
+        given.append((memory, start, size))
+        return memory.data_ptr() + start
+
+    yield allocate
+    ((memory, start, size),) = given
     assert memory[:start].eq(255).all()
     assert memory[start + size :].eq(255).all()

@@ -4,6 +4,7 @@ Most tests are test_projection.py's own. What is below looks at what only these 
 chunks, scratch memory and the order of threads.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -178,13 +179,14 @@ def test_kernels_that_a_device_cannot_run(device: Device) -> None:
     out = torch.zeros(1, 2)
     wanted = describe(torch.ones(1, 3), out, "rademacher")
     device.set(89)
+    project = functools.partial(device.project_cuda, wanted, False, 0, pytest.fail)
     with pytest.raises(ValueError, match=r"'sm90' .* device 0 can run: sm80"):
-        device.cuda_scratch_bytes(wanted, 0, "sm90")
+        project(0, 0, "sm90")
     device.set(75)
     with pytest.raises(RuntimeError, match=r"older than compute capability 8\.0"):
-        device.cuda_scratch_bytes(wanted, 0, "")
+        project(0, 0, "")
     with pytest.raises(RuntimeError, match=r"invalid device ordinal"):
-        device.cuda_scratch_bytes(wanted, 1, "")
+        project(1, 0, "")
 
 
 @pytest.mark.parametrize("capability", [86, 120])
@@ -208,7 +210,7 @@ def test_scratch_memory_is_bounded(device: Device, batch: int, proj_dim: int, dt
     out = torch.empty(batch, proj_dim)
     for grad_dim in (10**5, 10**7, 10**9):
         grads = torch.empty(1, dtype=dtype).expand(batch, grad_dim)  # only its shape matters here
-        size = device.cuda_scratch_bytes(describe(grads, out, "rademacher"), 0, device.kernel)
+        size = device.scratch_bytes(describe(grads, out, "rademacher"))
         rows = batch * (3 if dtype == torch.float32 else 1)
         sums = 4 * proj_dim * min(256, 2 * rows + 8)
         assert 0 < size <= 64 * 2**20 + 4 * sums + 8 * 132 * 128 * 256 * 4

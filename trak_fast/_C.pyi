@@ -1,5 +1,7 @@
 """The compiled module (csrc/bindings.cpp)."""
 
+from collections.abc import Callable
+
 DEFINITION: int
 VERSION: str
 
@@ -9,15 +11,17 @@ Part = tuple[int, int, int, int, list[int], list[int]]
 Projection = tuple[int, int, int, int, int, int, int, list[Part], int, int, int]
 # kind, seed, stream, columns, batch, offset, y, out pointer, its batch stride, its column stride
 Adjoint = tuple[int, int, int, int, int, int, Part, int, int, int]
+# from bytes to an address on the device
+Allocate = Callable[[int], int]
 
 def project(projection: Projection, instruction_set: str, threads: int, /) -> None: ...
-def cuda_scratch_bytes(projection: Projection, device: int, kernel: str, /) -> int: ...
 def project_cuda(
-    projection: Projection, add: bool, half_table: int, scratch: int, device: int, cuda_stream: int, kernel: str, /
+    projection: Projection, add: bool, half_table: int, scratch: Allocate, device: int, cuda_stream: int, kernel: str, /
 ) -> None: ...
 def project_adjoint(adjoint: Adjoint, instruction_set: str, threads: int, /) -> None: ...
-def adjoint_cuda_scratch_bytes(adjoint: Adjoint, /) -> int: ...
-def project_adjoint_cuda(adjoint: Adjoint, half_table: int, scratch: int, device: int, cuda_stream: int, /) -> None: ...
+def project_adjoint_cuda(
+    adjoint: Adjoint, half_table: int, scratch: Allocate, device: int, cuda_stream: int, /
+) -> None: ...
 def matrix(
     kind: int, seed: int, stream: int, rows: int, row_count: int, columns: int, column_count: int, out: int, /
 ) -> None: ...

@@ -381,18 +381,23 @@ def _instruction_set() -> str:
 def _project_cuda(projection: _C.Projection, add: bool, kind: int, device: torch.device) -> None:
     """Launches the projection on the current stream; all memory that it needs comes from torch's allocator."""
     kernel = os.environ.get(KERNEL_VARIABLE, "")
-    scratch = _scratch(_C.cuda_scratch_bytes(projection, device.index, kernel), device)
-    _C.project_cuda(projection, add, _normal_table(kind, device), scratch.data_ptr(), *_place(device), kernel)
+    _C.project_cuda(projection, add, _normal_table(kind, device), _Scratch(device), *_place(device), kernel)
 
 
 def _adjoint_cuda(adjoint: _C.Adjoint, kind: int, device: torch.device) -> None:
     """As :func:`_project_cuda`."""
-    scratch = _scratch(_C.adjoint_cuda_scratch_bytes(adjoint), device)
-    _C.project_adjoint_cuda(adjoint, _normal_table(kind, device), scratch.data_ptr(), *_place(device))
+    _C.project_adjoint_cuda(adjoint, _normal_table(kind, device), _Scratch(device), *_place(device))
 
 
-def _scratch(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=device)
+class _Scratch:
+    """Memory for the kernels of one call, which asks for it once it knows how much; freed with this object."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, size: int) -> int:
+        self._memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._memory.data_ptr()
 
 
 def _place(device: torch.device) -> tuple[int, int]:

@@ -15,14 +15,12 @@ namespace {
 constexpr const char* kAbsent = "trak_fast was built without CUDA: install it again where nvcc is found";
 }
 
-int64_t cuda_scratch_bytes(const Projection&, int, const std::string&) { throw std::runtime_error(kAbsent); }
-
-void project_cuda(const Projection&, bool, const void*, void*, int, void*, const std::string&) {
+void project_cuda(const Projection&, bool, const void*, const Allocate&, int, void*, const std::string&) {
   throw std::runtime_error(kAbsent);
 }
 
-int64_t adjoint_cuda_scratch_bytes(const Adjoint&) { throw std::runtime_error(kAbsent); }
-
-void project_adjoint_cuda(const Adjoint&, const void*, void*, int, void*) { throw std::runtime_error(kAbsent); }
+void project_adjoint_cuda(const Adjoint&, const void*, const Allocate&, int, void*) {
+  throw std::runtime_error(kAbsent);
+}
 
 }  // namespace trak_fast

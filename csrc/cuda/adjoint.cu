@@ -196,18 +196,16 @@ int terms_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? 1 : 3; }
 
 }  // namespace
 
-int64_t adjoint_cuda_scratch_bytes(const Adjoint& a) {
-  return std::min(a.batch, kPassSamples) * terms_of(a.y.dtype) * launch_rows(a) * 2;
-}
-
-void project_adjoint_cuda(const Adjoint& a, const void* half_table, void* scratch, int device, void* stream) {
-  const DeviceGuard guard(device);
+void project_adjoint_cuda(const Adjoint& a, const void* half_table, const Allocate& scratch, int device, void* stream) {
   const int terms = terms_of(a.y.dtype);
+  const int64_t panel_columns = launch_rows(a);
+  auto* panel = static_cast<uint16_t*>(scratch(std::min(a.batch, kPassSamples) * terms * panel_columns * 2));
+  const DeviceGuard guard(device);
   Job job = {};
   job.generator = make_generator(a.seed, a.stream);
   job.half_table = static_cast<const uint16_t*>(half_table);
-  job.panel = static_cast<const uint16_t*>(scratch);
-  job.panel_columns = launch_rows(a);
+  job.panel = panel;
+  job.panel_columns = panel_columns;
   job.offset = static_cast<int64_t>(a.offset);
   job.columns = a.columns;
   job.batch_stride = a.out_batch_stride;
@@ -215,11 +213,9 @@ void project_adjoint_cuda(const Adjoint& a, const void* half_table, void* scratc
   for (int64_t b = 0; b < a.batch; b += kPassSamples) {
     job.batch = std::min(kPassSamples, a.batch - b);
     job.out = a.out + b * a.out_batch_stride;
-    for (int64_t row = 0; row < a.y.columns; row += job.panel_columns) {
+    for (int64_t row = 0; row < a.y.columns; row += panel_columns) {
       job.first_row = static_cast<uint32_t>(row);
-      launch_pack(
-          {PanelType::bf16_terms, terms, b, job.batch, row, job.panel_columns, 0, static_cast<uint16_t*>(scratch)},
-          {a.y}, stream);
+      launch_pack({PanelType::bf16_terms, terms, b, job.batch, row, panel_columns, 0, panel}, {a.y}, stream);
       if (a.kind == Kind::rademacher) {
         job.batch <= 8 ? launch_terms<Kind::rademacher, 8>(terms, job, stream)
                        : launch_terms<Kind::rademacher, 32>(terms, job, stream);

@@ -81,9 +81,10 @@ class Plan {
     bf16_ = !native_ || first == Dtype::bfloat16;
     terms_ = native_ ? 1 : p_.terms;
     cut_columns();
-    for (int64_t b = 0; b < p_.batch; b += pass_samples(b)) {
-      const int64_t panel_rows = pass_samples(b) * terms_;
-      sums_bytes_ = std::max(sums_bytes_, cut(panel_rows).sums_bytes);
+    for (int64_t b = 0; b < p_.batch; b += passes_.back().samples) {
+      const int64_t samples = pass_samples(b), panel_rows = samples * terms_;
+      passes_.push_back({b, samples, cut(panel_rows)});
+      sums_bytes_ = std::max(sums_bytes_, passes_.back().cut.sums_bytes);
       panel_bytes_ = std::max(panel_bytes_, panel_rows * longest_launch(panel_rows, true) * kUnit * 2);
     }
     panel_bytes_ = divide_up(panel_bytes_, 256) * 256;
@@ -99,9 +100,7 @@ class Plan {
     tile.half_table = static_cast<const uint16_t*>(half_table) + (bf16_ ? 0 : kNormalHalf);
     tile.rows = p_.rows;
     tile.sums = sums;
-    for (int64_t b = 0; b < p_.batch; b += pass_samples(b)) {
-      const int64_t samples = pass_samples(b);
-      const Cut c = cut(samples * terms_);
+    for (const auto& [b, samples, c] : passes_) {
       tile.batch_tiles = c.batch_tiles;
       tile.splits = c.splits;
       tile.add = false;
@@ -139,6 +138,11 @@ class Plan {
     TileShape shape;
     int batch_tiles, splits;
     int64_t sums_bytes;
+  };
+
+  struct Pass {
+    int64_t first, samples;
+    Cut cut;
   };
 
   // Samples of the pass that begins at sample b.
@@ -254,6 +258,7 @@ class Plan {
   int multiprocessors_ = 0, terms_ = 1;
   bool native_ = false, bf16_ = true;
   std::vector<Span> spans_;
+  std::vector<Pass> passes_;
   int64_t panel_bytes_ = 0, sums_bytes_ = 0;
 };
 
@@ -273,14 +278,12 @@ std::vector<std::string> cuda_kernels(int device) {
   return names;
 }
 
-int64_t cuda_scratch_bytes(const Projection& projection, int device, const std::string& kernel) {
-  return Plan(projection, device, kernel).scratch_bytes();
-}
-
-void project_cuda(const Projection& projection, bool add, const void* half_table, void* scratch, int device,
+void project_cuda(const Projection& projection, bool add, const void* half_table, const Allocate& scratch, int device,
                   void* stream, const std::string& kernel) {
+  const Plan plan(projection, device, kernel);
+  void* memory = scratch(plan.scratch_bytes());
   const DeviceGuard guard(device);
-  Plan(projection, device, kernel).run(add, half_table, scratch, stream);
+  plan.run(add, half_table, memory, stream);
 }
 
 }  // namespace trak_fast
