@@ -31,6 +31,18 @@ struct Tile {
   float* sums;      // [splits][rows][batch_tiles * width]
 };
 
+// The block's share of the columns: that of split blockIdx.z. The last splits may have none.
+struct Share {
+  int64_t first_unit;
+  int units;
+
+  __device__ __forceinline__ explicit Share(const Tile& tile) {
+    const int begin = static_cast<int>(blockIdx.z) * tile.units_per_split, left = tile.units - begin;
+    first_unit = tile.first_unit + begin;
+    units = left <= 0 ? 0 : left < tile.units_per_split ? left : tile.units_per_split;
+  }
+};
+
 // Columns that are summed in the tensor core's own accumulators, which round toward zero (Fasi et al., "Numerical
 // behavior of NVIDIA tensor cores", PeerJ CS 2021), before they are added to `sums` with proper rounding.
 constexpr int kUnitsPerSegment = 32;

@@ -72,17 +72,16 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
 
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t first_row = blockIdx.x * C::rows + static_cast<uint32_t>(warp * 16 * tiles + lane / 4);
-  const int begin = static_cast<int>(blockIdx.z) * tile.units_per_split;
-  const int units = tile.units - begin < tile.units_per_split ? tile.units - begin : tile.units_per_split;
-  const int64_t first_unit = tile.first_unit + begin, first_block = first_unit * (kUnit / block_columns(kind));
+  const Share share(tile);
+  const int64_t first_block = share.first_unit * (kUnit / block_columns(kind));
   const auto block_high = static_cast<uint32_t>(first_block >> 32);
   const uint32_t one = packed_one<bf16>();
   const int offset = operand_offset<width>();
 
   const auto load = [&](int stage) {
-    if (stage < units * kStagesPerUnit) {
+    if (stage < share.units * kStagesPerUnit) {
       load_stage<width>(stages + stage % C::stages * C::stage_bytes, tile.panel, int64_t{blockIdx.y} * width,
-                        first_unit * kUnit + int64_t{stage} * kStageColumns);
+                        share.first_unit * kUnit + int64_t{stage} * kStageColumns);
     }
     ptx::cp_async_commit();
   };
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
   };
 
   typename PhiloxCalls<kind, tiles>::State words[2 * tiles];
-  for (int stage = 0; stage < units * kStagesPerUnit; ++stage) {
+  for (int stage = 0; stage < share.units * kStagesPerUnit; ++stage) {
     const int unit = stage / kStagesPerUnit, quarter = stage % kStagesPerUnit;
     const auto block = static_cast<uint32_t>(first_block + unit * (kUnit / block_columns(kind)));
     ptx::cp_async_wait<C::stages - 2>();
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
     }
     if (stage % (kStagesPerUnit * kUnitsPerSegment) == kStagesPerUnit * kUnitsPerSegment - 1) flush();
   }
-  if (units <= 0 ? !add : units % kUnitsPerSegment != 0) flush();  // sums that hold nothing yet get zeros
+  if (share.units == 0 ? !add : share.units % kUnitsPerSegment != 0) flush();  // sums that hold nothing yet get zeros
 }
 
 template <Kind kind, bool bf16, int width>

@@ -49,18 +49,14 @@ struct Block {
   char* stages;
   uint16_t* table;
   uint64_t *full, *empty;  // mbarriers, one a stage
-  int64_t first_unit;
-  int units;
+  Share share;
 
-  __device__ __forceinline__ explicit Block(const Tile& tile) {
+  __device__ __forceinline__ explicit Block(const Tile& tile) : share(tile) {
     using C = Config<kind, width>;
     stages = ptx::dynamic_shared();
     table = reinterpret_cast<uint16_t*>(stages + kStages * C::stage_bytes);
     full = reinterpret_cast<uint64_t*>(stages + C::barriers_at);
     empty = full + kStages;
-    const int begin = static_cast<int>(blockIdx.z) * tile.units_per_split;
-    first_unit = tile.first_unit + begin;
-    units = tile.units - begin < tile.units_per_split ? tile.units - begin : tile.units_per_split;
   }
 };
 
@@ -70,9 +66,9 @@ __device__ __forceinline__ void fetch(const Block<kind, bf16, width>& block, con
                                       const ptx::TensorMap& map) {
   using C = Config<kind, width>;
   ptx::prefetch_tensor_map(&map);
-  const int stage_count = block.units * (kUnit / C::stage_columns);
+  const int stage_count = block.share.units * (kUnit / C::stage_columns);
   const auto row = static_cast<int32_t>(blockIdx.y * width);
-  auto column = static_cast<int32_t>(block.first_unit * kUnit - tile.panel.first);
+  auto column = static_cast<int32_t>(block.share.first_unit * kUnit - tile.panel.first);
   Slot slot;
   for (int stage = 0; stage < stage_count; ++stage, slot.advance()) {
     ptx::mbarrier_wait(&block.empty[slot.index], slot.parity ^ 1);
@@ -123,7 +119,7 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
   const int consumer = static_cast<int>(threadIdx.x / 128) - 1, warp = static_cast<int>(threadIdx.x / 32 % 4);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t first_row = blockIdx.x * C::rows + static_cast<uint32_t>(consumer * 64 * tiles + warp * 16 + lane / 4);
-  const auto first_block = static_cast<uint64_t>(block.first_unit * blocks_per_unit);
+  const auto first_block = static_cast<uint64_t>(block.share.first_unit * blocks_per_unit);
   const uint32_t one = packed_one<bf16>();
 
   using Words = WordStream<kind, tiles>;
@@ -138,8 +134,8 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
   bool add = tile.add;
   Slot slot, done;
   uint64_t stage = 0;  // descriptor of its first step's operand
-  for (int unit = 0; unit < block.units; unit += kUnitsPerSegment) {
-    const int end = block.units - unit < kUnitsPerSegment ? block.units : unit + kUnitsPerSegment;
+  for (int unit = 0; unit < block.share.units; unit += kUnitsPerSegment) {
+    const int end = block.share.units - unit < kUnitsPerSegment ? block.share.units : unit + kUnitsPerSegment;
     for (int u = unit; u < end; ++u) {
       const auto number = static_cast<uint32_t>(first_block) + static_cast<uint32_t>(u * blocks_per_unit);
 #pragma unroll
@@ -184,7 +180,7 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
       store_tile<width, C::stores_at_once>(tile, sums[m], int64_t{first_row} + 64 * m, add);
     add = true;
   }
-  if (block.units <= 0 && !add) {  // sums that hold nothing yet get zeros
+  if (block.share.units == 0 && !add) {  // sums that hold nothing yet get zeros
 #pragma unroll
     for (int m = 0; m < tiles; ++m) {
 #pragma unroll
