@@ -103,7 +103,9 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
     ptx::cp_async_wait<1>();
     ptx::block_barrier();
     const char* columns = shared + stage % kStages * C::stage_bytes;
-#pragma unroll
+    // Normal entries take so many registers that the compiler must not make those of several steps at once. With eight
+    // samples two steps share an ldmatrix.
+#pragma unroll(kind == Kind::rademacher ? kStageRows / 16 : width == 8 ? 2 : 1)
     for (int step = 0; step < kStageRows / 16; ++step) {
       uint32_t b[terms][groups][2];
 #pragma unroll

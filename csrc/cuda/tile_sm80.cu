@@ -31,17 +31,22 @@ struct Config {
 // twice.
 template <int width>
 __device__ __forceinline__ void load_stage(char* stage, const Panel& panel, int64_t first_row, int64_t column) {
-  constexpr int pieces = kStageColumns / 8;
+  // All pieces of a thread are of the same columns, and of rows that are equal modulo 8.
+  constexpr int pieces = kStageColumns / 8, row_step = kThreads / pieces;
+  static_assert(row_step % 8 == 0);
+  // With 64 rows no register is left to keep what follows from stage to stage.
+  const int thread = static_cast<int>(width == 64 ? ptx::opaque(threadIdx.x) : threadIdx.x);
+  const int piece = thread % pieces, first_of_thread = thread / pieces;
+  const int64_t first = column + 8 * piece - panel.first, left = first >= 0 ? panel.columns - first : 0;
+  const int valid = left > 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
+  const int place = (piece % 8) ^ (first_of_thread % 8);
+  char* to = stage + piece / 8 * width * 128 + place * 16;
 #pragma unroll 2  // more would take registers that the sums need
-  for (int i = static_cast<int>(threadIdx.x); i < width * pieces; i += kThreads) {
-    const int row = i / pieces, piece = i % pieces;
-    const int64_t panel_row = first_row + row, first = column + 8 * piece - panel.first;
-    const int64_t left = panel_row < panel.rows && first >= 0 ? panel.columns - first : 0;
-    const int valid = left > 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
-    const auto* from =
-        static_cast<const uint16_t*>(panel.data) + (valid > 0 ? panel_row * panel.row_stride + first : 0);
-    const int box = piece / 8, place = (piece % 8) ^ (row % 8);
-    ptx::cp_async_16(stage + (box * width + row) * 128 + place * 16, from, 2 * valid);
+  for (int row = first_of_thread; row < width; row += row_step) {
+    const int64_t panel_row = first_row + row;
+    const bool there = valid > 0 && panel_row < panel.rows;
+    const auto* from = static_cast<const uint16_t*>(panel.data) + (there ? panel_row * panel.row_stride + first : 0);
+    ptx::cp_async_16(to + row * 128, from, there ? 2 * valid : 0);
   }
 }
 
