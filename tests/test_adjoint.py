@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_projection import DTYPES, KINDS, MODEL_ID, SEED, check, entries, random, zeros_without_memory
 
@@ -51,7 +51,12 @@ def test_shapes(isa: str, proj_type: str) -> None:
 
 
 @pytest.mark.parametrize("proj_type", KINDS)
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(
+    deadline=None,
+    max_examples=60,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # isa is the same for all examples
+)
 @given(
     batch=st.integers(0, 70),
     grad_dim=st.integers(0, 2000),
@@ -61,7 +66,7 @@ def test_shapes(isa: str, proj_type: str) -> None:
     dtype=st.sampled_from(DTYPES),
 )
 def test_odd_shapes(
-    proj_type: str, batch: int, grad_dim: int, proj_dim: int, offset: int, first: int, dtype: torch.dtype
+    isa: str, proj_type: str, batch: int, grad_dim: int, proj_dim: int, offset: int, first: int, dtype: torch.dtype
 ) -> None:
     y = random(batch, proj_dim + first, dtype=dtype)[:, first:]
     expected = y.double().numpy() @ entries(proj_type)[:proj_dim, offset : offset + grad_dim]
@@ -127,7 +132,7 @@ STRIDES = {
 @pytest.mark.parametrize("proj_type", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", STRIDES)
-def test_strides(layout: str, dtype: torch.dtype, proj_type: str) -> None:
+def test_strides(isa: str, layout: str, dtype: torch.dtype, proj_type: str) -> None:
     y = STRIDES[layout](dtype)
     expected = y.detach().resolve_neg().double().numpy() @ entries(proj_type)[:600, 100:700]
     result = adjoint(y, 600, proj_type, offset=100)

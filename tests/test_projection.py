@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trak_fast
@@ -93,7 +93,12 @@ def test_shapes(isa: str, proj_type: str) -> None:
 
 
 @pytest.mark.parametrize("proj_type", KINDS)
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(
+    deadline=None,
+    max_examples=60,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # isa is the same for all examples
+)
 @given(
     batch=st.integers(0, 70),
     grad_dim=st.integers(0, 2000),
@@ -104,6 +109,7 @@ def test_shapes(isa: str, proj_type: str) -> None:
     precision=st.sampled_from(list(SPLITS)),
 )
 def test_odd_shapes(
+    isa: str,
     proj_type: str,
     batch: int,
     grad_dim: int,
@@ -198,7 +204,7 @@ STRIDES = {
 @pytest.mark.parametrize("proj_type", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", STRIDES)
-def test_strides(layout: str, dtype: torch.dtype, proj_type: str) -> None:
+def test_strides(isa: str, layout: str, dtype: torch.dtype, proj_type: str) -> None:
     grads = STRIDES[layout](dtype)
     expected = grads.detach().double().numpy() @ entries(proj_type)[:40, 100:700].T
     y = project(grads, 40, proj_type, offset=100)
@@ -334,7 +340,7 @@ def zeros_without_memory(n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("strides", [(2**31 + 7, 1), (3, 2**30 + 1)])
-def test_addresses_beyond_32_bits(strides: tuple[int, int]) -> None:
+def test_addresses_beyond_32_bits(isa: str, strides: tuple[int, int]) -> None:
     grads = zeros_without_memory(2**32 + 2**30).as_strided((3, 5), strides)
     grads.copy_(random(3, 5))
     check(project(grads, 40), grads.double().numpy() @ entries("rademacher")[:40, :5].T, tolerance(grads))
