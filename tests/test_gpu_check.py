@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -81,9 +83,32 @@ def test_rows_come_in_order_of_importance_and_once(gpu_check: ModuleType) -> Non
 
 
 def test_time_is_kept(gpu_check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    results = gpu_check.measure(gpu_check.Imagined(), gpu_check.all_cases(), gpu_check.Clock(0), [])
+    results = gpu_check.Results()
+    gpu_check.measure(gpu_check.Imagined(), gpu_check.all_cases(), gpu_check.Clock(0), [], results)
     assert results.ms == {}
     assert "time is up" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_rows_that_fail_are_noted(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
+    class Faulty(gpu_check.Imagined):  # type: ignore[misc, name-defined]
+        def ours(self, case: Any, results: Any) -> None:
+            if case.B == 16:
+                raise RuntimeError("out of memory\nand more")
+            super().ours(case, results)
+
+        def works(self) -> bool:
+            return alive
+
+    monkeypatch.setattr(gpu_check, "SAVE_SECONDS", -1)
+    cases = [gpu_check.Case("rademacher", "bf16", B, 4096, 10**6) for B in (8, 16, 32)]
+    results, saved = gpu_check.Results(), []
+    gpu_check.measure(Faulty(), cases, gpu_check.Clock(1), [], results, lambda: saved.append(len(results.ms)))
+    assert [case.B for method, case in results.ms if method == gpu_check.OURS] == [8, 32][: 1 + alive]
+    assert "B=16" in results.failures[0]
+    assert results.failures[0].endswith("out of memory")
+    assert len(results.failures) == 2 - alive
+    assert saved[0] == len(results.ms) // (1 + alive)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -101,3 +126,29 @@ def test_commands_that_fail_or_take_too_long(gpu_check: ModuleType) -> None:
     verdict, output = gpu_check.run([sys.executable, "-c", code], 2)
     assert verdict == "not finished in 2 s"
     assert "begun" in output
+
+
+def test_children_of_a_command_end_with_it(gpu_check: ModuleType) -> None:
+    """As nvcc would under pip, and a hung kernel's process under compute-sanitizer."""
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    verdict, output = gpu_check.run([sys.executable, "-c", code], 3)
+    assert verdict.startswith("not finished")
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{int(output)}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child still runs")
+
+
+def test_a_missing_tool_is_no_failure(gpu_check: ModuleType) -> None:
+    checks = gpu_check.Checks()
+    checks.note("memcheck", "compute-sanitizer is not there", "")
+    checks.note("gpu tests", "passed: 3 passed in 1 s", "")
+    assert not checks.failed
+    checks.note("racecheck", "FAILED (9)", "a hazard")
+    assert checks.failed
