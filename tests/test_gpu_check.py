@@ -1,9 +1,10 @@
 """What of benchmarks/gpu_check.py works without a GPU: its rows, its targets, its table and its files."""
 
-import importlib.util
+import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu_check.py"
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def gpu_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module
-    spec.loader.exec_module(module)
-    return module
+def gpu_check() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module("gpu_check")
+
+
+@pytest.fixture
+def gpu_measure(gpu_check: ModuleType) -> ModuleType:
+    return importlib.import_module("gpu_measure")
 
 
 def test_dry_run(
@@ -50,9 +52,9 @@ def test_dry_run(
     assert all(target["what"] in table for target in report["targets"])
 
 
-def test_targets(gpu_check: ModuleType) -> None:
-    Case, ours, cublas = gpu_check.Case, gpu_check.OURS, gpu_check.CUBLAS
-    results = gpu_check.Results()
+def test_targets(gpu_measure: ModuleType) -> None:
+    Case, ours, cublas = gpu_measure.Case, gpu_measure.OURS, gpu_measure.CUBLAS
+    results = gpu_measure.Results()
     assert {target.verdict for target in results.targets()} == {"not measured"}
     large = {B: Case("rademacher", "bf16", B, 4096, 10**8) for B in (128, 16)}
     results.ms = {(ours, large[128]): 100.0, (cublas, large[128]): 85.0, (ours, large[16]): 10.0}
@@ -60,7 +62,7 @@ def test_targets(gpu_check: ModuleType) -> None:
     fp32, bf16 = (Case("rademacher", dtype, 16, 4096, 10**7) for dtype in ("fp32", "bf16"))
     results.ms |= {(ours, fp32): 1.25, (ours, bf16): 1.0}
     fp16 = Case("rademacher", "fp16", 32, 4096, 10**7)
-    results.ms |= {(ours, fp16): 1.0, (gpu_check.FAST_JL, fp16): 9.9}
+    results.ms |= {(ours, fp16): 1.0, (gpu_measure.FAST_JL, fp16): 9.9}
     results.launch_us = 29.0
     results.extra_bytes = {bf16: 60 * 2**20, fp32: 67 * 2**20}
     verdicts = {target.what: target.verdict for target in results.targets()}
@@ -75,23 +77,23 @@ def test_targets(gpu_check: ModuleType) -> None:
     assert results.targets()[-1].verdict == "NOT REACHED"
 
 
-def test_rows_come_in_order_of_importance_and_once(gpu_check: ModuleType) -> None:
-    cases = gpu_check.all_cases()
+def test_rows_come_in_order_of_importance_and_once(gpu_measure: ModuleType) -> None:
+    cases = gpu_measure.all_cases()
     assert len(set(cases)) == len(cases)
-    first = list(dict.fromkeys(gpu_check.priority_cases()))
+    first = list(dict.fromkeys(gpu_measure.priority_cases()))
     assert cases[: len(first)] == first
 
 
-def test_time_is_kept(gpu_check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    results = gpu_check.Results()
-    gpu_check.measure(gpu_check.Imagined(), gpu_check.all_cases(), gpu_check.Clock(0), [], results)
+def test_time_is_kept(gpu_measure: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    results = gpu_measure.Results()
+    gpu_measure.measure(gpu_measure.Imagined(), gpu_measure.all_cases(), gpu_measure.Clock(0), [], results)
     assert results.ms == {}
     assert "time is up" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_rows_that_fail_are_noted(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
-    class Faulty(gpu_check.Imagined):  # type: ignore[misc, name-defined]
+def test_rows_that_fail_are_noted(gpu_measure: ModuleType, monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
+    class Faulty(gpu_measure.Imagined):  # type: ignore[misc, name-defined]
         def ours(self, case: Any, results: Any) -> None:
             if case.B == 16:
                 raise RuntimeError("out of memory\nand more")
@@ -100,11 +102,11 @@ def test_rows_that_fail_are_noted(gpu_check: ModuleType, monkeypatch: pytest.Mon
         def works(self) -> bool:
             return alive
 
-    monkeypatch.setattr(gpu_check, "SAVE_SECONDS", -1)
-    cases = [gpu_check.Case("rademacher", "bf16", B, 4096, 10**6) for B in (8, 16, 32)]
-    results, saved = gpu_check.Results(), []
-    gpu_check.measure(Faulty(), cases, gpu_check.Clock(1), [], results, lambda: saved.append(len(results.ms)))
-    assert [case.B for method, case in results.ms if method == gpu_check.OURS] == [8, 32][: 1 + alive]
+    monkeypatch.setattr(gpu_measure, "SAVE_SECONDS", -1)
+    cases = [gpu_measure.Case("rademacher", "bf16", B, 4096, 10**6) for B in (8, 16, 32)]
+    results, saved = gpu_measure.Results(), []
+    gpu_measure.measure(Faulty(), cases, gpu_measure.Clock(1), [], results, lambda: saved.append(len(results.ms)))
+    assert [case.B for method, case in results.ms if method == gpu_measure.OURS] == [8, 32][: 1 + alive]
     assert "B=16" in results.failures[0]
     assert results.failures[0].endswith("out of memory")
     assert len(results.failures) == 2 - alive

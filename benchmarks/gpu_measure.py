@@ -1,0 +1,368 @@
+"""What gpu_check.py measures: the rows in order of importance, how their times are taken, the targets and the table.
+
+How times are taken: CUDA events around one call, the L2 cache flushed before each, two warm-up calls, the median of
+the rest. Matrices are random. A matrix P that does not fit, or that no one would keep, is stood for by its first
+columns: cuBLAS, torch and fast_jl then take time in proportion to the columns, which is in their favour.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OURS, CUBLAS, CHUNKED, FAST_JL = "trak_fast", "cublas", "torch_chunks", "fast_jl"
+KERNELS = ["sm90", "sm90_wide", "sm80"]
+SAVE_SECONDS = 5
+
+
+class Case(NamedTuple):
+    kind: str
+    dtype: str
+    B: int
+    k: int
+    D: int
+    kernel: str = ""  # TRAK_FAST_CUDA_KERNEL; "": the device's best
+
+
+def priority_cases() -> Iterator[Case]:
+    """What the targets are about, then variants, one column count at a time; what does not fit is left out later."""
+    for B in (256, 128, 64, 32, 16, 8, 1):
+        yield Case("rademacher", "bf16", B, 4096, 10**8)
+    for dtype, B in itertools.product(("bf16", "fp32", "fp16"), (256, 64, 32, 16, 8)):
+        yield Case("rademacher", dtype, B, 4096, 10**7)
+    for B in (256, 32):
+        yield Case("normal", "bf16", B, 4096, 10**7)
+    yield Case("rademacher", "bf16", 8, 4096, 10**5)
+    for B in (8, 1, 32):
+        yield Case("rademacher", "bf16", B, 4096, 10**9)
+    for kernel, B in itertools.product(KERNELS, (256, 128, 64, 16)):
+        yield Case("rademacher", "bf16", B, 4096, 10**7, kernel)
+
+
+def all_cases() -> list[Case]:
+    grid = list(itertools.product((10**7, 10**6, 10**8), (4096, 512, 2048, 8192, 16384), (32, 256, 64, 8, 128, 16, 1)))
+    rest = (
+        Case(kind, dtype, B, k, D)
+        for kind, dtype in itertools.product(("rademacher", "normal"), ("bf16", "fp32", "fp16"))
+        for D, k, B in grid
+    )
+    return list(dict.fromkeys(itertools.chain(priority_cases(), rest)))
+
+
+class Target(NamedTuple):
+    what: str
+    at_least: float
+    measured: float | None  # None: a row that it needs was not measured
+
+    @property
+    def verdict(self) -> str:
+        return (
+            "not measured" if self.measured is None else "reached" if self.measured >= self.at_least else "NOT REACHED"
+        )
+
+
+class Results:
+    """Milliseconds by method and case, and what else was found."""
+
+    def __init__(self) -> None:
+        self.ms: dict[tuple[str, Case], float] = {}
+        self.extra_bytes: dict[Case, int] = {}
+        self.launch_us: float | None = None
+        self.copy_gb_per_s: float | None = None
+        self.failures: list[str] = []  # of trak_fast
+        self.missing: list[str] = []  # of what it is compared with
+
+    def ratio(self, slower: tuple[str, Case], faster: tuple[str, Case]) -> float | None:
+        """How many times as fast the second is, None if one is missing."""
+        if slower not in self.ms or faster not in self.ms:
+            return None
+        return self.ms[slower] / self.ms[faster]
+
+    def widest(self, kind: str, dtype: str, B: int) -> Case:
+        """The case of k = 4096 with most columns, of those measured."""
+        cases = [Case(kind, dtype, B, 4096, D) for D in (10**8, 10**7, 10**6)]
+        return next((case for case in cases if (OURS, case) in self.ms), cases[0])
+
+    def targets(self) -> list[Target]:
+        found = []
+        for B, least in ((256, 0.85), (128, 0.85), (64, 0.8), (32, 3.0), (16, 5.0), (8, 6.0)):
+            case = self.widest("rademacher", "bf16", B)
+            found.append(
+                Target(f"rate / cuBLAS with P resident, B = {B}", least, self.ratio((CUBLAS, case), (OURS, case)))
+            )
+        for B, least in ((256, 0.5), (64, 0.5), (32, 0.5), (16, 0.8), (8, 0.8)):
+            bf16, fp32 = (Case("rademacher", dtype, B, 4096, 10**7) for dtype in ("bf16", "fp32"))
+            found.append(Target(f"fp32 'high' / bf16, B = {B}", least, self.ratio((OURS, bf16), (OURS, fp32))))
+        for B, least in ((256, 0.5), (32, 0.25)):
+            rademacher, normal = (Case(kind, "bf16", B, 4096, 10**7) for kind in ("rademacher", "normal"))
+            found.append(Target(f"normal / rademacher, B = {B}", least, self.ratio((OURS, rademacher), (OURS, normal))))
+        fp16 = Case("rademacher", "fp16", 32, 4096, 10**7)
+        found.append(Target("rate / fast_jl, B = 32", 10, self.ratio((FAST_JL, fp16), (OURS, fp16))))
+        found.append(
+            Target("30 µs / launch overhead at D = 10^5", 1, None if self.launch_us is None else 30 / self.launch_us)
+        )
+        margins = [memory_bound(case) / max(extra, 1) for case, extra in self.extra_bytes.items()]
+        found.append(Target("memory bound / extra memory", 1, min(margins, default=None)))
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [
+            {"method": method, **case._asdict(), "ms": ms, "tflops": tflops(case, ms)}
+            for (method, case), ms in self.ms.items()
+        ]
+        memory = [{**case._asdict(), "extra_bytes": extra} for case, extra in self.extra_bytes.items()]
+        targets = [{**target._asdict(), "verdict": target.verdict} for target in self.targets()]
+        return {
+            "rows": rows,
+            "memory": memory,
+            "launch_us": self.launch_us,
+            "copy_gb_per_s": self.copy_gb_per_s,
+            "targets": targets,
+            "failures": self.failures,
+            "missing": self.missing,
+        }
+
+
+def memory_bound(case: Case) -> int:
+    """64 MiB and the partial sums of 8 splits; fp32 has two panel rows a sample, and tiles have eight at least."""
+    return 64 * 2**20 + 8 * case.k * max(case.B * (2 if case.dtype == "fp32" else 1), 8) * 4
+
+
+def tflops(case: Case, ms: float) -> float:
+    return 2 * case.B * case.k * case.D / ms / 1e9
+
+
+def table(results: Results) -> str:
+    lines = [f"{'':40}{'ms':>10}{'TFLOP/s':>9}{'GB/s in':>9}  speed against"]
+    for case in dict.fromkeys(priority_cases()):
+        ms = results.ms.get((OURS, case))
+        if ms is None:
+            continue
+        gigabytes = case.B * case.D * ELEMENT_BYTES[case.dtype] / ms / 1e6
+        others = [(other, results.ratio((other, case), (OURS, case))) for other in (CUBLAS, CHUNKED, FAST_JL)]
+        against = ", ".join(f"{other} {ratio:.2f}" for other, ratio in others if ratio is not None)
+        name = f"{case.kind[:4]} {case.dtype} B={case.B} k={case.k} D=1e{len(str(case.D)) - 1} {case.kernel}"
+        lines.append(f"{name:40}{ms:10.3f}{tflops(case, ms):9.1f}{gigabytes:9.1f}  {against}")
+    lines.append("")
+    for target in results.targets():
+        measured = "" if target.measured is None else f"{target.measured:.2f}"
+        lines.append(f"{target.what:44}{measured:>8} (at least {target.at_least:g})  {target.verdict}")
+    return "\n".join(lines)
+
+
+class Clock:
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+class Gpu:
+    """Measures on the current CUDA device; best: the kernel that cases take which name none."""
+
+    def __init__(self, best: str = "", with_fast_jl: bool = False) -> None:
+        self.best, self.with_fast_jl = best, with_fast_jl
+        self.project = importlib.import_module("trak_fast").project
+        properties = torch.cuda.get_device_properties(0)
+        self.memory = properties.total_memory
+        self.multiprocessors = properties.multi_processor_count
+        self.flush = torch.empty(
+            4 * max(getattr(properties, "L2_cache_size", 0), 32 << 20), dtype=torch.uint8, device="cuda"
+        )
+        self.pool = torch.empty(0)
+        self.rates: dict[tuple[object, ...], float] = {}  # ms a column of the peers
+
+    def gradients(self, case: Case) -> torch.Tensor:
+        """Random (B, D), cut from one pool of its dtype."""
+        if self.pool.dtype != DTYPES[case.dtype] or self.pool.numel() < case.B * case.D:
+            self.pool = torch.empty(0)
+            torch.cuda.empty_cache()
+            self.pool = torch.empty(case.B * case.D, dtype=DTYPES[case.dtype], device="cuda")
+            for part in self.pool.split(1 << 28):
+                part.normal_()
+        return self.pool[: case.B * case.D].view(case.B, case.D)
+
+    def median_ms(self, call: Callable[[], object], seconds: float = 0.4) -> float:
+        for _ in range(2):
+            call()
+        times: list[float] = []
+        begin = time.monotonic()
+        while len(times) < 3 or (len(times) < 30 and time.monotonic() - begin < seconds):
+            self.flush.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        return statistics.median(times)
+
+    def fits(self, case: Case) -> bool:
+        return case.B * case.D * ELEMENT_BYTES[case.dtype] < 0.7 * self.memory
+
+    def works(self) -> bool:
+        """Whether the device still answers: after a kernel's error, every call fails."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    def ours(self, case: Case, results: Results) -> None:
+        grads = self.gradients(case)
+        os.environ["TRAK_FAST_CUDA_KERNEL"] = case.kernel or self.best
+        options = {"proj_type": case.kind, "precision": "high" if case.dtype == "fp32" else None}
+        self.project(grads, case.k, **options)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = self.project(grads, case.k, **options)
+        torch.cuda.synchronize()
+        results.extra_bytes[case] = torch.cuda.max_memory_allocated() - before - y.numel() * 4
+        results.ms[OURS, case] = self.median_ms(lambda: self.project(grads, case.k, **options))
+
+    def peers(self, case: Case, results: Results) -> None:
+        """In 16-bit floats: what a user would pick instead of fp32 for speed, too."""
+        dtype = torch.float16 if case.dtype == "fp16" else torch.bfloat16
+        columns = min(case.D, int(8e9 / (2 * case.k)) // 512 * 512, int(4e9 / (2 * case.B)) // 512 * 512)
+        methods = [(CUBLAS, self.cublas_ms, columns), (CHUNKED, self.chunks_ms, min(columns, 1 << 16))]
+        if self.with_fast_jl and case[:2] == ("rademacher", "fp16") and case.B % 8 == 0 and case.k % 512 == 0:
+            methods.append((FAST_JL, self.fast_jl_ms, min(case.D, 10**6)))
+        for method, measure, taken in methods:
+            key = (method, dtype, case.kind if method == CHUNKED else "", case.B, case.k, taken)
+            if key not in self.rates:
+                try:
+                    self.rates[key] = measure(case, dtype, taken) / taken
+                except (RuntimeError, AttributeError, TypeError) as error:
+                    results.missing.append(f"{method}, B={case.B} k={case.k}: {str(error).splitlines()[0][:200]}")
+                    self.rates[key] = float("nan")  # not tried again
+            if self.rates[key] > 0:
+                results.ms[method, case] = self.rates[key] * case.D
+
+    def cublas_ms(self, case: Case, dtype: torch.dtype, columns: int) -> float:
+        """The better of P as (k, D) and as (D, k)."""
+        grads = torch.randn(case.B, columns, device="cuda", dtype=dtype)
+        P = torch.randint(0, 2, (columns * case.k,), device="cuda", dtype=torch.int8).mul_(2).sub_(1).to(dtype)
+        as_rows, as_columns = P.view(case.k, columns).T, P.view(columns, case.k)
+        return min(self.median_ms(lambda: grads @ as_rows), self.median_ms(lambda: grads @ as_columns))
+
+    def chunks_ms(self, case: Case, dtype: torch.dtype, columns: int) -> float:
+        """P made by torch's generator, some columns at a time."""
+        chunk = min(columns, 1 << 13)
+        grads = torch.randn(case.B, columns, device="cuda", dtype=dtype)
+        P = torch.empty(chunk, case.k, device="cuda", dtype=dtype)
+
+        def run() -> torch.Tensor:
+            y = torch.zeros(case.B, case.k, device="cuda")
+            for part in grads.split(chunk, dim=1):
+                made = P.normal_() if case.kind == "normal" else P.bernoulli_(0.5).mul_(2).sub_(1)
+                y += part @ made[: part.shape[1]]
+            return y
+
+        return self.median_ms(run)
+
+    def fast_jl_ms(self, case: Case, dtype: torch.dtype, columns: int) -> float:
+        fast_jl = importlib.import_module("fast_jl")
+        width = max(w for w in (8, 16, 32) if case.B % w == 0)
+        project = getattr(fast_jl, f"project_rademacher_{width}")
+        grads = torch.randn(case.B, columns, device="cuda", dtype=dtype)
+        return self.median_ms(lambda: project(grads, case.k, 0, self.multiprocessors))
+
+    def launch_us(self) -> float:
+        """Wall clock of a call on a small gradient, over many calls in a row."""
+        os.environ["TRAK_FAST_CUDA_KERNEL"] = self.best
+        grads = torch.randn(8, 10**5, device="cuda").bfloat16()
+        times = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(100):
+                self.project(grads, 512)
+            times.append((time.perf_counter() - begin) / 100)  # handed over, not finished
+            torch.cuda.synchronize()
+        return statistics.median(times) * 1e6
+
+    def copy_gb_per_s(self) -> float:
+        source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+        target = torch.empty_like(source)
+        return 2 * source.numel() / self.median_ms(lambda: target.copy_(source)) / 1e6
+
+
+class Imagined:
+    """Stands in for a GPU in a dry run: times from a model, so that everything around them can be tried anywhere."""
+
+    def fits(self, case: Case) -> bool:
+        return case.B * case.D * ELEMENT_BYTES[case.dtype] < 100e9
+
+    def works(self) -> bool:
+        return True
+
+    def ours(self, case: Case, results: Results) -> None:
+        results.ms[OURS, case] = 0.01 + 2 * max(case.B, 16) * case.k * case.D / 600e9
+        results.extra_bytes[case] = 32 << 20
+
+    def peers(self, case: Case, results: Results) -> None:
+        results.ms[CUBLAS, case] = max(2 * case.B * case.k * case.D / 650e9, 2 * case.k * case.D / 4e9)
+        results.ms[CHUNKED, case] = 10 * results.ms[CUBLAS, case]
+
+    def launch_us(self) -> float:
+        return 20.0
+
+    def copy_gb_per_s(self) -> float:
+        return 4000.0
+
+
+def expected_seconds(case: Case) -> float:
+    """An upper bound of what a case takes: seven calls at a modest rate, and the peers."""
+    return 7 * 2 * max(case.B, 32) * case.k * case.D / 200e12 + 3
+
+
+def measure(
+    gpu: Gpu | Imagined,
+    cases: Iterable[Case],
+    clock: Clock,
+    kernels: list[str],
+    results: Results,
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Fills in results, case by case; what fails is noted and left out."""
+    try:
+        results.launch_us = gpu.launch_us()
+        results.copy_gb_per_s = gpu.copy_gb_per_s()
+    except RuntimeError as error:
+        results.failures.append(f"small calls and copies: {error}")
+        return
+    left_out, saved = 0, time.monotonic()
+    for case in cases:
+        if clock.left < 10 + expected_seconds(case):
+            left_out += 1
+            continue
+        if not gpu.fits(case) or (case.kernel and case.kernel not in kernels):
+            continue
+        try:
+            gpu.ours(case, results)
+            gpu.peers(case, results)
+        except RuntimeError as error:  # out of memory included
+            results.failures.append(f"{case}: {str(error).splitlines()[0][:200]}")
+            print(results.failures[-1], flush=True)
+            if not gpu.works():
+                results.failures.append("the device no longer answers: the other rows are left out")
+                break
+        else:
+            print(f"{case}: {results.ms[OURS, case]:.3f} ms", flush=True)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
+    if left_out:
+        print(f"time is up: {left_out} rows are left out", flush=True)
