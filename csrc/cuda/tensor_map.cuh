@@ -8,8 +8,12 @@ namespace trak_fast {
 inline decltype(&cuTensorMapEncodeTiled) find_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
   TRAK_FAST_CHECK(
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+#else
+  TRAK_FAST_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
   if (found != cudaDriverEntryPointSuccess) {
     throw std::runtime_error("the CUDA driver does not know cuTensorMapEncodeTiled: it is older than CUDA 12.0");
   }
