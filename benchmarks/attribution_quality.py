@@ -2,9 +2,9 @@
 
     python benchmarks/attribution_quality.py [--quick] [--scenarios NAME ...] [--output benchmarks/results/NAME.json]
 
-Scenarios differ in network, training size, flipped labels, pixel noise and recipe; all use scikit-learn's digits and
-300 test images. Those marked held out played no part in finding the rule for the ridge. For each: models retrained on
-100 random halves (3 for each half), then, for every k and number of checkpoints, the LDS of
+Scenarios differ in network, training size, flipped labels, noise and recipe; all but one use scikit-learn's digits, and
+all 300 test samples. Those marked held out played no part in finding the rules. For each: models retrained on 100
+random halves (3 for each half), then, for every k and number of checkpoints, the LDS of
 
 - auto: trak_fast's default; "auto, Q as it is": with shrink_weights=False; "auto, X'X and Q as it is": with
   curvature=False too;
@@ -186,6 +186,19 @@ def load(scenario: Scenario) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], given, images[test], labels[test]
 
 
+def truth(name: str, work: Path, subsets: int, per_subset: int) -> tuple[NDArray[np.bool_], NDArray[np.floating[Any]]]:
+    """Random halves, as masks (S, n), and the test images' margins by networks retrained on them, (S, m)."""
+    scenario = SCENARIOS[name]
+    images, labels, test_images, test_labels = load(scenario)
+    masks = retraining.random_subsets(len(labels), subsets, seed=1)
+    outputs = retraining.retrained_outputs(
+        scenario.build, (images, labels), masks,
+        lambda models: margins(retraining.forward(scenario.build, models, test_images), test_labels),
+        scenario.recipe, 2, models_per_subset=per_subset, save_dir=work / "retrained", title=f"{name}: retraining",
+    )  # fmt: skip
+    return masks, outputs
+
+
 def ranks(values: NDArray[Any]) -> NDArray[np.float64]:
     """Centred ranks of length 1, or 0 where all are tied."""
     centered = rankdata(values, axis=0) - (len(values) + 1) / 2
@@ -232,12 +245,7 @@ def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: lis
     scenario = SCENARIOS[name]
     images, labels, test_images, test_labels = load(scenario)
     n = len(labels)
-    masks = retraining.random_subsets(n, subsets, seed=1)
-    outputs = retraining.retrained_outputs(
-        scenario.build, (images, labels), masks,
-        lambda models: margins(retraining.forward(scenario.build, models, test_images), test_labels),
-        scenario.recipe, 2, models_per_subset=per_subset, save_dir=work / "retrained", title=f"{name}: retraining",
-    )  # fmt: skip
+    masks, outputs = truth(name, work, subsets, per_subset)
     most = max(*counts, SINGLES)
     everything = np.ones((most, n), bool)
     models = retraining.train(scenario.build, (images, labels), everything, scenario.recipe, 3, title="checkpoints")
@@ -326,12 +334,7 @@ def confirm(name: str, work: Path, subsets: int, per_subset: int) -> dict[str, A
     scenario = SCENARIOS[name]
     images, labels, test_images, test_labels = load(scenario)
     n = len(labels)
-    masks = retraining.random_subsets(n, subsets, seed=1)
-    outputs = retraining.retrained_outputs(
-        scenario.build, (images, labels), masks,
-        lambda models: margins(retraining.forward(scenario.build, models, test_images), test_labels),
-        scenario.recipe, 2, models_per_subset=per_subset, save_dir=work / "retrained",
-    )  # fmt: skip
+    masks, outputs = truth(name, work, subsets, per_subset)
     models = retraining.train(scenario.build, (images, labels), np.ones((5, n), bool), scenario.recipe, 3)
     model = scenario.build()
     grad_dim = sum(p.numel() for p in model.parameters())

@@ -37,16 +37,16 @@ def over_k(results: list[Any]) -> plt.Figure:
 
 
 def over_ridge(results: list[Any], k: int) -> plt.Figure:
-    """The LDS over fixed ridges, and where the automatic one lies, both with plain X'X."""
+    """The LDS over ridges, and where the automatic one lies."""
     figure, panels = plt.subplots(1, len(results), figsize=(2.6 * len(results), 2.8), squeeze=False, sharex=True)
     for panel, result in zip(panels[0], results, strict=True):
         for cell in result["cells"]:
             if cell["k"] != k:
                 continue
             color = COLORS[cell["checkpoints"]]
-            path = [(float(kind[6:]), lds) for kind, lds in cell["lds"].items() if kind.startswith("fixed ")]
+            path = [(float(kind[6:]), lds) for kind, lds in cell["lds"].items() if kind.startswith("ridge ")]
             panel.plot(*zip(*sorted(path), strict=True), color=color, label=f"C = {cell['checkpoints']}")
-            panel.plot(cell["auto_factor"], cell["lds"]["auto, X'X"], "o", color=color)
+            panel.plot(cell["auto_factor"], cell["lds"]["auto"], "o", color=color)
         panel.set_xscale("log")
         panel.set_title(result["scenario"], fontsize=9)
         panel.set_xlabel("λ / mean ‖φ‖²")
