@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import trak_fast
-from trak_fast import demo
+from trak_fast import demo, retraining
 from trak_fast.metrics import lds
 
 TRAIN, TARGETS, K, BATCH = 640, 64, 2048, 64
@@ -49,9 +49,10 @@ def prepare() -> Problem:
     )  # fmt: skip
     rng = np.random.default_rng(0)
     data = demo.load_data(settings, rng)
-    nets = demo.train_nets(data, np.arange(TRAIN)[None], settings.epochs, rng, "training")
+    recipe = retraining.Recipe(settings.epochs)
+    nets = retraining.train(demo.build_net, (data.images, data.labels), np.ones((1, TRAIN), bool), recipe, seed=0)
     masks, outputs = demo.retrain(data, settings, rng)
-    return Problem(data, {name: tensor[0] for name, tensor in nets.items()}, masks, outputs)
+    return Problem(data, retraining.state_dict(nets, 0), masks, outputs)
 
 
 def run_traker(problem: Problem) -> NDArray[np.float32]:
