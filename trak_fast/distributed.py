@@ -7,6 +7,8 @@ taken in the processors' memory: X'X is float64 and small beside the features.
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +23,19 @@ T = TypeVar("T")
 def share(total: int, rank: int, size: int) -> slice:
     """The rows of one of `size` processes: contiguous, in the order of ranks, their numbers differ by at most one."""
     return slice(total * rank // size, total * (rank + 1) // size)
+
+
+_joined: weakref.WeakSet[Ranks] = weakref.WeakSet()
+_begun: list[bool] = []  # whether the group is ours to end
+
+
+@atexit.register
+def _leave() -> None:
+    """Ends groups before the interpreter does: their threads must not let go of tensors when it is half gone."""
+    for ranks in _joined:
+        ranks._group = None
+    if _begun and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Ranks:
@@ -45,10 +60,12 @@ class Ranks:
                     raise RuntimeError("distributed=True, but torch.distributed is not initialised; use torchrun")
                 return
             dist.init_process_group("gloo")
+            _begun.append(True)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size > 1:
             # ranks wait for the slowest, however long; that one died shows at once by its connections
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+            _joined.add(self)
 
     def rows(self, total: int) -> slice:
         """This process's share of `total` rows."""
