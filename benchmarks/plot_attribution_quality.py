@@ -15,6 +15,16 @@ import matplotlib.pyplot as plt
 COLORS = {1: "tab:blue", 5: "tab:orange", 10: "tab:green"}
 
 
+def finish(figure: plt.Figure, results: list[Any], label: str) -> None:
+    """Gives each scenario's panel its title and its axis a name."""
+    for panel, result in zip(figure.axes, results, strict=True):
+        panel.set_title(result["scenario"], fontsize=9)
+        panel.set_xlabel(label)
+    figure.axes[0].set_ylabel("LDS")
+    figure.axes[0].legend(fontsize=6)
+    figure.tight_layout()
+
+
 def over_k(results: list[Any]) -> plt.Figure:
     """The LDS of trak_fast's default and of traker's over k, a panel for each scenario."""
     figure, panels = plt.subplots(1, len(results), figsize=(2.6 * len(results), 2.8), squeeze=False, sharex=True)
@@ -28,11 +38,7 @@ def over_k(results: list[Any]) -> plt.Figure:
         panel.axvline(result["train_size"], color="0.8", zorder=0)
         panel.set_xscale("log", base=2)
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
-        panel.set_title(result["scenario"], fontsize=9)
-        panel.set_xlabel("k")
-    panels[0, 0].set_ylabel("LDS")
-    panels[0, 0].legend(fontsize=6)
-    figure.tight_layout()
+    finish(figure, results, "k")
     return figure
 
 
@@ -48,11 +54,7 @@ def over_ridge(results: list[Any], k: int) -> plt.Figure:
             panel.plot(*zip(*sorted(path), strict=True), color=color, label=f"C = {cell['checkpoints']}")
             panel.plot(cell["auto_factor"], cell["lds"]["auto"], "o", color=color)
         panel.set_xscale("log")
-        panel.set_title(result["scenario"], fontsize=9)
-        panel.set_xlabel("λ / mean ‖φ‖²")
-    panels[0, 0].set_ylabel("LDS")
-    panels[0, 0].legend(fontsize=6)
-    figure.tight_layout()
+    finish(figure, results, "λ / mean ‖φ‖²")
     return figure
 
 
