@@ -89,6 +89,28 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
+// As mbarrier_wait, but ends the kernel with an error where the phase has not completed after two seconds: a mistake
+// about barriers or copies then costs one context, not a device that hangs.
+__device__ __forceinline__ void mbarrier_wait_or_trap(uint64_t* barrier, uint32_t parity) {
+  constexpr uint64_t kNanoseconds = 2'000'000'000;
+  uint64_t begin = 0;
+  for (uint32_t done = 0; done == 0;) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (begin == 0) begin = now;
+    if (done == 0 && now - begin > kNanoseconds) asm volatile("trap;");
+  }
+}
+
 // Copies to shared memory --------------------------------------------------------------------------------------------
 
 // 16 bytes of which the first `valid` (0..16) come from global memory and the rest are zeros.

@@ -60,6 +60,15 @@ struct Block {
   }
 };
 
+// The producer's wait. Only the producer's is bounded: in the multiplying warpgroups the bound would cost registers.
+__device__ __forceinline__ void wait_for_room(uint64_t* empty, uint32_t parity) {
+#ifdef TRAK_FAST_BOUNDED_WAIT
+  ptx::mbarrier_wait_or_trap(empty, parity);
+#else
+  ptx::mbarrier_wait(empty, parity);
+#endif
+}
+
 // The producer: keeps the ring filled. One thread.
 template <Kind kind, bool bf16, int width>
 __device__ __forceinline__ void fetch(const Block<kind, bf16, width>& block, const Tile& tile,
@@ -71,7 +80,7 @@ __device__ __forceinline__ void fetch(const Block<kind, bf16, width>& block, con
   auto column = static_cast<int32_t>(block.share.first_unit * kUnit - tile.panel.first);
   Slot slot;
   for (int stage = 0; stage < stage_count; ++stage, slot.advance()) {
-    ptx::mbarrier_wait(&block.empty[slot.index], slot.parity ^ 1);
+    wait_for_room(&block.empty[slot.index], slot.parity ^ 1);
     ptx::mbarrier_arrive_expect(&block.full[slot.index], C::stage_bytes);
     char* to = block.stages + slot.index * C::stage_bytes;
 #pragma unroll
@@ -79,6 +88,10 @@ __device__ __forceinline__ void fetch(const Block<kind, bf16, width>& block, con
       ptx::tma_load(to, &map, &block.full[slot.index], column, row);
     }
   }
+#ifdef TRAK_FAST_BOUNDED_WAIT
+  // What was fetched last must be multiplied in time too.
+  for (int i = 0; i < kStages; ++i, slot.advance()) wait_for_room(&block.empty[slot.index], slot.parity ^ 1);
+#endif
 }
 
 // Words of the current unit or block, and those of the next in the making.
