@@ -223,8 +223,9 @@ class Plan {
     int64_t column = 0;
     for (size_t i = 0; i < p_.parts.size(); ++i) {
       const Part& part = p_.parts[i];
-      // sm80 copies 16 bytes at a time from columns that are multiples of 8; TMA reads from any column.
-      const bool aligned = family_ != Family::sm80 || (p_.offset + static_cast<uint64_t>(column)) % 8 == 0;
+      // Kernels fetch 16 bytes at a time from columns that are multiples of 8: TMA from any other is an illegal
+      // instruction.
+      const bool aligned = (p_.offset + static_cast<uint64_t>(column)) % 8 == 0;
       const bool direct = is_panel(part) && aligned && (part.columns >= kDirectColumns || p_.parts.size() == 1);
       if (part.columns > 0 && (direct || spans_.empty() || spans_.back().direct)) {
         spans_.push_back({i, i + 1, column, column + part.columns, direct});
