@@ -1,9 +1,11 @@
 // Packing: any strides, dtypes, alignment and lists of tensors become panels, and are dealt with here and nowhere else.
 //
-// A thread makes eight neighbouring columns of one sample, 16 bytes of each of its panel rows. Where they stand side by
-// side in one tensor, aligned, it reads them with 16-byte loads, else one by one. The parts come as a kernel parameter,
-// some at a time, so that nothing is copied to the device and a launch can be captured in a graph.
+// A thread makes eight neighbouring columns of some samples, 16 bytes of each of their panel rows. Where they stand
+// side by side in one tensor it reads them with the widest loads that their address allows, else one by one. The parts
+// come as a kernel parameter, some at a time, so that nothing is copied to the device and a launch can be captured in a
+// graph.
 #include <algorithm>
+#include <cmath>
 
 #include "launch.cuh"
 #include "panel.h"
@@ -14,23 +16,32 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kGroup = 8;  // columns of a thread
-constexpr int kMaxParts = 16, kMaxDimensions = 6;
+constexpr int kRows = 4;   // samples of a thread, whose loads are under way together
+constexpr int kMaxParts = 64, kMaxShapes = 8, kMaxDimensions = 6;  // of a launch
+static_assert(kMaxParts >= kGroup && kMaxShapes >= kGroup, "a launch must have room for a whole group of columns");
 
 struct DevicePart {
   const char* data;
-  int64_t begin, end;  // columns of the panel
+  int64_t end;  // columns of the panel; a part begins where the one before it ends
   int64_t batch_stride;
+  int32_t dtype;
+  int32_t shape;  // -1: its elements stand side by side
+};
+
+struct Shape {
   int64_t sizes[kMaxDimensions], strides[kMaxDimensions];
-  int dimensions, dtype;
+  int dimensions;
 };
 
 struct Pack {
   int terms, part_count;
-  int64_t begin, end;  // columns of the panel that this launch makes
-  int64_t columns;     // of the panel
-  int64_t first_sample;
+  int64_t parts_begin;  // column of the panel where the first part begins
+  int64_t begin, end;   // columns of the panel that this launch makes
+  int64_t columns;      // of the panel
+  int64_t first_sample, samples;
   uint16_t* panel;
   DevicePart parts[kMaxParts];
+  Shape shapes[kMaxShapes];
 };
 static_assert(sizeof(Pack) <= 4096, "kernel parameters have 4 KiB on every architecture");
 
@@ -66,11 +77,15 @@ __device__ __forceinline__ uint32_t nearest_bf16(float x) {
   return (rounded & 0x7FFF) == 0x7F80 && magnitude != 0x7F800000 ? rounded - 1 : rounded;
 }
 
+// What a launch's parts hold. Its own code for each: of one dtype, no element asks what it is.
+enum class Source { copied_16_bits, float32, float64, mixed };
+
+// Eight neighbours on their way: raw 16 bits, two a word, or floats.
 template <bool raw>
-struct Values;  // eight neighbours on their way: raw 16 bits, or floats
+struct Values;
 template <>
 struct Values<true> {
-  uint16_t x[kGroup];
+  uint32_t pairs[kGroup / 2];
 };
 template <>
 struct Values<false> {
@@ -86,138 +101,209 @@ __device__ __forceinline__ T load(const char* p) {
   return *reinterpret_cast<const T*>(p);
 }
 
-template <bool raw>
-__device__ __forceinline__ void load_one(Values<raw>& values, int i, const char* p, int dtype) {
-  if constexpr (raw) {
-    values.x[i] = load<uint16_t>(p);
+__device__ __forceinline__ bool aligned(const char* p, int bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
+}
+
+template <Source source>
+__device__ __forceinline__ float load_float(const char* p, int dtype) {
+  if constexpr (source == Source::float32) {
+    return load<float>(p);
+  } else if constexpr (source == Source::float64) {
+    return static_cast<float>(load<double>(p));
   } else {
     switch (static_cast<Dtype>(dtype)) {
       case Dtype::float32:
-        values.x[i] = load<float>(p);
-        break;
+        return load<float>(p);
       case Dtype::float64:
-        values.x[i] = static_cast<float>(load<double>(p));
-        break;
+        return static_cast<float>(load<double>(p));
       case Dtype::float16:
-        values.x[i] = half_to_float(load<uint16_t>(p));
-        break;
-      case Dtype::bfloat16:
-        values.x[i] = float_of(static_cast<uint32_t>(load<uint16_t>(p)) << 16);
-        break;
+        return half_to_float(load<uint16_t>(p));
+      default:
+        return float_of(static_cast<uint32_t>(load<uint16_t>(p)) << 16);
     }
   }
 }
 
-// Eight neighbours from an address aligned to 16 bytes.
-template <bool raw>
-__device__ __forceinline__ void load_vectors(Values<raw>& values, const char* p, int dtype) {
-  const int size = element_size(dtype);
-  Vector vectors[4];  // as many as eight doubles take
-#pragma unroll
-  for (int v = 0; v < 4; ++v) {
-    if (2 * v < size) vectors[v] = load<Vector>(p + 16 * v);
+// Element i of the eight, from anywhere.
+template <Source source>
+__device__ __forceinline__ void load_one(Values<source == Source::copied_16_bits>& values, int i, const char* p,
+                                         int dtype) {
+  if constexpr (source == Source::copied_16_bits) {
+    values.pairs[i / 2] |= static_cast<uint32_t>(load<uint16_t>(p)) << 16 * (i % 2);
+  } else {
+    values.x[i] = load_float<source>(p, dtype);
   }
+}
+
+// Eight neighbours side by side in memory, by the widest loads that the address allows.
+template <Source source>
+__device__ __forceinline__ void load_neighbours(Values<source == Source::copied_16_bits>& values, const char* p,
+                                                int dtype) {
+  if constexpr (source == Source::copied_16_bits) {
+    if (aligned(p, 16)) {
+      const auto vector = load<Vector>(p);
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    const uint32_t pair = vectors[0].x[i / 2] >> 16 * (i % 2) & 0xFFFF;
-    if constexpr (raw) {
-      values.x[i] = static_cast<uint16_t>(pair);
+      for (int i = 0; i < 4; ++i) values.pairs[i] = vector.x[i];
+    } else if (aligned(p, 4)) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values.pairs[i] = load<uint32_t>(p + 4 * i);
     } else {
-      switch (static_cast<Dtype>(dtype)) {
-        case Dtype::float32:
-          values.x[i] = float_of(vectors[i / 4].x[i % 4]);
-          break;
-        case Dtype::float64: {
-          const uint64_t bits = vectors[i / 2].x[i % 2 * 2] | static_cast<uint64_t>(vectors[i / 2].x[i % 2 * 2 + 1])
-                                                                  << 32;
-          double x;
-          memcpy(&x, &bits, sizeof x);
-          values.x[i] = static_cast<float>(x);
-          break;
-        }
-        case Dtype::float16:
-          values.x[i] = half_to_float(pair);
-          break;
-        case Dtype::bfloat16:
-          values.x[i] = float_of(pair << 16);
-          break;
-      }
+      uint32_t words[5];  // the halves in the middle of pairs, of which the first and the last are alone
+      words[0] = static_cast<uint32_t>(load<uint16_t>(p)) << 16;
+#pragma unroll
+      for (int i = 0; i < 3; ++i) words[i + 1] = load<uint32_t>(p + 2 + 4 * i);
+      words[4] = load<uint16_t>(p + 14);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values.pairs[i] = words[i] >> 16 | words[i + 1] << 16;
+    }
+  } else if (source == Source::float32 && aligned(p, 16)) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const auto vector = load<Vector>(p + 16 * v);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values.x[4 * v + i] = float_of(vector.x[i]);
+    }
+  } else {
+    const int size = source == Source::float32 ? 4 : source == Source::float64 ? 8 : element_size(dtype);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) values.x[i] = load_float<source>(p + i * size, dtype);
+  }
+}
+
+// The first term of each of the eight, two a word; the values keep what the next terms have to carry, exactly.
+__device__ __forceinline__ Vector split_off_term(Values<false>& values) {
+  constexpr float kLargest = 0x1.FEp127F;  // of bf16; what is beyond it could be rounded to infinity
+  bool ordinary = true;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) ordinary = ordinary && std::fabs(values.x[i]) <= kLargest;
+  Vector packed;
+  if (ordinary) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) packed.x[i] = ptx::round_to_bf16(values.x[2 * i], values.x[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      packed.x[i] = nearest_bf16(values.x[2 * i]) | nearest_bf16(values.x[2 * i + 1]) << 16;
     }
   }
+#pragma unroll
+  for (int i = 0; i < kGroup; i += 2) {
+    values.x[i] -= float_of(packed.x[i / 2] << 16);
+    values.x[i + 1] -= float_of(packed.x[i / 2] & 0xFFFF0000U);
+  }
+  return packed;
 }
 
 // Where column c of a part's sample b stands.
-__device__ __forceinline__ const char* place(const DevicePart& part, int64_t b, int64_t c) {
+__device__ __forceinline__ const char* place(const Pack& job, const DevicePart& part, int64_t b, int64_t c) {
   int64_t element = b * part.batch_stride;
-  for (int d = part.dimensions - 1; d > 0; --d) {
-    element += c % part.sizes[d] * part.strides[d];
-    c /= part.sizes[d];
+  if (part.shape < 0) {
+    element += c;
+  } else {
+    const Shape& shape = job.shapes[part.shape];
+    for (int d = shape.dimensions - 1; d > 0; --d) {
+      element += c % shape.sizes[d] * shape.strides[d];
+      c /= shape.sizes[d];
+    }
+    if (shape.dimensions > 0) element += c * shape.strides[0];
   }
-  if (part.dimensions > 0) element += c * part.strides[0];
   return part.data + element * element_size(part.dtype);
 }
 
-template <bool raw>
+// The part that holds a column of the panel, or the next after it: part_count if there is none.
+__device__ __forceinline__ int find_part(const Pack& job, int64_t column) {
+  int first = 0, last = job.part_count;
+  while (first < last) {
+    const int middle = (first + last) / 2;
+    if (job.parts[middle].end <= column) {
+      first = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  return first;
+}
+
+__device__ __forceinline__ int64_t begin_of(const Pack& job, int part) {
+  return part == 0 ? job.parts_begin : job.parts[part - 1].end;
+}
+
+template <Source source>
 __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack job) {
+  constexpr bool raw = source == Source::copied_16_bits;
   const int64_t c = job.begin + (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kGroup;
   if (c >= job.end) return;
-  const int64_t row = blockIdx.y, b = job.first_sample + row;
-  int p = 0;
-  while (p < job.part_count && job.parts[p].end <= c) ++p;
-
-  Values<raw> values = {};
+  int p = find_part(job, c);
   const DevicePart& first = job.parts[p < job.part_count ? p : 0];
-  const char* start = c >= first.begin && c + kGroup <= first.end ? place(first, b, c - first.begin) : nullptr;
-  if (start != nullptr && first.dimensions == 1 && first.strides[0] == 1 &&
-      reinterpret_cast<uintptr_t>(start) % sizeof(Vector) == 0) {
-    load_vectors(values, start, first.dtype);
+  const bool neighbours = p < job.part_count && c >= begin_of(job, p) && c + kGroup <= first.end && first.shape < 0;
+  const int64_t first_row = int64_t{blockIdx.y} * kRows;
+  const int64_t row = job.first_sample + first_row;
+  const auto there = [&](int r) { return first_row + r < job.samples; };
+
+  Values<raw> values[kRows] = {};
+  if (neighbours) {
+    const char* start = place(job, first, row, c - begin_of(job, p));
+    const int64_t row_bytes = first.batch_stride * element_size(first.dtype);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (there(r)) load_neighbours<source>(values[r], start + r * row_bytes, first.dtype);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       while (p < job.part_count && job.parts[p].end <= c + i) ++p;
-      if (p == job.part_count || job.parts[p].begin > c + i) continue;
+      if (p == job.part_count || begin_of(job, p) > c + i) continue;
       const DevicePart& part = job.parts[p];
-      load_one(values, i, place(part, b, c + i - part.begin), part.dtype);
+      const char* start = place(job, part, row, c + i - begin_of(job, p));
+      const int64_t row_bytes = part.batch_stride * element_size(part.dtype);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (there(r)) load_one<source>(values[r], i, start + r * row_bytes, part.dtype);
+      }
     }
   }
-
-  auto* to = job.panel + row * job.terms * job.columns + c;
-  for (int term = 0; term < job.terms; ++term, to += job.columns) {
-    Vector packed;
 #pragma unroll
-    for (int i = 0; i < kGroup; i += 2) {
-      uint32_t pair = 0;
+  for (int r = 0; r < kRows; ++r) {
+    if (!there(r)) break;
+    auto* to = job.panel + (first_row + r) * job.terms * job.columns + c;
+    for (int term = 0; term < job.terms; ++term, to += job.columns) {
+      Vector packed;
+      if constexpr (raw) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint32_t bits;
-        if constexpr (raw) {
-          bits = values.x[i + h];
-        } else {
-          bits = nearest_bf16(values.x[i + h]);
-          values.x[i + h] -= float_of(bits << 16);  // exact; what the next terms have to carry
-        }
-        pair |= bits << 16 * h;
+        for (int i = 0; i < 4; ++i) packed.x[i] = values[r].pairs[i];
+      } else {
+        packed = split_off_term(values[r]);
       }
-      packed.x[i / 2] = pair;
+      *reinterpret_cast<Vector*>(to) = packed;
     }
-    *reinterpret_cast<Vector*>(to) = packed;
   }
 }
 
-DevicePart describe(const Part& part, int64_t begin) {
-  DevicePart described = {};
-  described.data = static_cast<const char*>(part.data);
-  described.begin = begin;
-  described.end = begin + part.columns;
-  described.batch_stride = part.batch_stride;
-  described.dimensions = static_cast<int>(part.sizes.size());
-  described.dtype = static_cast<int>(part.dtype);
-  if (described.dimensions > kMaxDimensions) {
+Source source_of(const PackJob& job, const std::vector<Part>& parts) {
+  if (job.type == PanelType::copy_16_bits) return Source::copied_16_bits;
+  const auto all = [&](Dtype dtype) {
+    return std::all_of(parts.begin(), parts.end(), [&](const Part& part) { return part.dtype == dtype; });
+  };
+  return all(Dtype::float32) ? Source::float32 : all(Dtype::float64) ? Source::float64 : Source::mixed;
+}
+
+// Adds a part that ends at a column of the panel; whether the launch had room for it.
+bool add_part(Pack& job, int& shape_count, const Part& part, int64_t end) {
+  const bool side_by_side = part.sizes.empty() || (part.sizes.size() == 1 && part.strides[0] == 1);
+  if (part.sizes.size() > kMaxDimensions) {
     throw std::invalid_argument("a gradient has more than " + std::to_string(kMaxDimensions) + " separate dimensions");
   }
-  std::copy(part.sizes.begin(), part.sizes.end(), described.sizes);
-  std::copy(part.strides.begin(), part.strides.end(), described.strides);
-  return described;
+  if (job.part_count == kMaxParts || (!side_by_side && shape_count == kMaxShapes)) return false;
+  if (!side_by_side) {
+    Shape& shape = job.shapes[shape_count];
+    shape.dimensions = static_cast<int>(part.sizes.size());
+    std::copy(part.sizes.begin(), part.sizes.end(), shape.sizes);
+    std::copy(part.strides.begin(), part.strides.end(), shape.strides);
+  }
+  job.parts[job.part_count++] = {static_cast<const char*>(part.data), end, part.batch_stride,
+                                 static_cast<int32_t>(part.dtype), side_by_side ? -1 : shape_count++};
+  return true;
 }
 
 }  // namespace
@@ -227,11 +313,25 @@ void launch_pack(const PackJob& job, const std::vector<Part>& parts, void* strea
   pack_job.terms = job.terms;
   pack_job.columns = job.columns;
   pack_job.first_sample = job.first_sample;
+  pack_job.samples = job.samples;
   pack_job.panel = job.panel;
-  const auto kernel = job.type == PanelType::copy_16_bits ? pack<true> : pack<false>;
+  void (*kernel)(Pack) = pack<Source::mixed>;
+  switch (source_of(job, parts)) {
+    case Source::copied_16_bits:
+      kernel = pack<Source::copied_16_bits>;
+      break;
+    case Source::float32:
+      kernel = pack<Source::float32>;
+      break;
+    case Source::float64:
+      kernel = pack<Source::float64>;
+      break;
+    case Source::mixed:
+      break;
+  }
 
-  // The parts that the panel meets, a launch for every kMaxParts of them. A launch ends where a group of columns ends;
-  // a part that is cut there goes into the next launch again.
+  // The parts that the panel meets, as many in a launch as there is room for. A launch ends where a group of columns
+  // ends; a part that is cut there goes into the next launch again.
   size_t next = 0;
   int64_t next_begin = static_cast<int64_t>(job.offset) - job.first_column;
   while (pack_job.begin < job.columns) {
@@ -239,15 +339,18 @@ void launch_pack(const PackJob& job, const std::vector<Part>& parts, void* strea
       next_begin += parts[next++].columns;
     }
     pack_job.part_count = 0;
-    int64_t begin = next_begin;
+    pack_job.parts_begin = next_begin;
+    int shape_count = 0;
+    int64_t end = next_begin;
     size_t i = next;
-    for (; i < parts.size() && begin < job.columns && pack_job.part_count < kMaxParts; begin += parts[i++].columns) {
-      if (parts[i].columns > 0) pack_job.parts[pack_job.part_count++] = describe(parts[i], begin);
+    for (; i < parts.size() && end < job.columns; end += parts[i++].columns) {
+      if (parts[i].columns > 0 && !add_part(pack_job, shape_count, parts[i], end + parts[i].columns)) break;
     }
-    const bool all = i == parts.size() || begin >= job.columns;
-    pack_job.end = all ? job.columns : begin / kGroup * kGroup;
+    const bool all = i == parts.size() || end >= job.columns;
+    pack_job.end = all ? job.columns : end / kGroup * kGroup;
     const int64_t groups = (pack_job.end - pack_job.begin) / kGroup;
-    const dim3 grid(static_cast<unsigned>((groups + kThreads - 1) / kThreads), static_cast<unsigned>(job.samples));
+    const dim3 grid(static_cast<unsigned>((groups + kThreads - 1) / kThreads),
+                    static_cast<unsigned>((job.samples + kRows - 1) / kRows));
     launch(kernel, grid, kThreads, 0, stream, pack_job);
     pack_job.begin = pack_job.end;
   }

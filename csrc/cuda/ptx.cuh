@@ -53,6 +53,13 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return d;
 }
 
+// a and b (finite), each rounded to the nearest bf16, ties to even; a in the low half.
+__device__ __forceinline__ uint32_t round_to_bf16(float a, float b) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a));
+  return d;
+}
+
 // Barriers -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }

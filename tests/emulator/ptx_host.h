@@ -28,6 +28,15 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return d;
 }
 
+inline uint32_t round_to_bf16(float a, float b) {
+  const auto round = [](float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  };
+  return round(a) | round(b) << 16;
+}
+
 // Barriers -----------------------------------------------------------------------------------------------------------
 
 inline void block_barrier() { emulator::meet_block(); }
