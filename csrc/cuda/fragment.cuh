@@ -47,6 +47,8 @@ class PhiloxCalls {
  public:
   static constexpr int kCalls = 2 * tiles;
   static constexpr int kFirstRound = 3;
+  // A block of few columns asks for its rows' share so often that it is kept, in two registers a call.
+  static constexpr bool kKeepsRows = kind == Kind::normal;
 
   // block_high: what all blocks asked for later have above bit 32.
   __device__ __forceinline__ PhiloxCalls(const Generator& generator, uint32_t row, uint32_t tile_stride, uint32_t t,
@@ -54,10 +56,12 @@ class PhiloxCalls {
       : generator_(generator) {
     const uint64_t product = multiply_wide(kPhiloxM1, t | static_cast<uint32_t>(kind) << 8 | block_high << 16);
     low1_ = low(product);
+    high1_ = high(product) ^ generator.key0[0];
+    row_ = row;
+    tile_stride_ = tile_stride;
+    if constexpr (kKeepsRows) {
 #pragma unroll
-    for (int c = 0; c < kCalls; ++c) {
-      const uint32_t i = row + static_cast<uint32_t>(c / 2) * tile_stride + static_cast<uint32_t>(c % 2) * 8;
-      row_[c] = multiply_wide(kPhiloxM0, high(product) ^ i ^ generator.key0[0]);
+      for (int c = 0; c < kCalls; ++c) rows_[c] = row_product(c);
     }
   }
 
@@ -79,8 +83,9 @@ class PhiloxCalls {
 
   // A call after the first three rounds.
   __device__ __forceinline__ State begin(const Block& block, int call) const {
-    const uint64_t q = multiply_wide(kPhiloxM1, high(row_[call]) ^ block.next2);
-    return {{high(q) ^ block.c0, low(q), block.c2 ^ low(row_[call]), block.c3}};
+    const uint64_t row = kKeepsRows ? rows_[call] : row_product(call);
+    const uint64_t q = multiply_wide(kPhiloxM1, high(row) ^ block.next2);
+    return {{high(q) ^ block.c0, low(q), block.c2 ^ low(row), block.c3}};
   }
 
   __device__ __forceinline__ void round(State& s, int r) const {
@@ -101,9 +106,16 @@ class PhiloxCalls {
   }
 
  private:
+  // A row's share of the first two rounds.
+  __device__ __forceinline__ uint64_t row_product(int call) const {
+    const uint32_t first = kKeepsRows ? row_ : ptx::opaque(row_);
+    const uint32_t i = first + static_cast<uint32_t>(call / 2) * tile_stride_ + static_cast<uint32_t>(call % 2) * 8;
+    return multiply_wide(kPhiloxM0, high1_ ^ i);
+  }
+
   const Generator& generator_;
-  uint32_t low1_;
-  uint64_t row_[kCalls];
+  uint32_t low1_, high1_, row_, tile_stride_;
+  uint64_t rows_[kKeepsRows ? kCalls : 1];
 };
 
 // 1 in both halves of a register, in a register: as an immediate beside the mask it would cost a second operation.

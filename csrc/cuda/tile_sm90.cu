@@ -4,6 +4,8 @@
 // wgmma runs while its warpgroup makes the next operand: fragments are kept in `kDepth` sets of registers, a set is
 // rewritten once the wgmma that read it is done, and the Philox rounds of the next words are spread over the steps.
 // Loops over the steps of a unit are unrolled, so that every register index and every choice is known to the compiler.
+#include <utility>
+
 #include "launch.cuh"
 #include "tensor_map.cuh"
 #include "tile.cuh"
@@ -11,18 +13,20 @@
 namespace trak_fast {
 namespace {
 
-constexpr int kConsumers = 2;  // warpgroups that multiply
-constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kStages = 4;
 constexpr int kBoxColumns = 64;  // 128 bytes: one swizzled row
 constexpr int kTableBytes = 2 * kNormalHalf;
 
 template <Kind kind, int width>
 struct Config {
-  static constexpr int tiles = width <= 128 ? 2 : 1;  // 64-row fragments of a warpgroup
-  static constexpr int rows = kConsumers * 64 * tiles;
-  static constexpr int depth = width <= 32 ? 4 : 2;  // sets of fragment registers
-  static constexpr int stores_at_once = width <= 64 ? width / 8 : 8;
+  static constexpr bool signs = kind == Kind::rademacher;
+  static constexpr int consumers = width <= (signs ? 32 : 64) ? 4 : 2;  // warpgroups that multiply
+  static constexpr int threads = 128 * (1 + consumers);
+  static constexpr int registers = consumers == 4 ? 112 : 240;                      // of a thread that multiplies
+  static constexpr int tiles = width == 256 || (consumers == 4 && !signs) ? 1 : 2;  // 64-row fragments of a warpgroup
+  static constexpr int rows = consumers * 64 * tiles;
+  static constexpr int depth = signs ? (width == 64 ? 4 : 2) : (width <= 32 ? 4 : 2);  // sets of fragment registers
+  static constexpr int stores_at_once = consumers == 4 ? 1 : width <= 64 ? width / 8 : 8;
   static constexpr int stage_columns = width <= 32 ? 256 : width <= 128 ? 128 : 64;
   static constexpr int stage_bytes = width * stage_columns * 2;
   static constexpr int steps = stage_columns / 16;  // of one stage
@@ -30,7 +34,7 @@ struct Config {
   static constexpr int barriers_at = kStages * stage_bytes + table_bytes;
   static constexpr int shared_bytes = barriers_at + 2 * kStages * static_cast<int>(sizeof(uint64_t));
   static_assert(shared_bytes <= 227 * 1024, "too much shared memory");
-  static_assert(depth <= steps, "a stage must outlast the wgmmas that are under way");
+  static_assert(depth >= 2 && depth <= steps, "a stage must outlast the wgmmas that are under way");
 };
 
 // A place in the ring, and how often (modulo 2) the ring went round.
@@ -125,11 +129,37 @@ struct WordStream {
   }
 };
 
+// Makes the fragments of step s of the unit whose first block is `number` (kStepsPerUnit: of step 0 of the next unit),
+// and the step's share of the work on the next words.
+template <Kind kind, bool bf16, int tiles>
+__device__ __forceinline__ void make_fragments(uint32_t (&fragments)[tiles][4], WordStream<kind, tiles>& words, int s,
+                                               uint32_t number, uint32_t one, const uint16_t* table) {
+  constexpr int steps = WordStream<kind, tiles>::kSteps;
+#pragma unroll
+  for (int m = 0; m < tiles; ++m) {
+    make_fragment<kind, bf16>(fragments[m], words.now[2 * m].c, words.now[2 * m + 1].c, s % kStepsPerUnit, one, table);
+  }
+  words.prepare(s % steps, number + static_cast<uint32_t>(s / steps) + 1);
+  if (s % steps == steps - 1) words.turn();
+}
+
+template <class Body, int... i>
+__device__ __forceinline__ void unroll(const Body& body, std::integer_sequence<int, i...>) {
+  (body(std::integral_constant<int, i>()), ...);
+}
+
+// body(0) .. body(count - 1), each with its own code: the compiler gives up on a loop as long as this.
+template <int count, class Body>
+__device__ __forceinline__ void unroll(const Body& body) {
+  unroll(body, std::make_integer_sequence<int, count>());
+}
+
 template <Kind kind, bool bf16, int width>
 __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, const Tile& tile) {
   using C = Config<kind, width>;
   constexpr int tiles = C::tiles, depth = C::depth, blocks_per_unit = kUnit / block_columns(kind);
-  const int consumer = static_cast<int>(threadIdx.x / 128) - 1, warp = static_cast<int>(threadIdx.x / 32 % 4);
+  const int consumer = static_cast<int>(threadIdx.x / 128) - 1;
+  const int warp = static_cast<int>(threadIdx.x / 32 % 4);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t first_row = blockIdx.x * C::rows + static_cast<uint32_t>(consumer * 64 * tiles + warp * 16 + lane / 4);
   const auto first_block = static_cast<uint64_t>(block.share.first_unit * blocks_per_unit);
@@ -144,55 +174,56 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
 
   float sums[tiles][width / 2];
   uint32_t a[depth][tiles][4];
+  make_fragments<kind, bf16>(a[0], words, 0, static_cast<uint32_t>(first_block), one, block.table);
+
   bool add = tile.add;
   Slot slot, done;
   uint64_t stage = 0;  // descriptor of its first step's operand
-  for (int unit = 0; unit < block.share.units; unit += kUnitsPerSegment) {
-    const int end = block.share.units - unit < kUnitsPerSegment ? block.share.units : unit + kUnitsPerSegment;
-    for (int u = unit; u < end; ++u) {
-      const auto number = static_cast<uint32_t>(first_block) + static_cast<uint32_t>(u * blocks_per_unit);
+  for (int u = 0; u < block.share.units;) {
+    const int end = block.share.units - u < kUnitsPerSegment ? block.share.units : u + kUnitsPerSegment;
 #pragma unroll
-      for (int s = 0; s < kStepsPerUnit; ++s) {
+    for (int m = 0; m < tiles; ++m) {
+#pragma unroll
+      for (float& x : sums[m]) x = 0;
+    }
+    for (; u < end; ++u) {
+      const auto number = static_cast<uint32_t>(first_block) + static_cast<uint32_t>(u * blocks_per_unit);
+      unroll<kStepsPerUnit>([&](auto step) {
+        constexpr int s = decltype(step)::value;
         if (s % C::steps == 0) {
           ptx::mbarrier_wait(&block.full[slot.index], slot.parity);
           stage = ptx::swizzled_descriptor(block.stages + slot.index * C::stage_bytes);
         }
-        uint32_t (&fragments)[tiles][4] = a[s % depth];
-#pragma unroll
-        for (int m = 0; m < tiles; ++m) {
-          make_fragment<kind, bf16>(fragments[m], words.now[2 * m].c, words.now[2 * m + 1].c, s, one, block.table);
-        }
         // A step is 32 bytes further within a box's rows.
         const uint64_t operand = stage + (s % C::steps / 4 * (width * kBoxColumns * 2) + s % 4 * 32) / 16;
+        uint32_t (&fragments)[tiles][4] = a[s % depth];
 #pragma unroll
         for (int m = 0; m < tiles; ++m) ptx::wgmma_operand(fragments[m]);
         ptx::wgmma_fence();
 #pragma unroll
-        for (int m = 0; m < tiles; ++m) {
-          ptx::wgmma_m64k16<width, bf16>(sums[m], fragments[m], operand, u > unit || s > 0);
-        }
+        for (int m = 0; m < tiles; ++m) ptx::wgmma_m64k16<width, bf16>(sums[m], fragments[m], operand, 1);
         ptx::wgmma_commit();
-        words.prepare(s % Words::kSteps, number + static_cast<uint32_t>(s / Words::kSteps) + 1);
-        if (s % Words::kSteps == Words::kSteps - 1) words.turn();
+        // Now the set that comes next is free. Its fragments and the next words are made while this step is multiplied;
+        // no wait stands between the two, so that the table's look-ups overlap with Philox.
         ptx::wgmma_wait<depth - 1>();
-        // The wgmmas of the stage before this one are done once `depth` steps of this one were issued.
-        if (s % C::steps == depth - 2 && (u > unit || s >= C::steps)) {
+        // The wgmmas of the stage before this one are done once `depth` - 1 steps of this one were issued.
+        if (s % C::steps == depth - 2 && (u > 0 || s >= C::steps)) {
           if (lane == 0) ptx::mbarrier_arrive(&block.empty[done.index]);
           done.advance();
         }
         if (s % C::steps == C::steps - 1) slot.advance();
-      }
+        make_fragments<kind, bf16>(a[(s + 1) % depth], words, s + 1, number, one, block.table);
+      });
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < tiles; ++m) ptx::wgmma_operand(sums[m]);
-    if (lane == 0) ptx::mbarrier_arrive(&block.empty[done.index]);
-    done.advance();
 #pragma unroll
     for (int m = 0; m < tiles; ++m)
       store_tile<width, C::stores_at_once>(tile, sums[m], int64_t{first_row} + 64 * m, add);
     add = true;
   }
+  if (block.share.units > 0 && lane == 0) ptx::mbarrier_arrive(&block.empty[done.index]);
   if (block.share.units == 0 && !add) {  // sums that hold nothing yet get zeros
 #pragma unroll
     for (int m = 0; m < tiles; ++m) {
@@ -204,14 +235,19 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
 }
 
 template <Kind kind, bool bf16, int width>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Config<kind, width>::threads, 1)
     tile_sm90(const __grid_constant__ Tile tile, const __grid_constant__ ptx::TensorMap map) {
+  using C = Config<kind, width>;
   const Block<kind, bf16, width> block(tile);
+  // Warpgroups whose rows are all beyond P's leave the multiprocessor to the others.
+  const int64_t rows_left = tile.rows - int64_t{blockIdx.x} * C::rows;
+  const int busy =
+      rows_left >= C::rows ? C::consumers : static_cast<int>((rows_left + 64 * C::tiles - 1) / (64 * C::tiles));
   if constexpr (kind == Kind::normal) copy_half_table(block.table, tile.half_table);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&block.full[i], 1);
-      ptx::mbarrier_init(&block.empty[i], 4 * kConsumers);
+      ptx::mbarrier_init(&block.empty[i], 4 * busy);
     }
     ptx::fence_mbarrier_init();
   }
@@ -220,8 +256,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::decrease_registers<24>();
     if (threadIdx.x == 0) fetch(block, tile, map);
   } else {
-    ptx::increase_registers<240>();
-    multiply(block, tile);
+    ptx::increase_registers<C::registers>();
+    if (static_cast<int>(threadIdx.x / 128) <= busy) multiply(block, tile);
   }
 }
 
@@ -231,7 +267,13 @@ void launch_width(const Tile& tile, void* stream) {
   const dim3 grid(static_cast<unsigned>((tile.rows + C::rows - 1) / C::rows), static_cast<unsigned>(tile.batch_tiles),
                   static_cast<unsigned>(tile.splits));
   const ptx::TensorMap map = make_tensor_map(tile.panel, bf16, kBoxColumns, width);
-  launch(tile_sm90<kind, bf16, width>, grid, kThreads, C::shared_bytes, stream, tile, map);
+  launch(tile_sm90<kind, bf16, width>, grid, C::threads, C::shared_bytes, stream, tile, map);
+}
+
+int rows_of(Kind kind, int width) {
+  int rows = 0;
+  with_constants(kind, true, width, [&](auto k, auto, auto w) { rows = Config<k, w>::rows; });
+  return rows;
 }
 
 }  // namespace
@@ -241,7 +283,7 @@ TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
   // Making normal entries costs more than reading the panel twice as often, so they always serve 256 rows at once.
   const int widest = wide || kind == Kind::normal ? 256 : 128;
   while (width < panel_rows && width < widest) width *= 2;
-  return {width, width <= 128 ? Config<Kind::rademacher, 128>::rows : Config<Kind::rademacher, 256>::rows, 1};
+  return {width, rows_of(kind, width), 1};
 }
 
 void launch_tile_sm90(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {

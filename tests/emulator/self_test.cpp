@@ -175,7 +175,7 @@ void test_tma_swizzles_and_fills_with_zeros() {
   alignas(16) static uint16_t data[rows * 104];
   for (int i = 0; i < rows * 104; ++i) data[i] = static_cast<uint16_t>(i + 1);
   const CUtensorMap map = tensor_map(data, columns, rows, 104, box_rows);
-  for (const auto& [x, y] : {std::pair{0, 0}, {64, 0}, {-8, 3}, {-100, 0}, {90, -5}, {200, 2}, {0, 13}}) {
+  for (const auto& [x, y] : {std::pair{0, 0}, {64, 0}, {-8, 3}, {-104, 0}, {88, -5}, {200, 2}, {0, 13}}) {
     std::vector<uint16_t> out(box_rows * 64);
     launch(box_kernel, 1, 32, box_rows * 128 + 8, nullptr, map, box_rows, x, y, out.data());
     for (int r = 0; r < box_rows; ++r) {
@@ -186,6 +186,11 @@ void test_tma_swizzles_and_fills_with_zeros() {
                "box at " + std::to_string(x) + ", " + std::to_string(y));
       }
     }
+  }
+  std::vector<uint16_t> out(box_rows * 64);
+  for (const int x : {-100, 1, 90}) {
+    expect_report([&] { launch(box_kernel, 1, 32, box_rows * 128 + 8, nullptr, map, box_rows, x, 0, out.data()); },
+                  "illegal instruction");
   }
 }
 
