@@ -115,6 +115,8 @@ def test_hopper_tiles() -> None:
         steps = 33 * fragments
         assert operations["LOP3"] <= (8 if kind == 0 else 37.5) * steps, kernel
         assert operations["LDS"] <= (0 if kind == 0 else 8) * steps, kernel
+        # Descriptors stay in uniform registers: moved there in every step, they cost a quarter more instructions.
+        assert operations["R2UR"] <= 16, kernel
         assert operations["UTMALDG"] > 0, kernel
 
 

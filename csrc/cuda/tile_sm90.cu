@@ -67,7 +67,7 @@ struct Block {
 // The producer's wait. Only the producer's is bounded: in the multiplying warpgroups the bound would cost registers.
 __device__ __forceinline__ void wait_for_room(uint64_t* empty, uint32_t parity) {
 #ifdef TRAK_FAST_BOUNDED_WAIT
-  ptx::mbarrier_wait_or_trap(empty, parity);
+  ptx::mbarrier_wait_or_fail(empty, parity);
 #else
   ptx::mbarrier_wait(empty, parity);
 #endif

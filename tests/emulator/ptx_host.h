@@ -45,7 +45,7 @@ inline void fence_mbarrier_init() { emulator::mbarrier_fence(); }
 inline void mbarrier_arrive(uint64_t* barrier) { emulator::mbarrier_arrive(barrier, 0); }
 inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { emulator::mbarrier_arrive(barrier, bytes); }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
-inline void mbarrier_wait_or_trap(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
+inline void mbarrier_wait_or_fail(uint64_t* barrier, uint32_t parity) { emulator::mbarrier_wait(barrier, parity); }
 
 // Copies to shared memory --------------------------------------------------------------------------------------------
 
