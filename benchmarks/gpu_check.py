@@ -1,12 +1,14 @@
-"""Everything that needs a GPU, in one command of under nine minutes: build, tests, sanitizers, measurements.
+"""Everything that needs a GPU, in one command of under nine minutes: right or wrong, then how fast, then the rest.
 
-    python benchmarks/gpu_check.py [--minutes 8.5] [--fast-jl fast_jl-0.1.3.tar.gz] [--dry-run]
+    python benchmarks/gpu_check.py [--minutes 8.5] [--prebuilt FOLDER] [--variants FOLDER ...] [--dry-run]
 
-For a bare machine without network: needs torch, pybind11, cmake, ninja and nvcc, and builds for the device's own
-architecture. Writes JSON to $OUT or benchmarks/results/, also while it measures, and prints a short table last, with
-each target as reached or not. Measurements stop when the time is up; the rows that the targets need come first. A
-kernel that fails or hangs on small shapes is reported and left out; so is what is missing: pytest, compute-sanitizer,
-fast_jl. How times are taken stands in gpu_measure.py.
+For a bare machine without network: needs torch, and pybind11, cmake, ninja and nvcc unless the module is prebuilt (see
+prebuild.py). In order: every kernel against float64 (gpu_smoke.py), quick times, the gpu tests, the measurements with
+their targets, variants of the module against it (gpu_variants.py), Nsight Compute, compute-sanitizer. Kernels that are
+wrong or hang are named and left out of what follows; so is what is missing: pytest, ncu, compute-sanitizer, fast_jl.
+
+`--minutes` bounds all of it. JSON goes to $OUT or benchmarks/results/ after each row, and the last lines printed are
+the table: right or wrong, and each target as reached or not. How times are taken stands in gpu_measure.py.
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ import argparse
 import contextlib
 import datetime
 import importlib
+import importlib.machinery
 import importlib.util
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -39,8 +44,11 @@ torch.cuda.synchronize()
 """
 
 
-def run(command: list[str], seconds: float, **environment: str) -> tuple[str, str]:
-    """Whether a command passed within a time, and the end of its output. Its children end with it."""
+def run(command: list[str], seconds: float, log: str = "", **environment: str) -> tuple[str, str]:
+    """Whether a command passed within a time, and the end of its output. Its children end with it.
+
+    The whole output is added to $OUT/`log`, where both are given.
+    """
     process = subprocess.Popen(
         command,
         env={**os.environ, **environment},
@@ -65,7 +73,21 @@ def run(command: list[str], seconds: float, **environment: str) -> tuple[str, st
             output, _ = process.communicate(timeout=10)
         except subprocess.TimeoutExpired as stuck:  # a process may outlive SIGKILL while a GPU hangs
             output = (stuck.stdout or b"").decode(errors="replace") if isinstance(stuck.stdout, bytes) else ""
+    if log and (folder := os.environ.get("OUT")):
+        with Path(folder, log).open("a") as file:
+            print(shlex.join(command), verdict, output, sep="\n", file=file)
     return verdict, output[-3000:]
+
+
+def use_prebuilt(folder: Path) -> tuple[str, str]:
+    """Copies the module that prebuild.py made for this Python into the package."""
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    module = folder / f"_C{suffix}"
+    if not module.is_file():
+        there = ", ".join(path.name for path in folder.glob("*")) or "nothing"
+        return "FAILED: no module for this Python", f"{module} is not there, but {there}"
+    shutil.copy(module, ROOT / "trak_fast")
+    return "passed", ""
 
 
 def build(architecture: str, clock: Clock) -> tuple[str, str]:
@@ -146,62 +168,127 @@ class Checks:
         return any(verdict.startswith(("FAILED", "not finished")) for verdict in self.verdicts.values())
 
 
-def try_kernels(checks: Checks, clock: Clock, kernels: list[str]) -> list[str]:
-    """The kernels that are right on small shapes: others would hang or spoil all that follows."""
+def smoke(checks: Checks, seconds: float) -> list[str]:
+    """Runs gpu_smoke.py; the kernels, and the adjoint, that were right in every case that was reached."""
+    gpu_smoke = importlib.import_module("gpu_smoke")
+    names = [*importlib.import_module("trak_fast").info()["cuda_devices"][0]["kernels"], ADJOINT]
+    try:
+        outcomes = gpu_smoke.check_cases("cuda", seconds=seconds, report=gpu_smoke.Reporter())
+    except gpu_smoke.WorkerFailed as failure:
+        checks.note("gpu_smoke.py", f"FAILED: no worker starts: {failure}", "")
+        return []
+    gpu_smoke.write_json(outcomes)
+    print(gpu_smoke.tabulate(outcomes), flush=True)
     works = []
-    for kernel in [*kernels, ADJOINT]:
-        verdict, output = run([sys.executable, __file__, "--small", kernel], min(60, clock.left - 20))
-        checks.note(f"{kernel} on small shapes", verdict, output)
-        if verdict == "passed":
-            works.append(kernel)
+    for name in names:
+        verdicts = [outcome.verdict for outcome in outcomes if outcome.case.kernel == name]
+        right, reached = verdicts.count("ok"), sum(verdict != "skipped" for verdict in verdicts)
+        fine = 0 < right == reached
+        checks.note(
+            f"{name} against float64", f"{'passed' if fine else 'FAILED'}: {right} of {len(verdicts)} right", ""
+        )
+        if fine:
+            works.append(name)
     return works
 
 
-def check_correctness(checks: Checks, clock: Clock, minutes_for_measuring: float, kernels: list[str]) -> None:
-    """Runs the gpu tests and the sanitizers while enough time is left to measure. kernels: as for small_shapes."""
-    spare = clock.left - 60 * minutes_for_measuring
+def run_tests(checks: Checks, seconds: float, works: list[str]) -> None:
+    """Runs the gpu tests, with what compiles by torch.compile last; works: see smoke()."""
     tests = sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    if missing:
-        checks.note("gpu tests", f"{' and '.join(missing)} not there", "")
-    elif spare < 10:
-        checks.note("gpu tests", "no time left", "")
-    else:
-        # Warnings of another torch version are no errors here.
-        pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "-m", "gpu", "-o", "filterwarnings="]
-        pytest += ["--continue-on-collection-errors", "-p", "no:cacheprovider", *tests]
-        broken = [name for name in (*KERNELS, ADJOINT) if name not in kernels]
-        pytest += ["-k", " and ".join(f"not {name}" for name in broken)] if broken else []
-        verdict, output = run(pytest, 0.6 * spare, TRAK_FAST_CUDA_KERNEL=kernels[0])
-        summary = output.strip().splitlines()[-1] if output.strip() else ""
-        if verdict == "passed":  # also when all were skipped, which the summary shows
-            verdict = f"passed: {summary}" if " passed" in summary else f"FAILED: {summary}"
-        checks.note("gpu tests", verdict, output)
+    if missing or seconds < 10:
+        checks.note("gpu tests", f"{' and '.join(missing)} not there" if missing else "no time left", "")
+        return
+    # Warnings of another torch version are no errors here.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
+    pytest += ["--maxfail=5", "--continue-on-collection-errors", *tests]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        pytest += ["--timeout", "30", "--timeout-method", "thread"]
+    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") is not None else []
+    broken = [f"not {name}" for name in (*KERNELS, ADJOINT) if name not in works]
+    end = time.monotonic() + seconds
+    for name, options, chosen in (
+        ("gpu tests", parallel, " and ".join([*broken, "not compiled_function"])),
+        ("gpu test of torch.compile", [], "compiled_function"),
+    ):
+        kernel = next(kernel for kernel in works if kernel != ADJOINT)
+        verdict, output = run(
+            [*pytest, *options, "-k", chosen],
+            end - time.monotonic(),
+            "gpu-tests.log",
+            TRAK_FAST_CUDA_KERNEL=kernel,
+        )
+        last = output.strip().splitlines()[-1] if output.strip() else ""
+        if verdict == "passed":  # also when all were skipped, which the last line shows
+            verdict = f"passed: {last}" if " passed" in last else f"FAILED: {last}"
+        checks.note(name, verdict, output)
+
+
+def profile(checks: Checks, seconds: float) -> None:
+    """Lets Nsight Compute say what limits the tiles: one launch each, at the clock that the device chooses."""
+    tool = find_tool("ncu")
+    if tool is None or seconds < 20:
+        checks.note("ncu", "not there" if tool is None else "no time left", "")
+        return
+    sections = [f"--section={name}" for name in ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "LaunchStats")]
+    command = [tool, "--clock-control", "none", "--kernel-name", "regex:tile|pack", *sections, "--csv"]
+    verdict, _ = run([*command, sys.executable, __file__, "--profiled"], seconds, "ncu.csv")
+    checks.note("ncu", verdict, "")
+
+
+def call_profiled() -> None:
+    """The calls that profile() looks at."""
+    project = importlib.import_module("trak_fast").project
+    for kind, dtype, B in [
+        *(("rademacher", torch.bfloat16, B) for B in (8, 32, 128, 256)),
+        *(("normal", torch.bfloat16, B) for B in (64, 256)),
+        ("rademacher", torch.float32, 32),
+    ]:
+        project(torch.randn(B, 1 << 19, device="cuda").to(dtype), 4096, proj_type=kind)
+    torch.cuda.synchronize()
+
+
+def sanitize(checks: Checks, clock: Clock, works: list[str]) -> None:
+    """Runs compute-sanitizer on small shapes, as long as there is time.
+
+    Racecheck and synccheck do not understand warps that wait for the copy engine, and report CUTLASS's own kernels too,
+    so for Hopper's tiles they are information only.
+    """
     tool = find_tool("compute-sanitizer")
-    for checker in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        spare = clock.left - 60 * minutes_for_measuring
-        if tool is None:
-            checks.note(checker, "compute-sanitizer is not there", "")
-        elif spare < 10:
-            checks.note(checker, "no time left", "")
-        else:
-            command = [tool, "--tool", checker, "--error-exitcode", "9", sys.executable, __file__, "--small", *kernels]
-            verdict, output = run(command, min(60, spare), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-            if verdict != "passed" and "Device not supported" in output:
-                verdict = "compute-sanitizer does not support this device"
-            checks.note(checker, verdict, output)
+    hopper = [name for name in works if name.startswith("sm90")]
+    others = [name for name in works if name not in hopper]
+    for checker, kernels, informs in (
+        ("memcheck", works, False),
+        ("racecheck", others, False),
+        ("synccheck", others, False),
+        ("initcheck", works, False),
+        ("racecheck", hopper, True),
+        ("synccheck", hopper, True),
+    ):
+        name = f"{checker} of {', '.join(kernels)}"
+        if tool is None or clock.left < 15 or not kernels:
+            checks.note(name, "compute-sanitizer is not there" if tool is None else "no time left", "")
+            continue
+        command = [tool, "--tool", checker, "--error-exitcode", "9", sys.executable, __file__, "--small", *kernels]
+        verdict, output = run(command, min(60, clock.left - 5), "sanitizers.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if verdict != "passed" and "Device not supported" in output:
+            verdict = "compute-sanitizer does not support this device"
+        elif verdict != "passed" and informs:
+            verdict = f"reports something, which is information only: {verdict}"
+        checks.note(name, verdict, output)
 
 
 def prepare(
     options: argparse.Namespace, checks: Checks, results: Results, clock: Clock
 ) -> tuple[Gpu, list[str]] | None:
-    """Builds and checks; the device to measure on and the kernels that work there, None if there are none."""
+    """Builds and checks; the device to measure on and what is right there, None if no kernel is."""
     major, minor = torch.cuda.get_device_capability(0)
-    verdict, output = build("90a" if (major, minor) == (9, 0) else f"{major}{minor}", clock)
-    checks.note("build", verdict, output)
-    if verdict != "passed":
+    if options.prebuilt:
+        checks.note("prebuilt module", *use_prebuilt(options.prebuilt))
+    else:
+        checks.note("build", *build("90a" if (major, minor) == (9, 0) else f"{major}{minor}", clock))
+    if checks.failed:
         return None
-    print(f"{clock.left:.0f} s left", flush=True)
     try:
         devices = importlib.import_module("trak_fast").info()["cuda_devices"]
     except ImportError as error:
@@ -210,12 +297,11 @@ def prepare(
     if not devices:
         checks.note("devices", "FAILED: trak_fast finds none; is the driver older than nvcc?", "")
         return None
-    works = try_kernels(checks, clock, devices[0]["kernels"])
-    kernels = [kernel for kernel in works if kernel != ADJOINT]
+    works = smoke(checks, min(120, clock.left - 30))
+    kernels = [name for name in works if name != ADJOINT]
+    print(f"{clock.left:.0f} s left", flush=True)
     if not kernels:
         return None
-    if not options.skip_checks:
-        check_correctness(checks, clock, options.measure_minutes, works)
     if options.fast_jl:
         command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
         seconds = min(150, clock.left - 120)
@@ -226,21 +312,47 @@ def prepare(
         last = output.strip().splitlines()[-1:] or [""]
         results.missing.append(f"fast_jl: {verdict} {last[0]}")
     importlib.invalidate_caches()
-    return Gpu(kernels[0], with_fast_jl=verdict == "passed"), kernels
+    return Gpu(kernels[0], with_fast_jl=verdict == "passed"), works
+
+
+def print_quick_times(gpu: Gpu | Imagined, kernels: list[str], results: Results) -> None:
+    try:
+        for line in gpu.quick_times(kernels):
+            print(line, flush=True)
+    except RuntimeError as error:
+        results.failures.append(f"quick times: {str(error).splitlines()[0][:200]}")
+
+
+def compare_variants(checks: Checks, folders: list[Path], seconds: float) -> None:
+    """Runs gpu_variants.py; the module in use is the first that it compares."""
+    if not folders:
+        return
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_variants.py"), *map(str, folders)]
+    verdict, output = run(command, seconds, "variants.log")
+    checks.note("variants", verdict, output)
+    if verdict == "passed":
+        print(output, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Builds, tests and measures trak_fast on this machine's GPU.")
     parser.add_argument("--minutes", type=float, default=8.5, help="for everything (default 8.5)")
-    parser.add_argument("--measure-minutes", type=float, default=4, help="of these, kept for measuring (default 4)")
+    parser.add_argument("--prebuilt", type=Path, metavar="FOLDER", help="has the module, from prebuild.py: no build")
+    parser.add_argument(
+        "--variants", type=Path, nargs="+", default=[], metavar="FOLDER", help="other modules, to compare"
+    )
     parser.add_argument("--fast-jl", help="fast_jl's sdist, to build and to compare with")
-    parser.add_argument("--skip-checks", action="store_true", help="build, try small shapes and measure, nothing else")
+    parser.add_argument("--skip-checks", action="store_true", help="no tests, no ncu and no sanitizers")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: imagined times, everything else as always")
-    parser.add_argument("--small", nargs="+", metavar="KERNEL", help="only run small shapes with these kernels")
+    parser.add_argument("--small", nargs="+", metavar="KERNEL", help=argparse.SUPPRESS)
+    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     if options.small:
         small_shapes(options.small)
+        return 0
+    if options.profiled:
+        call_profiled()
         return 0
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device (--dry-run does without)")
@@ -284,7 +396,19 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.dry_run:
             prepared = prepare(options, checks, results, clock)
         if prepared is not None:
-            measure(prepared[0], all_cases(), clock, prepared[1], results, save)
+            gpu, works = prepared
+            kernels = [name for name in works if name != ADJOINT]
+            print_quick_times(gpu, kernels, results)
+            more = not (options.dry_run or options.skip_checks)
+            if more:
+                run_tests(checks, 0.4 * clock.left, works)
+            # Rows take what is left, but for some time for what comes after.
+            reserve = min((30 if options.variants else 0) + (90 if more else 0), 0.35 * clock.left)
+            measure(gpu, all_cases(), Clock((clock.left - reserve) / 60), kernels, results, save)
+            compare_variants(checks, options.variants, min(60, clock.left - 10))
+            if more:
+                profile(checks, min(60, clock.left - 10))
+                sanitize(checks, clock, works)
     finally:
         watchdog.cancel()
         finish()

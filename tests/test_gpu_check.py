@@ -1,6 +1,7 @@
 """What of benchmarks/gpu_check.py works without a GPU: its rows, its targets, its table and its files."""
 
 import importlib
+import importlib.machinery
 import json
 import sys
 import time
@@ -92,7 +93,7 @@ def test_time_is_kept(gpu_measure: ModuleType, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_rows_that_fail_are_noted(gpu_measure: ModuleType, monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
+def test_rows_that_fail_are_noted(gpu_measure: ModuleType, alive: bool) -> None:
     class Faulty(gpu_measure.Imagined):  # type: ignore[misc, name-defined]
         def ours(self, case: Any, results: Any) -> None:
             if case.B == 16:
@@ -102,7 +103,6 @@ def test_rows_that_fail_are_noted(gpu_measure: ModuleType, monkeypatch: pytest.M
         def works(self) -> bool:
             return alive
 
-    monkeypatch.setattr(gpu_measure, "SAVE_SECONDS", -1)
     cases = [gpu_measure.Case("rademacher", "bf16", B, 4096, 10**6) for B in (8, 16, 32)]
     results, saved = gpu_measure.Results(), []
     gpu_measure.measure(Faulty(), cases, gpu_measure.Clock(1), [], results, lambda: saved.append(len(results.ms)))
@@ -110,7 +110,7 @@ def test_rows_that_fail_are_noted(gpu_measure: ModuleType, monkeypatch: pytest.M
     assert "B=16" in results.failures[0]
     assert results.failures[0].endswith("out of memory")
     assert len(results.failures) == 2 - alive
-    assert saved[0] == len(results.ms) // (1 + alive)
+    assert saved == ([3, 3, 6] if alive else [3])  # rows of ours and of two peers, after each case
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -154,3 +154,41 @@ def test_a_missing_tool_is_no_failure(gpu_check: ModuleType) -> None:
     assert not checks.failed
     checks.note("racecheck", "FAILED (9)", "a hazard")
     assert checks.failed
+
+
+def test_a_prebuilt_module_is_copied(gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    folder, root = tmp_path / "prebuilt", tmp_path / "project"
+    (root / "trak_fast").mkdir(parents=True)
+    folder.mkdir()
+    monkeypatch.setattr(gpu_check, "ROOT", root)
+    (folder / "_C.cpython-27-other.so").write_text("")
+    verdict, output = gpu_check.use_prebuilt(folder)
+    assert verdict.startswith("FAILED")
+    assert "_C.cpython-27-other.so" in output
+    (folder / f"_C{suffix}").write_text("module")
+    assert gpu_check.use_prebuilt(folder) == ("passed", "")
+    assert (root / "trak_fast" / f"_C{suffix}").read_text() == "module"
+
+
+def test_kernels_that_are_wrong_are_left_out(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On this processor: instruction sets stand in for kernels."""
+    gpu_smoke = importlib.import_module("gpu_smoke")
+    check_cases = gpu_smoke.check_cases
+    best, other = "portable", "sm90"
+
+    def check_some(device: str, **options: Any) -> Any:
+        outcomes = check_cases("cpu", kernels=best, only="B=3 direct@0", **options)
+        assert outcomes
+        wrong = [outcome._replace(case=outcome.case._replace(kernel=other)) for outcome in outcomes]
+        return [*outcomes, wrong[0]._replace(verdict="wrong"), *wrong[1:]]
+
+    monkeypatch.setattr(gpu_smoke, "check_cases", check_some)
+    info = {"cuda_devices": [{"kernels": [best, other]}]}
+    monkeypatch.setattr(importlib.import_module("trak_fast"), "info", lambda: info)
+    checks = gpu_check.Checks()
+    assert gpu_check.smoke(checks, 60) == [best]
+    assert checks.failed
+    assert "sm90 against float64: FAILED" in capsys.readouterr().out

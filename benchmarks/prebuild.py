@@ -1,0 +1,83 @@
+"""Builds the compiled module for another Python and one CUDA architecture, into a folder that can be copied.
+
+    python benchmarks/prebuild.py --python python3.12 --architecture 90a prebuilt
+
+For a machine with a GPU but without network, compiler or time: copy this project and the folder there, and run
+`python benchmarks/gpu_check.py --prebuilt prebuilt`. Here it takes nvcc and that Python with its headers (no packages
+of it); cmake, ninja and pybind11 come from the Python that runs this. A Hopper kernel that waits in vain for two
+seconds ends with an error, so that a mistake cannot hang the device (TRAK_FAST_BOUNDED_WAIT).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_module(python: str, architecture: str, folder: Path, flags: str = "") -> Path:
+    """Builds `folder`/_C.*.so.
+
+    Args:
+        python: Path or name of the Python that the module is for.
+        architecture: As in CMakeLists.txt, such as "90a".
+        folder: Made where it is missing; a module of the same Python in it is replaced.
+        flags: Further flags for nvcc.
+
+    Returns:
+        The module's path.
+
+    Raises:
+        ValueError: There is no such Python.
+        subprocess.CalledProcessError: The build failed; its output was printed.
+    """
+    import pybind11
+
+    found = shutil.which(python)
+    if found is None:
+        raise ValueError(f"--python is {python!r}: there is no such program")
+    variables = {
+        "TRAK_FAST_CUDA": "ON",
+        "TRAK_FAST_CUDA_ARCHITECTURES": architecture,
+        "TRAK_FAST_BOUNDED_WAIT": "ON",
+        "Python_EXECUTABLE": found,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(folder.resolve()),
+        "CMAKE_CUDA_FLAGS": flags,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as build:
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", build]
+        subprocess.run([*configure, *(f"-D{name}={value}" for name, value in variables.items())], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+    suffix = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
+    return folder / ("_C" + subprocess.check_output([found, "-c", suffix], text=True).strip())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description="Builds the compiled module for a machine that cannot build it.")
+    parser.add_argument("folder", type=Path, help="where the module goes")
+    parser.add_argument("--python", default="python3.12", help="what it is for (default python3.12)")
+    parser.add_argument("--architecture", default="90a", help="what it is for (default 90a: H100, H200)")
+    parser.add_argument("--flags", default="", help="further flags for nvcc, for variants of the kernels")
+    options = parser.parse_args(arguments)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # its cmake and ninja
+    try:
+        module = build_module(options.python, options.architecture, options.folder, options.flags)
+    except ValueError as error:
+        parser.error(str(error))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    print(f"built {module} ({module.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
