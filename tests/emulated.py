@@ -86,8 +86,18 @@ class Device:
         self._library.emulator_set_device(1, capability, multiprocessors)
         self._library.emulator_set_seed(ctypes.c_uint64(seed))
 
+    def launches(self, projection: tuple[Any, ...]) -> int:
+        """How many kernels a projection launches. None runs, so its tensors need not be there."""
+        self.count("launch")
+        self._library.emulator_set_idle(1)
+        try:
+            self.run(projection, add=False)
+        finally:
+            self._library.emulator_set_idle(0)
+        return self.count("launch")
+
     def count(self, what: str) -> int:
-        """How often an instruction ("wgmma", "mma bf16", "block" ...) was performed since the last call."""
+        """How often an instruction ("wgmma", "mma bf16", "block", "launch" ...) was performed since the last call."""
         return int(self._library.emulator_count(what.encode()))
 
     def project(self, projection: tuple[Any, ...], instruction_set: str = "", threads: int = 1) -> None:

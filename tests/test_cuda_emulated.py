@@ -138,7 +138,7 @@ def test_steps_of_tensors_that_are_read_in_place(device: Device) -> None:
 def test_large_and_small_tensors_in_one_call(device: Device) -> None:
     """Large 16-bit tensors are read where they are, small ones between them are packed together."""
     widths = [3, 0, 65600, 7, 1, 70, 2]
-    parts = [random(4, width, dtype=torch.bfloat16, seed=i) for i, width in enumerate(widths)]
+    parts = [random(64, width, dtype=torch.bfloat16, seed=i) for i, width in enumerate(widths)]
     whole = torch.cat(parts, dim=1)
     expected = whole.double().numpy() @ entries("rademacher", 13, 20, whole.shape[1]).T
     y = project(device, [part for part in parts if part.numel()], 20, "rademacher", offset=13)
@@ -151,6 +151,44 @@ def test_many_small_tensors(device: Device) -> None:
     whole = torch.cat(parts, dim=1)
     expected = whole.double().numpy() @ entries("rademacher", 3, 20, whole.shape[1]).T
     check(project(device, parts, 20, "rademacher", offset=3), expected, tolerance(whole, "highest"))
+
+
+RESNET_18 = [
+    *(64 * 3 * 49, 64, 64),
+    *4 * (64 * 64 * 9, 64, 64),
+    *(128 * 64 * 9, 128, 128, 128 * 128 * 9, 128, 128, 128 * 64, 128, 128, *2 * (128 * 128 * 9, 128, 128)),
+    *(256 * 128 * 9, 256, 256, 256 * 256 * 9, 256, 256, 256 * 128, 256, 256, *2 * (256 * 256 * 9, 256, 256)),
+    *(512 * 256 * 9, 512, 512, 512 * 512 * 9, 512, 512, 512 * 256, 512, 512, *2 * (512 * 512 * 9, 512, 512)),
+    *(1000 * 512, 1000),
+]
+GPT_2 = [
+    *(50257 * 768, 1024 * 768),
+    *12 * (768, 768, 768 * 2304, 2304, 768 * 768, 768, 768, 768, 768 * 3072, 3072, 3072 * 768, 768),
+    *(768, 768),
+]
+LORA = 128 * [8 * 4096]  # rank 8, two matrices for each of 64 layers of width 4096
+
+
+@pytest.mark.parametrize(
+    ("widths", "parameters", "dtype", "most"),
+    [
+        (RESNET_18, 11_689_512, torch.float32, 91),
+        (RESNET_18, 11_689_512, torch.bfloat16, 44),
+        (GPT_2, 124_439_808, torch.float32, 951),
+        (GPT_2, 124_439_808, torch.bfloat16, 149),
+        (LORA, 4_194_304, torch.float32, 33),
+    ],
+)
+def test_launches_for_lists_of_parameters(
+    device: Device, widths: list[int], parameters: int, dtype: torch.dtype, most: int
+) -> None:
+    """Two launches for each chunk of 32 MiB, one for each large tensor, and one that adds up."""
+    if device.kernel != "sm90":
+        pytest.skip("the plan is the same for all kernels")
+    assert sum(widths) == parameters
+    parts = [(2**40, checks.DTYPES[dtype], width, width, [width], [1]) for width in widths]
+    projection = (0, SEED, MODEL_ID, 4096, 32, 0, 2 if dtype == torch.float32 else 1, parts, 2**40, 4096, 1)
+    assert device.launches(projection) <= most
 
 
 @pytest.mark.parametrize("add", [False, True])

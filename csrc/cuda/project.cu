@@ -16,10 +16,11 @@ namespace trak_fast {
 namespace {
 
 constexpr int64_t kPassRows = 256;
-constexpr int64_t kPanelBytes = 32 << 20;    // of the packed chunk: stays in the L2 cache of a large GPU
-constexpr int64_t kSpanColumns = 1 << 30;    // of one launch: TMA's coordinates, and no change of the high block bits
-constexpr int64_t kDirectColumns = 1 << 16;  // a tensor with fewer is packed with its neighbours
-constexpr int kLeastUnits = 4;               // that a split is worth starting for
+constexpr int64_t kPanelBytes = 32 << 20;  // of the packed chunk: stays in the L2 cache of a large GPU
+constexpr int64_t kSpanColumns = 1 << 30;  // of one launch: TMA's coordinates, and no change of the high block bits
+// A tensor that has fewer columns or elements is packed with its neighbours: a launch of its own would cost more.
+constexpr int64_t kDirectColumns = 1 << 16, kDirectElements = 1 << 22;
+constexpr int kLeastUnits = 4;  // that a split is worth starting for
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -226,7 +227,8 @@ class Plan {
       // Kernels fetch 16 bytes at a time from columns that are multiples of 8: TMA from any other is an illegal
       // instruction.
       const bool aligned = (p_.offset + static_cast<uint64_t>(column)) % 8 == 0;
-      const bool direct = is_panel(part) && aligned && (part.columns >= kDirectColumns || p_.parts.size() == 1);
+      const bool large = part.columns >= kDirectColumns && part.columns * p_.batch >= kDirectElements;
+      const bool direct = is_panel(part) && aligned && (large || p_.parts.size() == 1);
       if (part.columns > 0 && (direct || spans_.empty() || spans_.back().direct)) {
         spans_.push_back({i, i + 1, column, column + part.columns, direct});
       } else if (part.columns > 0) {

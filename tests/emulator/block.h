@@ -115,6 +115,7 @@ struct Warpgroup {
 
 struct Settings {
   uint64_t seed = 0, launches = 0;
+  bool idle = false;  // launches are counted, and do nothing
   int devices = 1, capability = 90, multiprocessors = 4, current = 0;
   std::map<const void*, int> shared_limits;
   std::map<std::string, int64_t> counts;

@@ -67,6 +67,7 @@ float bf16_or_fp16_to_float(bool bf16, uint32_t bits);
 // For tests, also through ctypes: the seed of all that is drawn, and what the device says of itself.
 extern "C" {
 void emulator_set_seed(uint64_t seed);
+void emulator_set_idle(int idle);                                                  // whether launches are counted only
 void emulator_set_device(int count, int compute_capability, int multiprocessors);  // 90 for 9.0
 // How often an instruction ("mma", "wgmma", "tma", "cp.async", "block") was performed since the last call.
 int64_t emulator_count(const char* what);

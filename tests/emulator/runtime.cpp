@@ -100,6 +100,7 @@ TRAK_FAST_EXPORT void emulator_set_device(int count, int compute_capability, int
   settings.capability = compute_capability;
   settings.multiprocessors = multiprocessors;
 }
+TRAK_FAST_EXPORT void emulator_set_idle(int idle) { settings.idle = idle != 0; }
 TRAK_FAST_EXPORT int64_t emulator_count(const char* what) {
   const int64_t count = settings.counts[what];
   settings.counts[what] = 0;

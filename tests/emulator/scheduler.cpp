@@ -274,6 +274,8 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, const
   if (config.dynamicSmemBytes > static_cast<size_t>(limit == settings.shared_limits.end() ? 48 << 10 : limit->second)) {
     return cudaErrorInvalidValue;
   }
+  ++settings.counts["launch"];
+  if (settings.idle) return cudaSuccess;
   random_state = settings.seed * 0x2545F4914F6CDD1D + settings.launches++;
   draw();
   body = &thread;
