@@ -101,7 +101,7 @@ __device__ __forceinline__ T load(const char* p) {
   return *reinterpret_cast<const T*>(p);
 }
 
-__device__ __forceinline__ bool aligned(const char* p, int bytes) {
+__device__ __forceinline__ bool is_aligned(const char* p, int bytes) {
   return reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(bytes) == 0;
 }
 
@@ -141,11 +141,11 @@ template <Source source>
 __device__ __forceinline__ void load_neighbours(Values<source == Source::copied_16_bits>& values, const char* p,
                                                 int dtype) {
   if constexpr (source == Source::copied_16_bits) {
-    if (aligned(p, 16)) {
+    if (is_aligned(p, 16)) {
       const auto vector = load<Vector>(p);
 #pragma unroll
       for (int i = 0; i < 4; ++i) values.pairs[i] = vector.x[i];
-    } else if (aligned(p, 4)) {
+    } else if (is_aligned(p, 4)) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) values.pairs[i] = load<uint32_t>(p + 4 * i);
     } else {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void load_neighbours(Values<source == Source::copied_
 #pragma unroll
       for (int i = 0; i < 4; ++i) values.pairs[i] = words[i] >> 16 | words[i + 1] << 16;
     }
-  } else if (source == Source::float32 && aligned(p, 16)) {
+  } else if (source == Source::float32 && is_aligned(p, 16)) {
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       const auto vector = load<Vector>(p + 16 * v);
@@ -225,7 +225,7 @@ __device__ __forceinline__ int find_part(const Pack& job, int64_t column) {
   return first;
 }
 
-__device__ __forceinline__ int64_t begin_of(const Pack& job, int part) {
+__device__ __forceinline__ int64_t find_begin(const Pack& job, int part) {
   return part == 0 ? job.parts_begin : job.parts[part - 1].end;
 }
 
@@ -236,36 +236,36 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack jo
   if (c >= job.end) return;
   int p = find_part(job, c);
   const DevicePart& first = job.parts[p < job.part_count ? p : 0];
-  const bool neighbours = p < job.part_count && c >= begin_of(job, p) && c + kGroup <= first.end && first.shape < 0;
+  const bool neighbours = p < job.part_count && c >= find_begin(job, p) && c + kGroup <= first.end && first.shape < 0;
   const int64_t first_row = int64_t{blockIdx.y} * kRows;
   const int64_t row = job.first_sample + first_row;
-  const auto there = [&](int r) { return first_row + r < job.samples; };
+  const auto is_there = [&](int r) { return first_row + r < job.samples; };
 
   Values<raw> values[kRows] = {};
   if (neighbours) {
-    const char* start = place(job, first, row, c - begin_of(job, p));
+    const char* start = place(job, first, row, c - find_begin(job, p));
     const int64_t row_bytes = first.batch_stride * element_size(first.dtype);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (there(r)) load_neighbours<source>(values[r], start + r * row_bytes, first.dtype);
+      if (is_there(r)) load_neighbours<source>(values[r], start + r * row_bytes, first.dtype);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       while (p < job.part_count && job.parts[p].end <= c + i) ++p;
-      if (p == job.part_count || begin_of(job, p) > c + i) continue;
+      if (p == job.part_count || find_begin(job, p) > c + i) continue;
       const DevicePart& part = job.parts[p];
-      const char* start = place(job, part, row, c + i - begin_of(job, p));
+      const char* start = place(job, part, row, c + i - find_begin(job, p));
       const int64_t row_bytes = part.batch_stride * element_size(part.dtype);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (there(r)) load_one<source>(values[r], i, start + r * row_bytes, part.dtype);
+        if (is_there(r)) load_one<source>(values[r], i, start + r * row_bytes, part.dtype);
       }
     }
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    if (!there(r)) break;
+    if (!is_there(r)) break;
     auto* to = job.panel + (first_row + r) * job.terms * job.columns + c;
     for (int term = 0; term < job.terms; ++term, to += job.columns) {
       Vector packed;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack jo
   }
 }
 
-Source source_of(const PackJob& job, const std::vector<Part>& parts) {
+Source find_source(const PackJob& job, const std::vector<Part>& parts) {
   if (job.type == PanelType::copy_16_bits) return Source::copied_16_bits;
   const auto all = [&](Dtype dtype) {
     return std::all_of(parts.begin(), parts.end(), [&](const Part& part) { return part.dtype == dtype; });
@@ -316,7 +316,7 @@ void launch_pack(const PackJob& job, const std::vector<Part>& parts, void* strea
   pack_job.samples = job.samples;
   pack_job.panel = job.panel;
   void (*kernel)(Pack) = pack<Source::mixed>;
-  switch (source_of(job, parts)) {
+  switch (find_source(job, parts)) {
     case Source::copied_16_bits:
       kernel = pack<Source::copied_16_bits>;
       break;

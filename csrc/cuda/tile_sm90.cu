@@ -270,7 +270,7 @@ void launch_width(const Tile& tile, void* stream) {
   launch(tile_sm90<kind, bf16, width>, grid, C::threads, C::shared_bytes, stream, tile, map);
 }
 
-int rows_of(Kind kind, int width) {
+int count_rows(Kind kind, int width) {
   int rows = 0;
   with_constants(kind, true, width, [&](auto k, auto, auto w) { rows = Config<k, w>::rows; });
   return rows;
@@ -283,7 +283,7 @@ TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
   // Making normal entries costs more than reading the panel twice as often, so they always serve 256 rows at once.
   const int widest = wide || kind == Kind::normal ? 256 : 128;
   while (width < panel_rows && width < widest) width *= 2;
-  return {width, rows_of(kind, width), 1};
+  return {width, count_rows(kind, width), 1};
 }
 
 void launch_tile_sm90(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {
