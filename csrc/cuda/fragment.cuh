@@ -41,14 +41,13 @@ __device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) { retu
 
 // The Philox calls of one thread: rows `row` and `row + 8` of each of `tiles` fragments whose first rows are
 // `tile_stride` apart; call 2 m + h is tile m's row + 8 h. Round 1 and half of round 2 depend on the row alone and are
-// done once; the column block's share of rounds 1 to 3 is done once for all calls.
-template <Kind kind, int tiles>
+// done once (without keeps_rows for every block, which saves two registers a call); the column block's share of rounds
+// 1 to 3 is done once for all calls.
+template <Kind kind, int tiles, bool keeps_rows = true>
 class PhiloxCalls {
  public:
   static constexpr int kCalls = 2 * tiles;
   static constexpr int kFirstRound = 3;
-  // A block of few columns asks for its rows' share so often that it is kept, in two registers a call.
-  static constexpr bool kKeepsRows = kind == Kind::normal;
 
   // block_high: what all blocks asked for later have above bit 32.
   __device__ __forceinline__ PhiloxCalls(const Generator& generator, uint32_t row, uint32_t tile_stride, uint32_t t,
@@ -59,9 +58,9 @@ class PhiloxCalls {
     high1_ = high(product) ^ generator.key0[0];
     row_ = row;
     tile_stride_ = tile_stride;
-    if constexpr (kKeepsRows) {
+    if constexpr (keeps_rows) {
 #pragma unroll
-      for (int c = 0; c < kCalls; ++c) rows_[c] = row_product(c);
+      for (int c = 0; c < kCalls; ++c) rows_[c] = multiply_row(c);
     }
   }
 
@@ -83,7 +82,7 @@ class PhiloxCalls {
 
   // A call after the first three rounds.
   __device__ __forceinline__ State begin(const Block& block, int call) const {
-    const uint64_t row = kKeepsRows ? rows_[call] : row_product(call);
+    const uint64_t row = keeps_rows ? rows_[call] : multiply_row(call);
     const uint64_t q = multiply_wide(kPhiloxM1, high(row) ^ block.next2);
     return {{high(q) ^ block.c0, low(q), block.c2 ^ low(row), block.c3}};
   }
@@ -107,15 +106,15 @@ class PhiloxCalls {
 
  private:
   // A row's share of the first two rounds.
-  __device__ __forceinline__ uint64_t row_product(int call) const {
-    const uint32_t first = kKeepsRows ? row_ : ptx::opaque(row_);
+  __device__ __forceinline__ uint64_t multiply_row(int call) const {
+    const uint32_t first = keeps_rows ? row_ : ptx::opaque(row_);
     const uint32_t i = first + static_cast<uint32_t>(call / 2) * tile_stride_ + static_cast<uint32_t>(call % 2) * 8;
     return multiply_wide(kPhiloxM0, high1_ ^ i);
   }
 
   const Generator& generator_;
   uint32_t low1_, high1_, row_, tile_stride_;
-  uint64_t rows_[kKeepsRows ? kCalls : 1];
+  uint64_t rows_[keeps_rows ? kCalls : 1];
 };
 
 // 1 in both halves of a register, in a register: as an immediate beside the mask it would cost a second operation.

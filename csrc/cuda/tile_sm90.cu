@@ -25,7 +25,12 @@ struct Config {
   static constexpr int registers = consumers == 4 ? 112 : 240;                      // of a thread that multiplies
   static constexpr int tiles = width == 256 || (consumers == 4 && !signs) ? 1 : 2;  // 64-row fragments of a warpgroup
   static constexpr int rows = consumers * 64 * tiles;
-  static constexpr int depth = signs ? (width == 64 ? 4 : 2) : (width <= 32 ? 4 : 2);  // sets of fragment registers
+  static constexpr int depth = !signs && width <= 32 ? 4 : 2;  // sets of fragment registers
+  // Whether a step's share of the next words is made beside the next fragments, after the wait for their registers, or
+  // before it. Measured: beside is better where the table is looked up and in narrow tiles, before is at 64 rows and
+  // more.
+  static constexpr bool words_after_wait = !signs || width <= 32;
+  static constexpr bool keeps_rows = !signs || width != 32;  // else registers are short
   static constexpr int stores_at_once = consumers == 4 ? 1 : width <= 64 ? width / 8 : 8;
   static constexpr int stage_columns = width <= 32 ? 256 : width <= 128 ? 128 : 64;
   static constexpr int stage_bytes = width * stage_columns * 2;
@@ -99,9 +104,9 @@ __device__ __forceinline__ void fetch(const Block<kind, bf16, width>& block, con
 }
 
 // Words of the current unit or block, and those of the next in the making.
-template <Kind kind, int tiles>
+template <Kind kind, int tiles, bool keeps_rows>
 struct WordStream {
-  using Calls = PhiloxCalls<kind, tiles>;
+  using Calls = PhiloxCalls<kind, tiles, keeps_rows>;
   static constexpr int kCalls = Calls::kCalls;
   // Steps that share a block's words, in which the next block's are made: rounds are spread over them.
   static constexpr int kSteps = kind == Kind::rademacher ? kStepsPerUnit : 2;
@@ -110,17 +115,20 @@ struct WordStream {
   Calls calls;
   typename Calls::State now[kCalls], next[kCalls];
 
-  // Work of step s on the next block's words.
-  __device__ __forceinline__ void prepare(int s, uint32_t next_block) {
-    if (s == 0) {
-      const auto shared = calls.block(next_block);
+  // Work of step s on the next words, after its fragments were made. number: the block of the unit's first words; steps
+  // of the next unit count on from kStepsPerUnit.
+  __device__ __forceinline__ void prepare(int s, uint32_t number) {
+    const int part = s % kSteps;
+    if (part == 0) {
+      const auto shared = calls.block(number + static_cast<uint32_t>(s / kSteps) + 1);
 #pragma unroll
       for (int c = 0; c < kCalls; ++c) next[c] = calls.begin(shared, c);
     }
 #pragma unroll
-    for (int i = kRounds * s / kSteps; i < kRounds * (s + 1) / kSteps; ++i) {
+    for (int i = kRounds * part / kSteps; i < kRounds * (part + 1) / kSteps; ++i) {
       calls.round(next[i % kCalls], Calls::kFirstRound + i / kCalls);
     }
+    if (part == kSteps - 1) turn();
   }
 
   __device__ __forceinline__ void turn() {
@@ -129,18 +137,15 @@ struct WordStream {
   }
 };
 
-// Makes the fragments of step s of the unit whose first block is `number` (kStepsPerUnit: of step 0 of the next unit),
-// and the step's share of the work on the next words.
-template <Kind kind, bool bf16, int tiles>
-__device__ __forceinline__ void make_fragments(uint32_t (&fragments)[tiles][4], WordStream<kind, tiles>& words, int s,
-                                               uint32_t number, uint32_t one, const uint16_t* table) {
-  constexpr int steps = WordStream<kind, tiles>::kSteps;
+// Makes the fragments of step s.
+template <Kind kind, bool bf16, int tiles, bool keeps_rows>
+__device__ __forceinline__ void make_fragments(uint32_t (&fragments)[tiles][4],
+                                               const WordStream<kind, tiles, keeps_rows>& words, int s, uint32_t one,
+                                               const uint16_t* table) {
 #pragma unroll
   for (int m = 0; m < tiles; ++m) {
-    make_fragment<kind, bf16>(fragments[m], words.now[2 * m].c, words.now[2 * m + 1].c, s % kStepsPerUnit, one, table);
+    make_fragment<kind, bf16>(fragments[m], words.now[2 * m].c, words.now[2 * m + 1].c, s, one, table);
   }
-  words.prepare(s % steps, number + static_cast<uint32_t>(s / steps) + 1);
-  if (s % steps == steps - 1) words.turn();
 }
 
 template <class Body, int... i>
@@ -165,7 +170,7 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
   const auto first_block = static_cast<uint64_t>(block.share.first_unit * blocks_per_unit);
   const uint32_t one = packed_one<bf16>();
 
-  using Words = WordStream<kind, tiles>;
+  using Words = WordStream<kind, tiles, C::keeps_rows>;
   Words words = {
       {tile.generator, first_row, 64, static_cast<uint32_t>(lane % 4), static_cast<uint32_t>(first_block >> 32)},
       {},
@@ -174,7 +179,8 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
 
   float sums[tiles][width / 2];
   uint32_t a[depth][tiles][4];
-  make_fragments<kind, bf16>(a[0], words, 0, static_cast<uint32_t>(first_block), one, block.table);
+  make_fragments<kind, bf16>(a[0], words, 0, one, block.table);
+  if constexpr (C::words_after_wait) words.prepare(0, static_cast<uint32_t>(first_block));
 
   bool add = tile.add;
   Slot slot, done;
@@ -203,8 +209,7 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
 #pragma unroll
         for (int m = 0; m < tiles; ++m) ptx::wgmma_m64k16<width, bf16>(sums[m], fragments[m], operand, 1);
         ptx::wgmma_commit();
-        // Now the set that comes next is free. Its fragments and the next words are made while this step is multiplied;
-        // no wait stands between the two, so that the table's look-ups overlap with Philox.
+        if constexpr (!C::words_after_wait) words.prepare(s, number);
         ptx::wgmma_wait<depth - 1>();
         // The wgmmas of the stage before this one are done once `depth` - 1 steps of this one were issued.
         if (s % C::steps == depth - 2 && (u > 0 || s >= C::steps)) {
@@ -212,7 +217,9 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
           done.advance();
         }
         if (s % C::steps == C::steps - 1) slot.advance();
-        make_fragments<kind, bf16>(a[(s + 1) % depth], words, s + 1, number, one, block.table);
+        // The next set is free now: its fragments are made while this step is multiplied.
+        make_fragments<kind, bf16>(a[(s + 1) % depth], words, (s + 1) % kStepsPerUnit, one, block.table);
+        if constexpr (C::words_after_wait) words.prepare(s + 1, number);
       });
     }
     ptx::wgmma_wait<0>();
