@@ -1,9 +1,10 @@
 // The tile kernel for Hopper, by wgmma with P in registers.
 //
-// One warp fetches panel columns by TMA into a ring of stages; two warpgroups multiply, each with its own rows of P. A
-// wgmma runs while its warpgroup makes the next operand: fragments are kept in `kDepth` sets of registers, a set is
-// rewritten once the wgmma that read it is done, and the Philox rounds of the next words are spread over the steps.
-// Loops over the steps of a unit are unrolled, so that every register index and every choice is known to the compiler.
+// One thread fetches panel columns by TMA into a ring of stages; two or four warpgroups multiply, each with its own
+// rows of P. A wgmma runs while its warpgroup makes the next operand: fragments are kept in `depth` sets of registers,
+// a set is rewritten once the wgmma that read it is done, and the Philox rounds of the next words are spread over the
+// steps. Loops over the steps of a unit are unrolled, so that every register index and every choice is known to the
+// compiler. What an H100 made of other choices stands in benchmarks/results/NOTES.md.
 #include <utility>
 
 #include "launch.cuh"
@@ -207,7 +208,8 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
         for (int m = 0; m < tiles; ++m) ptx::wgmma_operand(fragments[m]);
         ptx::wgmma_fence();
 #pragma unroll
-        for (int m = 0; m < tiles; ++m) ptx::wgmma_m64k16<width, bf16>(sums[m], fragments[m], operand, 1);
+        for (int m = 0; m < tiles; ++m)
+          ptx::wgmma_m64k16<width, bf16>(sums[m], fragments[m], operand, /*accumulate=*/1);
         ptx::wgmma_commit();
         if constexpr (!C::words_after_wait) words.prepare(s, number);
         ptx::wgmma_wait<depth - 1>();
