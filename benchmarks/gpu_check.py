@@ -38,7 +38,7 @@ from gpu_measure import KERNELS, Clock, Gpu, Imagined, Results, all_cases, measu
 ROOT = Path(__file__).resolve().parents[1]
 ADJOINT = "adjoint"  # among the names of kernels on small shapes
 FAST_JL_TRIAL = """
-import fast_jl, torch
+import torch, fast_jl
 fast_jl.project_rademacher_8(torch.randn(8, 10000, device="cuda").half(), 512, 0, 100)
 torch.cuda.synchronize()
 """
@@ -79,14 +79,22 @@ def run(command: list[str], seconds: float, log: str = "", **environment: str) -
     return verdict, output[-3000:]
 
 
+def find_prebuilt(folder: Path) -> tuple[str, str]:
+    """Whether a folder has a module for this Python, and its path or what is wrong."""
+    module = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    if module.is_file():
+        return "passed", str(module)
+    there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return "FAILED", f"{module.name} is not there, but {there}; prebuild.py --python python{version} makes it"
+
+
 def use_prebuilt(folder: Path) -> tuple[str, str]:
     """Copies the module that prebuild.py made for this Python into the package."""
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    module = folder / f"_C{suffix}"
-    if not module.is_file():
-        there = ", ".join(path.name for path in folder.glob("*")) or "nothing"
-        return "FAILED: no module for this Python", f"{module} is not there, but {there}"
-    shutil.copy(module, ROOT / "trak_fast")
+    verdict, found = find_prebuilt(folder)
+    if verdict != "passed":
+        return verdict, found
+    shutil.copy(found, ROOT / "trak_fast")
     return "passed", ""
 
 
@@ -336,7 +344,7 @@ def compare_variants(checks: Checks, folders: list[Path], seconds: float) -> Non
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Builds, tests and measures trak_fast on this machine's GPU.")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for everything (default 8.5)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit for everything (default 8.5)")
     parser.add_argument("--prebuilt", type=Path, metavar="FOLDER", help="has the module, from prebuild.py: no build")
     parser.add_argument(
         "--variants", type=Path, nargs="+", default=[], metavar="FOLDER", help="other modules, to compare"
@@ -354,6 +362,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.profiled:
         call_profiled()
         return 0
+    if options.prebuilt:
+        verdict, output = find_prebuilt(options.prebuilt)
+        if verdict != "passed":
+            parser.error(f"--prebuilt {options.prebuilt}: {output}")
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device (--dry-run does without)")
     clock, checks, results = Clock(options.minutes), Checks(), Results()
@@ -372,6 +384,8 @@ def main(arguments: list[str] | None = None) -> int:
     def finish() -> None:
         save()
         print(f"\nwritten to {path}\n{device}, torch {torch.__version__}")
+        if options.dry_run:
+            print("all times and verdicts below are IMAGINED")
         if results.copy_gb_per_s is not None and results.launch_us is not None:
             print(
                 f"copy {results.copy_gb_per_s:.0f} GB/s (read and written), launch overhead {results.launch_us:.1f} µs"

@@ -77,6 +77,7 @@ class Results:
     def __init__(self) -> None:
         self.ms: dict[tuple[str, Case], float] = {}
         self.extra_bytes: dict[Case, int] = {}
+        self.timed_columns: dict[tuple[str, Case], int] = {}  # of the peers, whose times are scaled to D
         self.launch_us: float | None = None
         self.copy_gb_per_s: float | None = None
         self.failures: list[str] = []  # of trak_fast
@@ -126,7 +127,13 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         rows = [
-            {"method": method, **case._asdict(), "ms": ms, "tflops": tflops(case, ms)}
+            {
+                "method": method,
+                **case._asdict(),
+                "ms": ms,
+                "tflops": tflops(case, ms),
+                "timed_columns": self.timed_columns.get((method, case), case.D),
+            }
             for (method, case), ms in self.ms.items()
         ]
         memory = [{**case._asdict(), "extra_bytes": extra} for case, extra in self.extra_bytes.items()]
@@ -260,6 +267,7 @@ class Gpu:
                     self.rates[key] = float("nan")  # not tried again
             if self.rates[key] > 0:
                 results.ms[method, case] = self.rates[key] * case.D
+                results.timed_columns[method, case] = taken
 
     def cublas_ms(self, case: Case, dtype: torch.dtype, columns: int) -> float:
         """The better of P as (k, D) and as (D, k)."""

@@ -543,6 +543,8 @@ def check_cases(
     end = time.monotonic() + seconds
     worker: Worker | None = Worker(device, kernels)
     cases = [case for case in list_cases(worker.kernels) if only in str(case)]
+    if not cases:
+        print(f"no case's name holds {only!r}; such as: {list_cases(worker.kernels)[0]}")
     failures: collections.Counter[tuple[str, str]] = collections.Counter()
     outcomes: list[Outcome] = []
     lost = ""  # the reason why no worker is there any more

@@ -30,6 +30,8 @@ BOUND = 2e-4  # of a gradient's norm, as in gpu_smoke.py
 def load_module(folder: Path) -> ModuleType:
     """Loads a folder's module under a name of its own: of two modules of one name, pybind11 gives the first twice."""
     path = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {path.name}: prebuild.py makes it, for this Python")
     spec = importlib.util.spec_from_file_location(f"{folder.name}._C", path)
     assert spec is not None
     assert spec.loader is not None
@@ -55,12 +57,17 @@ def check_module(project: object, matrices: dict[str, torch.Tensor]) -> list[str
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status, 2 if a module is wrong."""
     parser = argparse.ArgumentParser(description="Compares prebuilt modules on this machine's GPU.")
-    parser.add_argument("folders", type=Path, nargs="+", help="prebuild.py's")
+    parser.add_argument("folders", type=Path, nargs="+", help="written by prebuild.py")
     options = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     trak_fast = importlib.import_module("trak_fast")
     projection = importlib.import_module("trak_fast.projection")
-    modules = {"installed": projection._C, **{folder.name: load_module(folder) for folder in options.folders}}
+    try:
+        modules = {"installed": projection._C, **{folder.name: load_module(folder) for folder in options.folders}}
+    except ValueError as error:
+        parser.error(str(error))
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device")
     assert len({id(module) for module in modules.values()}) == len(modules), "two names for one module"
     os.environ.pop("TRAK_FAST_CUDA_KERNEL", None)
     matrices = {

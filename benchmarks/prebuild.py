@@ -64,8 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(description="Builds the compiled module for a machine that cannot build it.")
     parser.add_argument("folder", type=Path, help="where the module goes")
-    parser.add_argument("--python", default="python3.12", help="what it is for (default python3.12)")
-    parser.add_argument("--architecture", default="90a", help="what it is for (default 90a: H100, H200)")
+    parser.add_argument(
+        "--python", default="python3.12", help="the Python that will load it, with headers (default python3.12)"
+    )
+    parser.add_argument(
+        "--architecture", default="90a", help="of the GPU, such as 80, 86, 89 (default 90a: H100, H200)"
+    )
     parser.add_argument("--flags", default="", help="further flags for nvcc, for variants of the kernels")
     options = parser.parse_args(arguments)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # its cmake and ninja
