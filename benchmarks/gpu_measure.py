@@ -149,6 +149,17 @@ class Results:
         }
 
 
+def check_size(y: torch.Tensor, case: Case) -> None:
+    """Looks whether a timed result can be right: each of its squares is D on average, for D standard normal gradients.
+
+    Raises:
+        RuntimeError: It is not, by more than k numbers a sample explain.
+    """
+    found = y.double().square().mean(dim=1) / case.D
+    if not bool(((found - 1).abs() < 8 * (2 / case.k) ** 0.5 + 0.02).all()):
+        raise RuntimeError(f"the result is wrong: mean squares are {found.min():.3g} to {found.max():.3g} of D")
+
+
 def memory_bound(case: Case) -> int:
     """64 MiB and the partial sums of 8 splits; fp32 has two panel rows a sample, and tiles have eight at least."""
     return 64 * 2**20 + 8 * case.k * max(case.B * (2 if case.dtype == "fp32" else 1), 8) * 4
@@ -248,6 +259,7 @@ class Gpu:
         y = self.project(grads, case.k, **options)
         torch.cuda.synchronize()
         results.extra_bytes[case] = torch.cuda.max_memory_allocated() - before - y.numel() * 4
+        check_size(y, case)
         results.ms[OURS, case] = self.median_ms(lambda: self.project(grads, case.k, **options))
 
     def peers(self, case: Case, results: Results) -> None:

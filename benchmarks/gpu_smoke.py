@@ -362,7 +362,10 @@ def work(device: str, kernels: str | None) -> None:
     if plant := os.environ.get(PLANT_VARIABLE):
         sys.path.append(str(Path(plant).parent))
         importlib.import_module(Path(plant).stem)
-    names = choose_kernels(trak_fast.info(), device, kernels)
+    info = trak_fast.info()
+    names = choose_kernels(info, device, kernels)
+    if device == "cuda":
+        require_own_kernels(torch.cuda.get_device_capability(0), info["cuda_devices"][0]["kernels"])
     matrices = {kind: Matrix(kind, device) for kind in KINDS}
     one = torch.ones(1, 1, dtype=torch.float64, device=device)
     (one @ one).item()  # the context and cuBLAS take seconds to load, which no case must be blamed for
@@ -404,6 +407,12 @@ def choose_kernels(info: dict[str, Any], device: str, wanted: str | None) -> lis
         if name not in names:
             sys.exit(f"{name!r} is no kernel of this device, which has {', '.join(names)}")
     return wanted.split(",")
+
+
+def require_own_kernels(capability: tuple[int, int], kernels: Sequence[str]) -> None:
+    """Ends the process where a Hopper device is given a module that was built without its kernels."""
+    if capability == (9, 0) and "sm90" not in kernels:
+        sys.exit(f"this device is a Hopper GPU, but the module has only {', '.join(kernels)} for it: build for 90a")
 
 
 # In its parent.

@@ -28,11 +28,15 @@ BOUND = 2e-4  # of a gradient's norm, as in gpu_smoke.py
 
 
 def load_module(folder: Path) -> ModuleType:
-    """Loads a folder's module under a name of its own: of two modules of one name, pybind11 gives the first twice."""
+    """Loads a folder's module under a name of its own: of two modules of one name, pybind11 gives the first twice.
+
+    Raises:
+        ValueError: The folder has no module for this Python.
+    """
     path = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     if not path.is_file():
         raise ValueError(f"{folder} has no {path.name}: prebuild.py makes it, for this Python")
-    spec = importlib.util.spec_from_file_location(f"{folder.name}._C", path)
+    spec = importlib.util.spec_from_file_location(f"{path.resolve().parent}._C", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,12 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
     trak_fast = importlib.import_module("trak_fast")
     projection = importlib.import_module("trak_fast.projection")
     try:
-        modules = {"installed": projection._C, **{folder.name: load_module(folder) for folder in options.folders}}
+        modules = {
+            "installed": projection._C,
+            **{str(folder.resolve()): load_module(folder) for folder in options.folders},
+        }
     except ValueError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA device")
-    assert len({id(module) for module in modules.values()}) == len(modules), "two names for one module"
+    if len({id(module) for module in modules.values()}) != 1 + len(options.folders):
+        parser.error("a folder is named twice")
     os.environ.pop("TRAK_FAST_CUDA_KERNEL", None)
     matrices = {
         kind: trak_fast.matrix(kind, 0, 0, range(300), torch.arange(20_000) + 72).cuda()

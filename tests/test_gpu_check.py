@@ -183,12 +183,28 @@ def test_kernels_that_are_wrong_are_left_out(
         outcomes = check_cases("cpu", kernels=best, only="B=3 direct@0", **options)
         assert outcomes
         wrong = [outcome._replace(case=outcome.case._replace(kernel=other)) for outcome in outcomes]
-        return [*outcomes, wrong[0]._replace(verdict="wrong"), *wrong[1:]]
+        late = [outcome._replace(case=outcome.case._replace(kernel="sm80")) for outcome in outcomes]
+        return [*outcomes, wrong[0]._replace(verdict="wrong"), *wrong[1:], late[0], late[1]._replace(verdict="skipped")]
 
     monkeypatch.setattr(gpu_smoke, "check_cases", check_some)
-    info = {"cuda_devices": [{"kernels": [best, other]}]}
+    info = {"cuda_devices": [{"kernels": [best, other, "sm80"]}]}
     monkeypatch.setattr(importlib.import_module("trak_fast"), "info", lambda: info)
     checks = gpu_check.Checks()
-    assert gpu_check.smoke(checks, 60) == [best]
+    assert gpu_check.smoke(checks, 60) == [best, "sm80"]
     assert checks.failed
-    assert "sm90 against float64: FAILED" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{best} against float64: passed" in printed
+    assert "sm90 against float64: FAILED" in printed
+    assert "sm80 against float64: not finished: 1 of" in printed
+
+
+def test_a_timed_result_that_cannot_be_right(gpu_measure: ModuleType) -> None:
+    case = gpu_measure.Case("rademacher", "bf16", 4, 2048, 10**6)
+    right = torch.randn(4, 2048) * 1000
+    gpu_measure.check_size(right, case)
+    for wrong in (right * 1.2, right.index_fill(1, torch.arange(600), 0), right.index_fill(0, torch.tensor(2), 0)):
+        with pytest.raises(RuntimeError, match="of D"):
+            gpu_measure.check_size(wrong, case)
+    right[3, 7] = float("nan")
+    with pytest.raises(RuntimeError, match="of D"):
+        gpu_measure.check_size(right, case)

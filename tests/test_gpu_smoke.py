@@ -383,3 +383,10 @@ def test_the_adjoint_takes_rows(
 def test_long_lists_are_cut(gpu_smoke: ModuleType) -> None:
     assert gpu_smoke.spans([0, 1, 2, 5, 7, 8]) == "0..2, 5, 7..8"
     assert gpu_smoke.spans(range(0, 40, 2)) == "0, 2, 4, 6, 8, 10, 12, 14, and 12 more"
+
+
+def test_a_module_without_the_kernels_of_the_device(gpu_smoke: ModuleType) -> None:
+    gpu_smoke.require_own_kernels((9, 0), ["sm90", "sm90_wide", "sm80"])
+    gpu_smoke.require_own_kernels((8, 0), ["sm80"])
+    with pytest.raises(SystemExit, match=r"Hopper .* only sm80"):
+        gpu_smoke.require_own_kernels((9, 0), ["sm80"])

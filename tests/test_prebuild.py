@@ -36,10 +36,10 @@ def test_a_python_that_is_not_there(prebuild: ModuleType, tmp_path: Path, capsys
 def test_modules_of_several_folders_are_several_modules(tmp_path: Path) -> None:
     """pybind11 gives the same module again for a name that it knows, whatever file is named."""
     gpu_variants = importlib.import_module("gpu_variants")
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
+    for name in ("a/built", "b/built"):
+        (tmp_path / name).mkdir(parents=True)
         shutil.copy(projection._C.__file__, tmp_path / name / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}")
-    modules = [gpu_variants.load_module(tmp_path / name) for name in ("first", "second")]
+    modules = [gpu_variants.load_module(tmp_path / name) for name in ("a/built", "b/built")]
     assert len({id(module) for module in [*modules, projection._C]}) == 3
-    assert [Path(module.__file__).parent.name for module in modules] == ["first", "second"]
+    assert [Path(module.__file__).parents[1].name for module in modules] == ["a", "b"]
     assert modules[0].DEFINITION == projection._C.DEFINITION
