@@ -34,9 +34,9 @@ from pathlib import Path
 
 import torch
 from gpu_measure import KERNELS, Clock, Gpu, Imagined, Results, all_cases, measure, table
+from gpu_smoke import ADJOINT
 
 ROOT = Path(__file__).resolve().parents[1]
-ADJOINT = "adjoint"  # among the names of kernels on small shapes
 FAST_JL_TRIAL = """
 import torch, fast_jl
 fast_jl.project_rademacher_8(torch.randn(8, 10000, device="cuda").half(), 512, 0, 100)
@@ -45,7 +45,7 @@ torch.cuda.synchronize()
 
 
 def run(command: list[str], seconds: float, log: str = "", **environment: str) -> tuple[str, str]:
-    """Whether a command passed within a time, and the end of its output. Its children end with it.
+    """Runs a command; says whether it passed within a time, and the end of its output. Its children end with it.
 
     The whole output is added to $OUT/`log`, where both are given.
     """
@@ -80,7 +80,7 @@ def run(command: list[str], seconds: float, log: str = "", **environment: str) -
 
 
 def find_prebuilt(folder: Path) -> tuple[str, str]:
-    """Whether a folder has a module for this Python, and its path or what is wrong."""
+    """Looks for a folder's module for this Python; says its path or what is wrong."""
     module = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     if module.is_file():
         return "passed", str(module)

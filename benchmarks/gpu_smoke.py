@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-ADJOINT = "adjoint"  # among the names of kernels, as in gpu_check.py
+ADJOINT = "adjoint"  # among the names of kernels
 KINDS = ("rademacher", "normal")
 HALVES = ("bfloat16", "float16")
 SINGLE_AND_HALVES = ("bfloat16", "float16", "float32")

@@ -21,10 +21,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from gpu_smoke import BOUND, relative_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
-BOUND = 2e-4  # of a gradient's norm, as in gpu_smoke.py
 
 
 def load_module(folder: Path) -> ModuleType:
@@ -45,14 +45,14 @@ def load_module(folder: Path) -> ModuleType:
 
 
 def check_module(project: object, matrices: dict[str, torch.Tensor]) -> list[str]:
-    """The cases in which the module in use is wrong: kind, batch size and dtype."""
+    """Lists the cases in which the module in use is wrong: kind, batch size and dtype."""
     wrong = []
     for (kind, P), B, dtype in itertools.product(
         matrices.items(), (3, 16, 32, 64, 128, 256), (torch.bfloat16, torch.float32)
     ):
         grads = torch.randn(B, P.shape[1], device="cuda").to(dtype)
         y = project(grads, len(P), proj_type=kind, offset=72)  # type: ignore[operator]
-        errors = (y.double() - grads.double() @ P.double().T).abs().amax(dim=1) / grads.double().norm(dim=1)
+        errors = relative_errors(y, grads, P.T)
         if not errors.max() < BOUND:
             wrong.append(f"{kind} B={B} {dtype}: off by {errors.max():.2g} of the norm")
     return wrong
