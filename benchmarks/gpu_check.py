@@ -159,7 +159,7 @@ def small_shapes(kernels: list[str]) -> None:
 
 
 class Checks:
-    """What passed and what did not, printed as it is found."""
+    """Verdicts of the checks, printed as they are found."""
 
     def __init__(self) -> None:
         self.verdicts: dict[str, str] = {}
@@ -172,7 +172,7 @@ class Checks:
 
     @property
     def failed(self) -> bool:
-        """Whether something went wrong; what is missing or had no time is not wrong."""
+        """True if something went wrong; what is missing or had no time is not wrong."""
         return any(verdict.startswith(("FAILED", "not finished")) for verdict in self.verdicts.values())
 
 

@@ -1,4 +1,4 @@
-"""What gpu_check.py measures: the rows in order of importance, how their times are taken, the targets and the table.
+"""Measurements of gpu_check.py: the rows in order of importance, how their times are taken, the targets and the table.
 
 How times are taken: CUDA events around one call, the L2 cache flushed before each, two warm-up calls, the median of
 the rest. Matrices are random. A matrix P that does not fit, or that no one would keep, is stood for by its first
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def priority_cases() -> Iterator[Case]:
-    """What the targets are about, then variants, one column count at a time; what does not fit is left out later."""
+    """Rows that the targets are about, then variants, one column count at a time; some may not fit later."""
     for B in (256, 128, 64, 32, 16, 8, 1):
         yield Case("rademacher", "bf16", B, 4096, 10**8)
     for dtype, B in itertools.product(("bf16", "fp32", "fp16"), (256, 64, 32, 16, 8)):
@@ -84,7 +84,7 @@ class Results:
         self.missing: list[str] = []  # of what it is compared with
 
     def ratio(self, slower: tuple[str, Case], faster: tuple[str, Case]) -> float | None:
-        """How many times as fast the second is, None if one is missing."""
+        """Says how many times as fast the second is, None if one is missing."""
         if slower not in self.ms or faster not in self.ms:
             return None
         return self.ms[slower] / self.ms[faster]
@@ -241,7 +241,7 @@ class Gpu:
         return case.B * case.D * ELEMENT_BYTES[case.dtype] < 0.7 * self.memory
 
     def works(self) -> bool:
-        """Whether the device still answers: after a kernel's error, every call fails."""
+        """Tells whether the device still answers: after a kernel's error, every call fails."""
         try:
             torch.cuda.synchronize()
         except RuntimeError:
