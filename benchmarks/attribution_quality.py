@@ -43,10 +43,12 @@ from trak.score_computers import BasicScoreComputer
 
 import trak_fast
 from trak_fast import retraining
-from trak_fast.demo import build_net, margins
+from trak_fast.demo.digits import build_net, margins
 from trak_fast.gradients import FunctionalGradientComputer
 from trak_fast.retraining import Recipe
-from trak_fast.solver import Solver, auto_ridge, curvature_weights, disagreement, gram_matrix, shrunk_weights
+from trak_fast.scoring.gram import gram_matrix
+from trak_fast.scoring.ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
+from trak_fast.scoring.solver import Solver
 from trak_fast.tasks import ImageClassification
 
 PROJ_DIMS = [128, 256, 512, 1024, 2048, 4096]

@@ -29,29 +29,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import trak_fast
-from trak_fast import demo, retraining
+from trak_fast import retraining
+from trak_fast.demo import digits
+from trak_fast.demo.run import retrain
 from trak_fast.metrics import lds
 
 TRAIN, TARGETS, K, BATCH = 640, 64, 2048, 64
 
 
 class Problem(NamedTuple):
-    data: demo.Data
+    data: digits.Data
     checkpoint: dict[str, Tensor]
     masks: NDArray[np.bool_]
     outputs: NDArray[np.float64]
 
 
 def prepare() -> Problem:
-    settings = demo.Settings(
+    settings = digits.Settings(
         seed=0, proj_dim=K, checkpoints=1, subsets=60, nets_per_subset=1, flipped=0.05, epochs=15,
         train_size=TRAIN, test_size=TARGETS,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    data = demo.load_data(settings, rng)
+    data = digits.load_data(settings, rng)
     recipe = retraining.Recipe(settings.epochs)
-    nets = retraining.train(demo.build_net, (data.images, data.labels), np.ones((1, TRAIN), bool), recipe, seed=0)
-    masks, outputs = demo.retrain(data, settings, rng)
+    nets = retraining.train(digits.build_net, (data.images, data.labels), np.ones((1, TRAIN), bool), recipe, seed=0)
+    masks, outputs = retrain(data, settings, rng)
     return Problem(data, retraining.state_dict(nets, 0), masks, outputs)
 
 
@@ -61,7 +63,7 @@ def run_traker(problem: Problem) -> NDArray[np.float32]:
     data = problem.data
     with tempfile.TemporaryDirectory() as folder:
         traker = trak.TRAKer(
-            model=demo.build_net(), task="image_classification", train_set_size=TRAIN, save_dir=folder, device="cpu",
+            model=digits.build_net(), task="image_classification", train_set_size=TRAIN, save_dir=folder, device="cpu",
             proj_dim=K, use_half_precision=False, lambda_reg=1e-3, logging_level=logging.CRITICAL,
         )  # fmt: skip
         traker.load_checkpoint(problem.checkpoint, model_id=0)
@@ -77,7 +79,7 @@ def run_dattri(problem: Problem) -> NDArray[np.float32]:
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
 
-    model, data = demo.build_net(), problem.data
+    model, data = digits.build_net(), problem.data
 
     def loss(params: dict[str, Tensor], sample: tuple[Tensor, Tensor]) -> Tensor:
         output = torch.func.functional_call(model, params, sample[0].unsqueeze(0))

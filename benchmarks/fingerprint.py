@@ -123,7 +123,7 @@ def main() -> int:
         return 0
     before = arguments.against.read_text().splitlines()
     changed = sorted(set(lines) ^ set(before), key=lambda line: line.split("  ", 1)[1])
-    print("\n".join(changed + [f"{len(set(lines) & set(before))} of {len(lines)} digests are the same"]))
+    print("\n".join([*changed, f"{len(set(lines) & set(before))} of {len(lines)} digests are the same"]))
     return 1 if changed else 0
 
 

@@ -65,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     trak_fast = importlib.import_module("trak_fast")
-    projection = importlib.import_module("trak_fast.projection")
+    kernels = importlib.import_module("trak_fast.projection.kernels")
     try:
         modules = {
-            "installed": projection._C,
+            "installed": kernels._C,
             **{str(folder.resolve()): load_module(folder) for folder in options.folders},
         }
     except ValueError as error:
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         for kind in ("rademacher", "normal")
     }
     failed = False
-    for name, projection._C in modules.items():
+    for name, kernels._C in modules.items():
         for message in check_module(trak_fast.project, matrices):
             print(f"{name} is WRONG: {message}", flush=True)
             failed = True
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         grads = torch.randn(B, D, device="cuda").to(dtype)
         times: dict[str, list[float]] = {name: [] for name in modules}
         for turn, (name, module) in itertools.product(range(ROUNDS + 1), modules.items()):
-            projection._C = module
+            kernels._C = module
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
             start.record()

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import trak_fast
-from trak_fast import gram
+from trak_fast.scoring import partial_grams
 
 TRAIN, TARGETS, BATCH, PROJ_DIM = 600, 60, 50, 256
 
@@ -41,7 +41,7 @@ def data(size: int, seed: int) -> list[torch.Tensor]:
 def run(save_dir: Path, half: bool) -> None:
     """The whole run, from whatever is in the folder."""
     torch.set_num_threads(1)
-    gram.SAVE_SECONDS = 0
+    partial_grams.SAVE_SECONDS = 0
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 5))
     checkpoints = []
     for seed in range(2):

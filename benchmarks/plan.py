@@ -36,7 +36,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import trak_fast
-from trak_fast.bench import plan, rates
+from trak_fast.plan import predict as plan
+from trak_fast.plan import rates
+from trak_fast.plan.job import Job
 
 BATCH = 32
 CASES = [(512, 1024, 512, 64), (1024, 2048, 256, 64), (256, 1024, 1536, 512)]
@@ -140,7 +142,7 @@ def timed(model: nn.Module, proj_dim: int, train: list[Tensor], targets: list[Te
 
 def predicted(model: nn.Module, proj_dim: int, samples: int, targets: int) -> dict[str, float]:
     """What the plan says of the same figures."""
-    job = plan.Job(
+    job = Job(
         params(model), proj_dim, samples, targets=targets, batch=BATCH,
         gradient_seconds=gradient_seconds(model, data(BATCH, 2)),
     )  # fmt: skip
@@ -225,8 +227,8 @@ def check_runs(report: Report, repeats: int) -> None:
 def check_memory(report: Report, threads: int) -> None:
     context = multiprocessing.get_context("spawn")
     for width, proj_dim, samples, targets in MEMORY_CASES:
-        job = plan.Job(params(mlp(width)), proj_dim, samples, targets=targets, batch=BATCH)
-        guess = plan.predict(job, plan.Rates(1, 1, 1, 1, 1, 1, "none"))["memory_bytes"]
+        job = Job(params(mlp(width)), proj_dim, samples, targets=targets, batch=BATCH)
+        guess = plan.predict(job, rates.Rates(1, 1, 1, 1, 1, 1, "none"))["memory_bytes"]
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             real = pool.submit(peaks, width, proj_dim, samples, targets, threads).result()
         shape = {"D": job.params, "k": proj_dim, "n": samples, "m": targets}
@@ -239,16 +241,16 @@ def check_gradients(report: Report, repeats: int) -> None:
     for tokens, width, layers, batch in GRADIENT_CASES:
         model = mlp(width, layers - 1) if tokens == 1 else Transformer(width, layers)
         samples = data(batch, 0, (256,) if tokens == 1 else (tokens, width))
-        job = plan.Job(params(model), 64, 1000, batch=batch, tokens=tokens)
+        job = Job(params(model), 64, 1000, batch=batch, tokens=tokens)
         guesses, reals, products = [], [], []
         for _ in range(repeats):
             reals.append(gradient_seconds(model, samples, 4))
             guesses.append(job.params * rates.gradient_rate(job))
-            products.append(rates.calibrate(plan.Job(64, 1024, 64, batch=1)).float32)
+            products.append(rates.calibrate(Job(64, 1024, 64, batch=1)).float32)
         shape = {"D": job.params, "tokens": tokens, "width": width, "B": batch}
         real = statistics.median(reals)
         report.add(shape, "gradient", 1e3 * statistics.median(guesses), 1e3 * real, "ms")
-        flop = 1e3 * plan.FLOP_PER_PARAMETER * job.params * tokens / statistics.median(products)
+        flop = 1e3 * rates.FLOP_PER_PARAMETER * job.params * tokens / statistics.median(products)
         report.add(shape, "gradient, by FLOP", flop, 1e3 * real, "ms", False)
 
 

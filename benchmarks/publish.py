@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trak_fast.bench import page, runner, tables
+from trak_fast.bench import page, tables
+from trak_fast.bench.results import load
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, help="file with the lines <!-- bench --> and <!-- /bench -->")
     arguments = parser.parse_args()
-    results = runner.load(arguments.results)
+    results = load(arguments.results)
     arguments.results.with_suffix(".html").write_text(page.page(results), encoding="utf-8")
     if arguments.readme:
         arguments.readme.write_text(tables.replace_table(arguments.readme.read_text(), results))

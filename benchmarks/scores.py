@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import trak_fast
-from trak_fast.rows import to_halves
+from trak_fast.store.rows import to_halves
 
 BLOCK = 4096
 

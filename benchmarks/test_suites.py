@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 import trak_fast
-from trak_fast import reference, solver
+from trak_fast.projection import reference
+from trak_fast.scoring import solver
+from trak_fast.scoring.gram import gram_matrix
 
 pytest.importorskip("pytest_benchmark")
 
@@ -133,7 +135,7 @@ def test_solve(benchmark: Any, samples: int, width: int) -> None:
     ridge = float((x**2).sum()) / samples
 
     def solve() -> torch.Tensor:
-        gram = solver.gram_matrix(features, torch.device("cpu"))
+        gram = gram_matrix(features, torch.device("cpu"))
         return solver.Solver(features, gram, ridge).solve(targets)
 
     result = benchmark(solve).double().numpy()

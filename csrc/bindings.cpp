@@ -1,4 +1,4 @@
-// The Python module: integers and pointers in, nothing else. trak_fast/projection.py is its only importer, and checks
+// The Python module: integers and pointers in, nothing else. trak_fast/projection/kernels.py is its only importer, and checks
 // every argument before it calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

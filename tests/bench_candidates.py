@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trak_fast.bench.candidates import Candidate, Case
+from trak_fast.bench.candidates import Candidate
+from trak_fast.bench.case import Case
 
 
 def logged(name: str) -> None:

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from test_projection import DTYPES, KINDS, MODEL_ID, SEED, check, entries, random, zeros_without_memory
 
 import trak_fast
-from trak_fast import Projector, reference
+from trak_fast import Projector
+from trak_fast.projection import reference
 
 BATCHES = [0, 1, 3, 4, 5, 12, 17, 33, 64, 129, 300]
 GRAD_DIMS = [0, 1, 2, 31, 32, 33, 511, 512, 513, 2048, 4099]

@@ -6,7 +6,7 @@ import pytest
 from emulated import Device
 from test_adjoint import test_high_columns, test_odd_shapes  # noqa: F401
 
-from trak_fast import projection
+from trak_fast.projection import kernels
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -14,7 +14,7 @@ def device() -> Iterator[Device]:
     """The emulated device, in the place of the compiled module."""
     device = Device()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(projection, "_C", device)
+        patch.setattr(kernels, "_C", device)
         yield device
     assert device.count("mma bf16") > 0
 

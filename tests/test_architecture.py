@@ -1,6 +1,7 @@
 """The rules that keep the parts apart: who may include or import whom, and what an import may do."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -73,12 +74,61 @@ def test_processors_do_not_include_each_other(side: str, other: str) -> None:
         assert not any(target.is_relative_to(CSRC / other) for target in reached), path
 
 
-def test_only_projection_imports_the_compiled_module() -> None:
-    assert importers("trak_fast._C") == {"trak_fast/projection.py"}
+def test_only_the_kernels_module_imports_the_compiled_module() -> None:
+    assert importers("trak_fast._C") == {"trak_fast/projection/kernels.py"}
+
+
+ROOMS = {
+    "store": set(),
+    "tasks": set(),
+    "projection": {"arguments", "_C"},
+    "gradients": {"tasks"},
+    "scoring": {"store", "tasks"},
+}
+"""The folders that may import little else of the package, and what they may import."""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
+    files = list((PACKAGE / room).rglob("*.py"))
+    assert len(files) > 3
+    for path in files:
+        rooms = {name.split(".")[1] for name in imports(path) if name.startswith("trak_fast.")}
+        assert rooms <= ROOMS[room] | {room}, path
+
+
+def test_features_know_neither_the_disk_nor_scores() -> None:
+    for path in (PACKAGE / "features").rglob("*.py"):
+        assert not any(name.startswith(("trak_fast.store", "trak_fast.scoring")) for name in imports(path)), path
+
+
+def test_only_commands_parse_arguments() -> None:
+    users = {path for path in importers("argparse") if path.startswith("trak_fast/")}
+    assert {path for path in users if not path.startswith("trak_fast/cli/")} == {"trak_fast/compat/__main__.py"}
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "projection": ["Accumulator", "Projector", "info", "matrix", "project", "project_adjoint"],
+        "gradients": ["FunctionalGradientComputer"],
+        "gradients_hooks": ["HookGradientComputer"],
+        "scores": ["TopScores", "save_table"],
+        "store": ["Store"],
+        "task": ["BatchTask", "FunctionTask", "Task", "margin"],
+        "tasks": ["CLIP", "CausalLM", "FunctionTask", "Task", "resolve_task"],
+        "traker": ["TRAKer"],
+        "cli": ["main"],
+    }.items(),
+)
+def test_public_names_are_where_they_always_were(module: str, names: list[str]) -> None:
+    found = importlib.import_module(f"trak_fast.{module}")
+    for name in names:
+        assert getattr(found, name).__module__.startswith("trak_fast.")
 
 
 def test_the_reference_imports_nothing_of_the_package() -> None:
-    roots = {name.split(".")[0] for name in imports(PACKAGE / "reference.py")}
+    roots = {name.split(".")[0] for name in imports(PACKAGE / "projection" / "reference.py")}
     assert roots - set(sys.stdlib_module_names) == {"numpy"}
 
 
@@ -102,8 +152,8 @@ before = driver(), torch.get_num_threads(), torch.random.initial_seed(), torch.g
 torch.cuda._lazy_init = refuse
 warnings.simplefilter("error")
 import trak_fast
-for module in pkgutil.iter_modules(trak_fast.__path__, "trak_fast."):
-    if module.name not in ("trak_fast.__main__", "trak_fast.compat"):  # a command; libraries that may be absent
+for module in pkgutil.walk_packages(trak_fast.__path__, "trak_fast."):
+    if not module.name.endswith("__main__") and ".compat" not in module.name:  # commands; libraries that may be absent
         importlib.import_module(module.name)
 assert not torch.cuda.is_initialized()
 assert before == (driver(), torch.get_num_threads(), torch.random.initial_seed(), torch.get_default_dtype())

@@ -14,7 +14,8 @@ import torch
 
 from trak_fast import info
 from trak_fast.bench import candidates, runner, tables, worker
-from trak_fast.bench.candidates import Case
+from trak_fast.bench.case import Case
+from trak_fast.bench.results import load
 from trak_fast.bench.settings import Settings, defaults
 from trak_fast.cli import main
 
@@ -324,7 +325,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     options = ["--batches", "4", "--grad-dims", "2000", "--proj-dims", "64", "--dtypes", "float32", "--threads", "1"]
     options += ["--proj-types", "rademacher", "--check-dims", "700", "--check-proj-dim", "64", "--only", ours]
     assert main(["bench", "--output", str(tmp_path), *options]) == 0
-    results = runner.load(tmp_path / "results.json")
+    results = load(tmp_path / "results.json")
     assert results["finished"]
     (check,) = results["checks"]
     assert check["found"]["matrix"] == "reference"

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trak_fast.bench import runner, settings
 from trak_fast.bench.budget import Budget, Task
-from trak_fast.bench.candidates import Candidate, Case
+from trak_fast.bench.candidates import Candidate
+from trak_fast.bench.case import Case
 from trak_fast.bench.process import TookTooLong
 
 SECONDS_PER_ENTRY = {"fast": 1e-11, "usual": 1e-9, "slow": 1e-8, "slower": 4e-8, "liar": 3e-7}

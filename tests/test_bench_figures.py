@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from trak_fast.bench import figures, page, quality, tables, worker
-from trak_fast.bench.candidates import Case
+from trak_fast.bench import figures, page, quality, tables, units, worker
+from trak_fast.bench.case import Case
 
 CASE = Case(32, 1000, 100, "float32", "rademacher", "cpu")
 CEILINGS = {"copy_bytes_per_second": 1e9, "flop_per_second": {"float32": 1e11, "bfloat16": 1e13, "float16": 1e11}}
@@ -100,13 +100,13 @@ def test_a_slow_stretch_is_no_change() -> None:
 
 
 def test_units() -> None:
-    assert [tables.seconds_text(value) for value in (12.34, 0.01234, 1.234e-5, 1.2e-9)] == [
+    assert [units.seconds_text(value) for value in (12.34, 0.01234, 1.234e-5, 1.2e-9)] == [
         "12.3 s", "12.3 ms", "12.3 µs", "1.2 ns",
     ]  # fmt: skip
-    assert [tables.bytes_text(value) for value in (None, 5, 1536, 3 << 20, 5 << 30)] == [
+    assert [units.bytes_text(value) for value in (None, 5, 1536, 3 << 20, 5 << 30)] == [
         "?", "5 B", "1.5 KiB", "3.0 MiB", "5.0 GiB",
     ]  # fmt: skip
-    assert tables.rate_text(2.5e12, "FLOP/s") == "2.5 TFLOP/s"
+    assert units.rate_text(2.5e12, "FLOP/s") == "2.5 TFLOP/s"
 
 
 def test_table_of_the_terminal() -> None:

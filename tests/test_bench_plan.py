@@ -11,16 +11,19 @@ import torch
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
 
 import trak_fast
-from trak_fast.bench import plan, rates, runner
-from trak_fast.bench.candidates import Case
+from trak_fast.bench.case import Case
 from trak_fast.bench.figures import summarize
+from trak_fast.bench.results import FORMAT
 from trak_fast.cli import main
+from trak_fast.plan import predict as plan
+from trak_fast.plan import rates
+from trak_fast.plan.job import Job
 
-RATES = plan.Rates(1e12, 1e10, 1e11, 2e11, 5e9, 1e10, "by hand", 0.002)
+RATES = rates.Rates(1e12, 1e10, 1e11, 2e11, 5e9, 1e10, "by hand", 0.002)
 
 
 def test_time_by_hand() -> None:
-    job = plan.Job(params=10**6, proj_dim=1000, samples=10**5, targets=100, checkpoints=3, tokens=50)
+    job = Job(params=10**6, proj_dim=1000, samples=10**5, targets=100, checkpoints=3, tokens=50)
     seconds = plan.predict(job, RATES)["seconds"]
     assert seconds == {
         "gradients": pytest.approx(3 * 100_100 * 8 * 1e6 * 50 / 2e11),
@@ -35,7 +38,7 @@ def test_time_by_hand() -> None:
 
 def test_fewer_samples_than_dimensions() -> None:
     """The Gram matrix is n × n then, and scores come from the solve."""
-    job = plan.Job(params=1000, proj_dim=4000, samples=500, targets=10)
+    job = Job(params=1000, proj_dim=4000, samples=500, targets=10)
     found = plan.predict(job, RATES)
     assert found["seconds"]["gradients"] is None
     assert found["seconds"]["X'X"] == pytest.approx(2 * 500 * 500 * 4000 / 1e10)
@@ -47,7 +50,7 @@ def test_fewer_samples_than_dimensions() -> None:
 
 def test_processes_share_the_samples() -> None:
     options: dict[str, Any] = {"params": 1000, "proj_dim": 64, "samples": 1000, "gradient_seconds": 0.5}
-    one, four = (plan.predict(plan.Job(**options, processes=p), RATES)["seconds"] for p in (1, 4))
+    one, four = (plan.predict(Job(**options, processes=p), RATES)["seconds"] for p in (1, 4))
     assert one["gradients"] == 0.5 * 2000
     for stage in ("gradients", "projection", "X'X", "scores"):
         assert four[stage] == pytest.approx(one[stage] / 4)
@@ -55,7 +58,7 @@ def test_processes_share_the_samples() -> None:
 
 
 def test_memory_by_hand() -> None:
-    found = plan.predict(plan.Job(10**6, 1000, 10**5, batch=16, dtype="bfloat16"), RATES)["memory_bytes"]
+    found = plan.predict(Job(10**6, 1000, 10**5, batch=16, dtype="bfloat16"), RATES)["memory_bytes"]
     sums, waiting = 2 * 8 * 1000**2, 3 * 8 * 1000 * (1000 + 16)
     assert found["featurize"] == 16 * 10**6 * 2 + 4 * 16 * 1000 + sums + waiting
     assert found["X'X"] == 4 * sums
@@ -65,7 +68,7 @@ def test_memory_by_hand() -> None:
 
 
 def test_memory_of_fewer_samples_than_dimensions() -> None:
-    found = plan.predict(plan.Job(100, 4000, 500, targets=10, checkpoints=3, batch=16), RATES)["memory_bytes"]
+    found = plan.predict(Job(100, 4000, 500, targets=10, checkpoints=3, batch=16), RATES)["memory_bytes"]
     assert found["featurize"] == 16 * 100 * 4 + 4 * 16 * 4000
     assert found["X'X"] == 8 * 500**2 + 20 * 500 * 4000
     assert found["solve"] == (2 * 2 + 5) * 8 * 500**2
@@ -87,7 +90,7 @@ def test_gradients_are_timed_with_a_model_of_that_size(
 
     monkeypatch.setattr(rates.FunctionalGradientComputer, "compute_per_sample_grad", spied)
     monkeypatch.setattr(rates, "_seconds", lambda call, device: call() or 6.0)
-    job = plan.Job(600_000, 64, 100, batch=3, dtype=dtype, tokens=tokens)
+    job = Job(600_000, 64, 100, batch=3, dtype=dtype, tokens=tokens)
     rate = rates.gradient_rate(job)
     inputs, *grads = seen[0]
     width = 671 if tokens == 1 else 128  # √(0.75 · 600,000); 12 · 128² · 128/64 is the nearest
@@ -99,14 +102,14 @@ def test_gradients_are_timed_with_a_model_of_that_size(
 
 def test_long_sequences_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "_seconds", lambda call, device: 6.0)
-    job = plan.Job(600_000, 64, 100, batch=64, tokens=10**6)
+    job = Job(600_000, 64, 100, batch=64, tokens=10**6)
     size = sum(parameter.numel() for parameter in rates.stand_in(job.params, job.tokens)[0].parameters())
     tokens = rates.GRADIENT_FLOP["cpu"] // (8 * size)
     assert rates.gradient_rate(job) == pytest.approx(6.0 / 1 / size * 10**6 / tokens)
 
 
 def test_measured_gradients_take_the_place_of_operations() -> None:
-    job = plan.Job(1000, 64, 100, targets=0, tokens=7)
+    job = Job(1000, 64, 100, targets=0, tokens=7)
     known = dataclasses.replace(RATES, gradient=1e-6)
     assert plan.predict(job, known)["seconds"]["gradients"] == pytest.approx(100 * 1000 * 1e-6)
     assert "measured with a transformer block" in plan.text(job, plan.predict(job, known))
@@ -121,13 +124,13 @@ def test_distortion_is_the_known_bound(samples: int, proj_dim: int) -> None:
     epsilon = plan.jl_epsilon(samples, proj_dim)
     assert epsilon is not None
     assert abs(int(johnson_lindenstrauss_min_dim(samples, eps=epsilon)) - proj_dim) <= 1
-    found = plan.predict(plan.Job(10, proj_dim, samples, targets=0), RATES)["distortion"]
+    found = plan.predict(Job(10, proj_dim, samples, targets=0), RATES)["distortion"]
     assert found == {"norm": math.sqrt(2 / proj_dim), "cosine": math.sqrt(1 / proj_dim), "all": epsilon}
 
 
 def test_no_bound_for_few_dimensions() -> None:
     assert plan.jl_epsilon(10**6, 100) is None
-    job = plan.Job(10, 100, 10**6)
+    job = Job(10, 100, 10**6)
     assert "no bound below 100 %" in plan.text(job, plan.predict(job, RATES))
 
 
@@ -148,7 +151,7 @@ def test_disk_is_what_a_run_takes(half: bool, samples: int, tmp_path: Path) -> N
         traker.score([torch.randn(targets, 20), torch.zeros(targets, dtype=torch.long)], num_samples=targets)
     traker.finalize_scores("e")
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*.np*"))
-    job = plan.Job(105, k, samples, targets=targets, checkpoints=2, half=half)
+    job = Job(105, k, samples, targets=targets, checkpoints=2, half=half)
     predicted = plan.predict(job, RATES)["disk_bytes"]["total"]
     headers = sum(128 for _ in tmp_path.rglob("*.np*"))
     assert taken - headers == predicted
@@ -171,24 +174,24 @@ def results() -> dict[str, Any]:
         entry = {"candidate": name, "case": case.asdict(), "dense": True, "rounds": [[seconds]], "status": "ok"}
         timings.append({**entry, **summarize(entry, ceilings)})
     return {
-        "format": runner.FORMAT, "started": "2026-01-02T03:04:05", "ceilings": ceilings, "timings": timings,
+        "format": FORMAT, "started": "2026-01-02T03:04:05", "ceilings": ceilings, "timings": timings,
     }  # fmt: skip
 
 
 def test_rates_from_results_are_the_nearest() -> None:
-    found = rates.from_results(plan.Job(10**6, 600, 1000, proj_type="normal"), results())
+    found = rates.from_results(Job(10**6, 600, 1000, proj_type="normal"), results())
     assert found.projection == pytest.approx(2 * 32 * 1000 * 512 / 1.0)
     assert (found.float64, found.float32, found.product, found.copy) == (5e10, 1e11, 1e11, 7e9)
     assert found.source == "trak_fast fast of 2026-01-02"
-    far = rates.from_results(plan.Job(10**6, 8192, 1000, batch=128, proj_type="normal"), results())
+    far = rates.from_results(Job(10**6, 8192, 1000, batch=128, proj_type="normal"), results())
     assert far.projection == pytest.approx(2 * 256 * 1000 * 4096 / 0.01)
     with pytest.raises(ValueError, match="no timing of trak_fast for cpu, float32, rademacher"):
-        rates.from_results(plan.Job(10**6, 8192, 1000), results())
+        rates.from_results(Job(10**6, 8192, 1000), results())
 
 
 def test_calibration_measures_every_rate() -> None:
-    found = rates.calibrate(plan.Job(3000, 64, 100, batch=4, dtype="bfloat16"))
-    names = set(plan.Rates.__dataclass_fields__) - {"source", "sync", "gradient"}
+    found = rates.calibrate(Job(3000, 64, 100, batch=4, dtype="bfloat16"))
+    names = set(rates.Rates.__dataclass_fields__) - {"source", "sync", "gradient"}
     assert all(1e5 < getattr(found, name) < 1e18 for name in names)
     assert 0 < found.sync < 60
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import trak_fast
-from trak_fast import demo
 from trak_fast.cli import main
+from trak_fast.demo import digits
+from trak_fast.demo import run as demo
 
 
 def test_module_and_version() -> None:
@@ -69,7 +70,7 @@ def test_wrong_arguments_are_named(
 def test_demo_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, restore_threads: None) -> None:
     seen = []
 
-    def run(output: str, settings: demo.Settings) -> None:
+    def run(output: str, settings: digits.Settings) -> None:
         seen.append((output, settings, torch.get_num_threads()))
         raise OSError("enough")
 
@@ -80,7 +81,7 @@ def test_demo_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, restore_t
     }  # fmt: skip
     options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["demo", "--output", "there", "--threads", "1", *options]) == 1
-    assert seen == [("there", demo.Settings(**values), 1)]
+    assert seen == [("there", digits.Settings(**values), 1)]
 
 
 def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], restore_threads: None) -> None:
@@ -109,9 +110,9 @@ def test_missing_packages_are_named_and_info_works(
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)  # an import of it now fails
-    for name in ("demo", "report"):
+    for name in ("demo", "demo.run", "demo.page", "demo.digits"):
         monkeypatch.delitem(sys.modules, f"trak_fast.{name}", raising=False)
-        monkeypatch.delattr(trak_fast, name, raising=False)
+    monkeypatch.delattr(trak_fast, "demo", raising=False)
     assert main(["info"]) == 0
     assert main(["demo"]) == 1
     error = capsys.readouterr().err

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import trak_fast
-from trak_fast import compat, reference
+from trak_fast import compat
 from trak_fast.compat import fast_jl
 from trak_fast.compat.patching import Patch
+from trak_fast.projection import reference
 
 FUNCTIONS = [f"project_{kind}_{batch}" for kind in ("rademacher", "normal") for batch in (8, 16, 32)]
 

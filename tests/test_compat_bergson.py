@@ -11,8 +11,8 @@ from libraries import needs
 from test_projection import tolerance
 from torch import Tensor
 
-from trak_fast import reference
 from trak_fast.compat import bergson as layer
+from trak_fast.projection import reference
 
 needs("bergson.hessians.apply_hessian")
 import bergson.collector.collector as collector  # noqa: E402

@@ -11,9 +11,9 @@ from retrained import network, retrained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trak_fast import reference
 from trak_fast.compat import dattri as layer
 from trak_fast.metrics import lds
+from trak_fast.projection import reference
 
 needs("dattri.algorithm.trak")
 import dattri.algorithm.trak  # noqa: E402

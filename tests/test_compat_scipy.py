@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator, lsqr, svds
 
-from trak_fast import reference
 from trak_fast.compat.scipy import ProjectionOperator
+from trak_fast.projection import reference
 
 RNG = np.random.default_rng(0)
 DTYPES = [np.float32, np.float64, np.float16, np.int64]

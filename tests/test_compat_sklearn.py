@@ -14,8 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.random_projection import GaussianRandomProjection
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from trak_fast import reference
 from trak_fast.compat.sklearn import FusedRandomProjection
+from trak_fast.projection import reference
 
 RNG = np.random.default_rng(0)
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from retrained import network, retrained
 
 import trak_fast
-from trak_fast import reference
 from trak_fast.compat import traker as layer
 from trak_fast.metrics import lds
+from trak_fast.projection import reference
 
 needs("trak")
 import trak  # noqa: E402

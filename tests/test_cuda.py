@@ -32,7 +32,7 @@ from test_projection import (
 )
 
 import trak_fast
-from trak_fast import projection, reference
+from trak_fast.projection import kernels, reference
 
 pytestmark = pytest.mark.gpu
 OFFSET = 2**41 - 300
@@ -203,7 +203,7 @@ def test_a_graph_captures_it(kernel: str, proj_type: str) -> None:
 
 
 def test_a_projector_uploads_what_a_capture_needs() -> None:
-    projection._device_table.cache_clear()
+    kernels._device_table.cache_clear()
     grads = torch.randn(4, 3000, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with (

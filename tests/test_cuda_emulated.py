@@ -29,7 +29,7 @@ from test_projection import (  # noqa: F401
     tolerance,
 )
 
-from trak_fast import checks, projection, reference
+from trak_fast.projection import checks, kernels, reference
 
 
 @pytest.fixture(scope="module", params=KERNELS, autouse=True)
@@ -37,7 +37,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """The emulated device, in the place of the compiled module."""
     device = Device(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(projection, "_C", device)
+        patch.setattr(kernels, "_C", device)
         yield device
     assert device.count("wgmma" if "sm90" in request.param else "mma bf16") > 0
 
@@ -206,9 +206,9 @@ def test_output_of_any_strides_and_nothing_beside_it(device: Device, add: bool) 
 
 
 def test_kernels_by_compute_capability(device: Device) -> None:
-    for capability, kernels in {75: [], 80: ["sm80"], 86: ["sm80"], 89: ["sm80"], 100: ["sm80"], 120: ["sm80"]}.items():
+    for capability, names in {75: [], 80: ["sm80"], 86: ["sm80"], 89: ["sm80"], 100: ["sm80"], 120: ["sm80"]}.items():
         device.set(capability)
-        assert device.cuda_kernels(0) == kernels
+        assert device.cuda_kernels(0) == names
     device.set(90)
     assert device.cuda_kernels(0) == ["sm90", "sm90_wide", "sm80"]
 

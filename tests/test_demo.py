@@ -17,7 +17,8 @@ from matplotlib.image import imread
 from scipy.stats import hypergeom, rankdata, spearmanr
 from sklearn.datasets import load_digits
 
-from trak_fast import demo
+from trak_fast.demo import digits
+from trak_fast.demo import run as demo
 
 N, M, CHECKPOINTS, SUBSETS, FLIPPED, PROJ_DIM = 400, 60, 2, 40, 20, 512
 SMALL = {
@@ -33,9 +34,9 @@ class Run(NamedTuple):
     stdout: str
 
 
-def settings(**changes: Any) -> demo.Settings:
+def settings(**changes: Any) -> digits.Settings:
     values = {name.removeprefix("--").replace("-", "_"): value for name, value in SMALL.items() if name != "--threads"}
-    return demo.Settings(**{**values, **changes})
+    return digits.Settings(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +235,13 @@ def test_outputs_are_log_odds_of_the_right_class() -> None:
     labels = torch.tensor([0, 9, 3, 3, 7])
     p = logits.exp() / logits.exp().sum(-1, keepdim=True)
     p = torch.stack([p[:, i, label] for i, label in enumerate(labels)], dim=1)
-    torch.testing.assert_close(demo.margins(logits, labels), (p / (1 - p)).log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(digits.margins(logits, labels), (p / (1 - p)).log(), rtol=1e-9, atol=1e-9)
 
 
 def test_pixel_similarity_is_the_signed_cosine_of_centered_images() -> None:
-    data = demo.load_data(settings(), np.random.default_rng(0))
+    data = digits.load_data(settings(), np.random.default_rng(0))
     center = data.images.double().mean(0)
-    similarity = demo.pixel_similarity(data)
+    similarity = digits.pixel_similarity(data)
     assert similarity.shape == (N, M)
     for i, j in ((0, 0), (17, 5), (399, 59)):
         a, b = (data.images[i].double() - center).flatten(), (data.test_images[j].double() - center).flatten()
@@ -269,7 +270,7 @@ def test_clock_counts_a_stage_within_another_once(monkeypatch: pytest.MonkeyPatc
 def test_a_failed_run_leaves_an_earlier_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "index.html").write_text("earlier")
 
-    def fail(data: demo.Data, nets: Any, settings: Any, folder: Path, clock: Any) -> None:
+    def fail(data: digits.Data, nets: Any, settings: Any, folder: Path, clock: Any) -> None:
         folder.mkdir(parents=True)
         (folder / "features").write_text("half of them")
         raise RuntimeError("stopped here")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_traker import CHECKPOINTS, M, N, build, run
 
 from trak_fast.distributed import Ranks, share
-from trak_fast.scores import TopScores
-from trak_fast.store import Store
+from trak_fast.scoring.top_scores import TopScores
+from trak_fast.store.folder import Store
 
 SCRIPT = """
 import os, signal, sys

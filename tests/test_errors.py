@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import trak_fast
-from trak_fast import Projector, matrix, project, projection
+from trak_fast import Projector, matrix, project
+from trak_fast.projection import kernels
 
 GOOD = torch.ones(3, 5)
 AVAILABLE = trak_fast.info()["instruction_sets"]
@@ -29,7 +30,7 @@ def test_the_first_normal_projection_on_a_device_is_not_captured(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     refused(
         RuntimeError,
-        lambda: projection._device_table(torch.device("cuda", 3)),
+        lambda: kernels._device_table(torch.device("cuda", 3)),
         "proj_type='normal'",
         "cuda:3",
         "make a Projector",

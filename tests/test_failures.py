@@ -16,7 +16,7 @@ from test_traker import CHECKPOINTS, SEED, TRAIN, M, N, build, data, network, ru
 from torch import nn
 
 from trak_fast import TRAKer
-from trak_fast.files import write_at
+from trak_fast.store.files import write_at
 
 HERE = str(Path(__file__).parent)
 
@@ -191,7 +191,7 @@ import torch, numpy as np
 from pathlib import Path
 from torch import nn
 from trak_fast import TRAKer
-from trak_fast.files import write_at
+from trak_fast.store.files import write_at
 torch.set_num_threads(1)
 n, m = 500_000, 200
 model = nn.Linear(3, 2)

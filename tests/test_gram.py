@@ -11,10 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from trak_fast import gram
-from trak_fast.gram import PartialGram, load, total
-from trak_fast.rows import Rows
-from trak_fast.solver import GramAccumulator
+from trak_fast.scoring import partial_grams
+from trak_fast.scoring.gram import GramAccumulator
+from trak_fast.scoring.partial_grams import PartialGram, load, total
+from trak_fast.store.rows import Rows
 
 N, K = 30, 4
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def summed(train: Rows, monkeypatch: pytest.MonkeyPatch) -> tuple[NDArray[np.flo
             super().add(features, weights)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gram, "GramAccumulator", Counting)
+        patch.setattr(partial_grams, "GramAccumulator", Counting)
         return total(train.path.parent / "gram", train, CPU, curvature=C).numpy(), sum(read)
 
 
@@ -71,7 +71,7 @@ def test_rows_since_the_last_save_are_read_again(train: Rows, monkeypatch: pytes
     ours.save()
     ours.add(np.arange(20, 25), X[20:25], C[20:25])
     check(summed(train, monkeypatch), 10)
-    monkeypatch.setattr(gram, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(partial_grams, "SAVE_SECONDS", 0)
     ours.add(np.arange(25, 27), X[25:27], C[25:27])
     check(summed(train, monkeypatch), 3)
     ours.close()
@@ -91,7 +91,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np, test_gram
 from pathlib import Path
-from trak_fast.rows import Rows
+from trak_fast.store.rows import Rows
 ours = test_gram.partial(Rows(Path(sys.argv[2]), test_gram.N, {"features": (test_gram.K,)}))
 ours.add(np.arange(10, 20), test_gram.X[10:20], test_gram.C[10:20])
 ours.save()

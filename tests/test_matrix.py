@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trak_fast
-from trak_fast import reference
+from trak_fast.projection import reference
 
 KINDS = ["rademacher", "normal"]
 # Where an index meets the end of a register, a block, a 32-bit word of the counter, or the first columns that use the

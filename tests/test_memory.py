@@ -8,9 +8,9 @@ import torch
 from test_traker import CHECKPOINTS, TRAIN, N, build
 from torch import Tensor
 
-from trak_fast import memory
+from trak_fast.features import memory
+from trak_fast.features.memory import free_bytes, in_parts, sample_bytes
 from trak_fast.gradients import FunctionalGradientComputer
-from trak_fast.memory import free_bytes, in_parts, sample_bytes
 
 
 def test_bytes_are_those_of_the_gradient_and_of_what_the_forward_pass_makes() -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from trak_fast import projection
+from trak_fast.projection import kernels
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -38,8 +38,8 @@ def test_modules_of_several_folders_are_several_modules(tmp_path: Path) -> None:
     gpu_variants = importlib.import_module("gpu_variants")
     for name in ("a/built", "b/built"):
         (tmp_path / name).mkdir(parents=True)
-        shutil.copy(projection._C.__file__, tmp_path / name / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}")
+        shutil.copy(kernels._C.__file__, tmp_path / name / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}")
     modules = [gpu_variants.load_module(tmp_path / name) for name in ("a/built", "b/built")]
-    assert len({id(module) for module in [*modules, projection._C]}) == 3
+    assert len({id(module) for module in [*modules, kernels._C]}) == 3
     assert [Path(module.__file__).parents[1].name for module in modules] == ["a", "b"]
-    assert modules[0].DEFINITION == projection._C.DEFINITION
+    assert modules[0].DEFINITION == kernels._C.DEFINITION

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import trak_fast
-from trak_fast import reference
+from trak_fast.projection import reference
 
 KINDS = ["rademacher", "normal"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

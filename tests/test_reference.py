@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trak_fast import reference
+from trak_fast.projection import reference
 
 Golden = dict[str, list[list[str]]]
 

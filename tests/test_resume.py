@@ -21,9 +21,9 @@ import numpy as np, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_traker import N, TRAIN, build
-from trak_fast import gram
+from trak_fast.scoring import partial_grams
 
-gram.SAVE_SECONDS = 0  # save with each batch
+partial_grams.SAVE_SECONDS = 0  # save with each batch
 LASTING = ("pwrite", "fdatasync", "fsync", "link", "rename", "replace", "mkdir", "ftruncate")
 
 def featurize(save_dir, state, moment):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from trak_fast import rows as rows_module
-from trak_fast.rows import Halves, Rows, runs, to_halves
+from trak_fast.store import rows as rows_module
+from trak_fast.store.rows import Halves, Rows, runs, to_halves
 
 N, K = 10, 3
 SHAPES: dict[str, tuple[int, ...]] = {"features": (K,), "weights": ()}
@@ -147,7 +147,7 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_rows import N, SHAPES, values
-from trak_fast.rows import Rows
+from trak_fast.store.rows import Rows
 rows = Rows(Path(sys.argv[2]), N, SHAPES)
 """
 

@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trak_fast import save_table, scores
-from trak_fast.rows import Rows
-from trak_fast.scores import Checkpoint, ScoreFile, ScoreMatrix, TopScores, merge_top_scores, top_scores
-from trak_fast.solver import Solver, gram_matrix
+from trak_fast import save_table
+from trak_fast.scoring import scores
+from trak_fast.scoring import top_scores as top_scores_module
+from trak_fast.scoring.gram import gram_matrix
+from trak_fast.scoring.scores import Checkpoint, ScoreFile, ScoreMatrix
+from trak_fast.scoring.solver import Solver
+from trak_fast.scoring.top_scores import TopScores, merge_top_scores, top_scores
+from trak_fast.store.rows import Rows
 
 M, RIDGE = 6, 2.0
 
@@ -102,7 +106,7 @@ def test_ties_go_to_the_first_whatever_the_blocks(
 ) -> None:
     values = np.random.default_rng(seed).integers(levels, size=(n, m)).astype(np.float32)
     count = min(count, n)
-    best = scores._Best(count, m)
+    best = top_scores_module._Best(count, m)
     for start in range(0, n, size):
         best.add(slice(start, min(start + size, n)), torch.from_numpy(values[start : start + size]))
     expected = np.argsort(-values, axis=0, kind="stable")[:count].T

@@ -9,18 +9,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from trak_fast import solver
-from trak_fast.solver import (
-    GramAccumulator,
-    Solver,
-    auto_ridge,
-    curvature_weights,
-    disagreement,
-    factorize,
-    gram_matrix,
-    normalized,
-    shrunk_weights,
-)
+from trak_fast.scoring import gram as gram_module
+from trak_fast.scoring.gram import GramAccumulator, gram_matrix, normalized
+from trak_fast.scoring.ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
+from trak_fast.scoring.solver import Solver, factorize
 
 CPU = torch.device("cpu")
 M = 7
@@ -73,7 +65,7 @@ def check(
 
 @pytest.fixture(params=[64 << 20, 400], ids=["one block", "many blocks"])
 def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solver, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(gram_module, "BLOCK_BYTES", request.param)
 
 
 SHAPES = [(40, 9), (17, 17), (17, 23), (1, 5), (5, 1), (1, 1)]

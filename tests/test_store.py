@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from trak_fast import rows as rows_module
-from trak_fast import store
-from trak_fast.files import replacing
-from trak_fast.rows import Rows
-from trak_fast.store import Store, describe, digest
+from trak_fast.store import folder as store
+from trak_fast.store import rows as rows_module
+from trak_fast.store.files import replacing
+from trak_fast.store.folder import Store
+from trak_fast.store.manifest import describe, digest
+from trak_fast.store.rows import Rows
 
 N, K = 6, 3
 MANIFEST: dict[str, Any] = {"seed": 0, "proj_dim": K, "parameters": ["a torch.float32 (2,)", "b torch.float32 (3,)"]}

@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trak_fast import reference
 from trak_fast.gradients import FunctionalGradientComputer
 from trak_fast.metrics import mislabel_detection
-from trak_fast.projection import Projector
+from trak_fast.projection import Projector, reference
 from trak_fast.tasks import ImageClassification
 from trak_fast.traker import TRAKer
 

@@ -1,9 +1,11 @@
 """TRAK data attribution with fused random projection kernels."""
 
-from . import metrics
-from .gradients_hooks import HookGradientComputer
+import sys
+
+from . import gradients, metrics, scoring, tasks
+from .gradients import HookGradientComputer
 from .projection import Projector, info, matrix, project, project_adjoint
-from .scores import save_table
+from .scoring import save_table
 from .tasks import FunctionTask, Task
 from .traker import TRAKer
 
@@ -20,3 +22,7 @@ __all__ = [
     "project_adjoint",
     "save_table",
 ]
+
+# Modules of public names that have become folders of another name: imports by the old path go on working.
+for _name, _folder in {"gradients_hooks": gradients, "scores": scoring, "task": tasks}.items():
+    sys.modules[f"{__name__}.{_name}"] = _folder

@@ -16,26 +16,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import gram
 from .batches import Indices, integer, row_numbers
 from .distributed import Ranks
-from .featurizer import Featurizer, NoProjection
-from .gradients import FunctionalGradientComputer, select_parameters
-from .projection import Projector
-from .rows import Rows
-from .scores import Checkpoint, ScoreFile, ScoreMatrix, TopScores, merge_top_scores, top_scores
-from .solver import (
-    Solver,
-    auto_ridge,
-    curvature_weights,
-    disagreement,
-    gram_matrix,
-    shrunk_weights,
-    weighted_gram,
-)
-from .store import Store, describe
-from .task import Task
-from .tasks import resolve_task
+from .features.featurizer import Featurizer
+from .gradients.functional import FunctionalGradientComputer
+from .gradients.parameters import select_parameters
+from .projection.projector import NoProjection, Projector
+from .scoring import partial_grams as gram
+from .scoring.gram import gram_matrix, weighted_gram
+from .scoring.ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
+from .scoring.scores import Checkpoint, ScoreFile, ScoreMatrix
+from .scoring.solver import Solver
+from .scoring.top_scores import TopScores, merge_top_scores, top_scores
+from .store.folder import Store
+from .store.manifest import describe
+from .store.rows import Rows
+from .tasks.base import Task
+from .tasks.registry import resolve_task
 
 
 class TRAKer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from .candidates import Case
+from .case import Case
 
 ROUNDS_SECONDS = 0.3
 """Of a candidate's rounds at a shape, for which time is kept; what is over at the end goes to rounds too."""

@@ -10,13 +10,15 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import projection
+from ..projection.kernels import ISA_VARIABLE, KERNEL_VARIABLE
+from .case import Case
 
 Project = Callable[[Tensor], Tensor]
 
@@ -25,59 +27,6 @@ CHUNK = 1 << 24
 
 DENSE = ("rademacher", "normal")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape to measure.
-
-    Attributes:
-        batch: Gradients at a time, B.
-        grad_dim: D.
-        proj_dim: k.
-        dtype: Of the gradients, by torch's name.
-        proj_type: "rademacher" or "normal".
-        device: "cpu" or "cuda".
-    """
-
-    batch: int
-    grad_dim: int
-    proj_dim: int
-    dtype: str
-    proj_type: str
-    device: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The gradients' dtype."""
-        return dtype_of(self.dtype)
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Size of the gradients."""
-        return self.batch * self.grad_dim * self.torch_dtype.itemsize
-
-    @property
-    def matrix_entries(self) -> int:
-        """Of P."""
-        return self.grad_dim * self.proj_dim
-
-    @property
-    def flop(self) -> int:
-        """Additions and multiplications of the product: 2 B D k."""
-        return 2 * self.batch * self.matrix_entries
-
-    def asdict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """A torch dtype by its name."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {name!r} is none of torch's")
-    return dtype
 
 
 @dataclass(frozen=True)
@@ -248,9 +197,9 @@ def everything(device: str) -> list[Candidate]:
     facts = projection.info()
     if device == "cuda":
         kernels = facts["cuda_devices"][0]["kernels"] if facts["cuda_devices"] else []
-        variable = projection.KERNEL_VARIABLE
+        variable = KERNEL_VARIABLE
     else:
-        kernels, variable = facts["instruction_sets"], projection.ISA_VARIABLE
+        kernels, variable = facts["instruction_sets"], ISA_VARIABLE
     own = [
         Candidate(
             f"trak_fast {kernel}", "trak_fast", _ours, devices=(device,), environment={variable: kernel}, ours=True

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .candidates import Case
+from .case import Case
 
 NOISE = 0.05
 """A change below this is never called one, however little the samples spread."""

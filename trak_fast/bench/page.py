@@ -9,11 +9,10 @@ from typing import Any
 
 from ..webpage import INK, document, dress, one_line
 from . import tables
-from .candidates import Case
+from .case import Case
 from .figures import case_of, measured
 
 AXES = (("batch", "gradients at a time, B"), ("grad_dim", "gradient size, D"), ("proj_dim", "projected size, k"))
-
 STYLE = """
 .numbers { font-size: .85rem; } .numbers td, .numbers th { padding-right: 1rem; white-space: nowrap; }
 .chart svg { width: 100%; height: auto; }

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from .candidates import Candidate, Case, gradients
+from ..projection import reference
+from .candidates import Candidate, gradients
+from .case import Case
 
 IDENTITY_BYTES = 1 << 28
 """Of the identity that is projected to see a matrix; where the whole one is larger, the matrix isn't looked at."""

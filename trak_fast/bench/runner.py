@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
@@ -24,20 +23,22 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import memory
-from ..files import replacing
+from ..features import memory
+from ..store.files import replacing
 from .budget import PATIENCE, Budget, Task
-from .candidates import Case
+from .case import Case
 from .environment import environment
 from .figures import better, case_of, measured, summarize
 from .process import TookTooLong, Worker, WorkerError
+from .results import FORMAT, _now, _plain, load
 from .settings import Settings
 
-FORMAT = 1
 CANDIDATES = "trak_fast.bench.candidates"
 ROUNDS = 7
+
 REPEATS = 5
 """Calls of a candidate in a round, at most."""
+
 OPEN_SECONDS = 120.0
 """For a library to be imported in, whatever the budget."""
 
@@ -282,28 +283,3 @@ class Run:
 def describe(case: Case) -> str:
     """A case in a few words."""
     return f"B={case.batch} D={case.grad_dim} k={case.proj_dim} {case.dtype} {case.proj_type}"
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Results of a run.
-
-    Raises:
-        ValueError: The file holds none.
-    """
-    try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT or "timings" not in results:
-        raise ValueError(f"{path} holds no results of trak-fast bench (format {FORMAT})")
-    return results
-
-
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(content))
-    return plain
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .. import projection
-from ..checks import kind_of
-from .candidates import Case, dtype_of
+from ..projection.checks import kind_of
+from .case import Case, dtype_of
 
 
 @dataclass(frozen=True)

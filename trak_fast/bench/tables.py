@@ -6,36 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .candidates import Case
+from .case import Case
 from .figures import case_of, measured
+from .units import bytes_text, rate_text, seconds_text
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
-
-
-def seconds_text(value: float) -> str:
-    """A time with three digits and a unit."""
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value / 1e-9:.3g} ns"
-
-
-def bytes_text(value: float | None) -> str:
-    """A size with a binary unit."""
-    if value is None:
-        return "?"
-    for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= factor:
-            return f"{value / factor:.1f} {unit}"
-    return f"{value:.0f} B"
-
-
-def rate_text(value: float, unit: str) -> str:
-    """A rate with a decimal prefix."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
 
 
 def _number(value: float | None, form: str = ".2g") -> str:
@@ -52,7 +27,6 @@ TIMING_COLUMNS: tuple[Column, ...] = (
     ("of floor", lambda entry: "–" if entry["of_floor"] is None else f"{entry['of_floor']:.1%}"),
     ("extra memory", lambda entry: bytes_text(entry["memory_bytes"])),
 )
-
 CHECK_COLUMNS: tuple[Column, ...] = (
     ("projection", lambda entry: entry["candidate"]),
     ("error", lambda entry: _number(entry["found"]["error"])),
@@ -63,7 +37,6 @@ CHECK_COLUMNS: tuple[Column, ...] = (
     ("equal columns", lambda entry: _number(entry["found"]["equal_columns"], "d")),
     ("same bits", lambda entry: "yes" if entry["found"]["repeatable"] and entry["found"]["remade"] else "no"),
 )
-
 COMPARE_COLUMNS: tuple[Column, ...] = (
     ("projection", lambda row: row["candidate"]),
     ("case", lambda row: case_text(case_of(row))),

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from . import quality
-from .candidates import Candidate, Case, Project, gradients
+from .candidates import Candidate, Project, gradients
+from .case import Case
 
 
 class Session:

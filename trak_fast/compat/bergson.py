@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..projection import matrix, project
+from ..projection.functions import matrix, project
 from .patching import Patch
 
 __all__ = ["patch", "project_global"]
-
 _SLAB = 1 << 26  # entries of outer products that are formed at a time
 _patch: Patch | None = None
 

@@ -15,11 +15,10 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..projection import Projector
+from ..projection.projector import Projector
 from .patching import Patch, bits
 
 __all__ = ["make_random_projector", "patch", "random_project"]
-
 _KINDS = ("normal", "rademacher")
 _patch: Patch | None = None
 

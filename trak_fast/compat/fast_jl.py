@@ -16,7 +16,7 @@ from typing import SupportsIndex
 
 from torch import Tensor
 
-from ..projection import project
+from ..projection.functions import project
 from .patching import bits
 
 __all__ = [

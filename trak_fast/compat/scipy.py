@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
-from ..projection import Projector
+from ..projection.projector import Projector
 
 __all__ = ["ProjectionOperator"]
 

@@ -13,10 +13,10 @@ from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from ..projection import Projector, matrix
+from ..projection.functions import matrix
+from ..projection.projector import Projector
 
 __all__ = ["FusedRandomProjection"]
-
 _DENSE = 1 << 24  # elements of a sparse matrix that are made dense at a time
 
 

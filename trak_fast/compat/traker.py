@@ -19,7 +19,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..projection import Projector
+from ..projection.projector import Projector
 from . import install_fast_jl
 from .patching import Patch, bits
 

@@ -1,0 +1,2 @@
+"""`trak-fast demo`: attribution on handwritten digits, checked against retraining. digits.py has data and nets, run.py
+the demonstration, page.py what it writes."""

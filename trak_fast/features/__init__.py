@@ -1,0 +1,1 @@
+"""Features of samples: their gradients and the projection of these, within a memory budget."""

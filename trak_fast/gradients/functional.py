@@ -1,0 +1,85 @@
+"""Per-sample gradients of a task's model output, by torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from ..tasks.base import Task
+from .modes import unfused_attention
+from .parameters import select_parameters
+
+
+class FunctionalGradientComputer:
+    """Per-sample gradients by vmap over grad; only the selected parameters are differentiated.
+
+    The model runs in the mode it is in. Random operations that are active even in evaluation mode are an error, as
+    features would not be repeatable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        grad_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        grad_wrt: Iterable[str] | None = None,
+    ) -> None:
+        """Takes the parameters of `model` as they are now.
+
+        Args:
+            model: The module to differentiate.
+            task: The model output function.
+            grad_dim: Not needed here; part of the contract for gradient computers, as are the next two.
+            dtype: Not needed here: gradients have their parameter's dtype.
+            device: Not needed here: gradients are where their parameter is.
+            grad_wrt: Names or patterns of the parameters to differentiate; all of them by default.
+
+        Raises:
+            TypeError, ValueError: see `select_parameters`.
+        """
+        self.task = task
+        self.grad_wrt = None if grad_wrt is None else list(select_parameters(model, grad_wrt))
+        self.load_model_params(model)
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Takes the parameters and buffers of `model`, without copying them."""
+        self.model = model
+        selected = select_parameters(model, self.grad_wrt)
+        # detached: the outer autograd would otherwise record a graph through every gradient and keep it alive
+        self.selected = {name: parameter.detach() for name, parameter in selected.items()}
+        self.fixed = {name: p.detach() for name, p in model.named_parameters() if name not in selected}
+        self.buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+
+    def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The gradient of each sample's model output.
+
+        Args:
+            batch: The batch's tensors, (B, ...) each.
+
+        Returns:
+            For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
+        """
+
+        def output(selected: dict[str, Tensor], sample: tuple[Tensor, ...]) -> Tensor:
+            return self.task.get_output(self.model, {**self.fixed, **selected}, self.buffers, *sample)
+
+        with unfused_attention():
+            try:
+                grads = vmap(grad(output), in_dims=(None, 0))(self.selected, tuple(batch))
+            except RuntimeError as error:
+                if not any(word in str(error) for word in ("vmap", "functorch", "torch.func")):
+                    raise
+                raise RuntimeError(
+                    f"torch.func cannot differentiate this model: {error}\n"
+                    "gradient_computer=trak_fast.HookGradientComputer does without it"
+                ) from error
+        return {name: grads[name] for name in self.selected}
+
+    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
+        """The weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
+        return self.task.get_out_to_loss_grad(self.model, {**self.fixed, **self.selected}, self.buffers, batch)

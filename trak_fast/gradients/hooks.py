@@ -1,0 +1,217 @@
+"""Per-sample gradients without torch.func, layer by layer.
+
+A layer's gradient of one sample follows from the layer's input and from the gradient of its output, so one forward
+and one backward pass over a batch give the gradients of all its samples: for a linear layer they are outer products
+(Goodfellow, "Efficient per-example gradient computations", 2015). To the output of each layer an expanded zero is
+added, whose gradient is that of the output: whatever happens to the output afterwards, in place or not, and without
+the gradients of the weights being computed at all.
+
+Parameters that no layer of a known kind explains get their gradients one sample at a time. So do those of layers
+whose result is not what it should be: the first batch of each checkpoint is compared with autograd's gradients of its
+first and its last sample. That catches weights that are used in a second place, inputs whose first dimension is not
+the batch, and anything else that breaks the rule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..tasks.base import Task
+from .layers import _rule
+from .modes import _no_fast_path, unfused_attention
+from .parameters import select_parameters
+
+logger = logging.getLogger("trak_fast")
+
+TOLERANCE = 1e-3
+"""Relative difference from autograd's gradient from which on a layer's own is not used; rounding is far below it."""
+
+NEGLIGIBLE = 1e-6
+"""The same in the unit of the whole gradient."""
+
+
+class _Call(NamedTuple):
+    """A call of a layer: its input, which version of it, and the zero that was added to the output."""
+
+    layer: nn.Module
+    given: Tensor
+    version: int
+    probe: Tensor
+
+
+class _Broken(Exception):
+    """Layers whose gradients cannot be told apart by sample."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+
+class HookGradientComputer:
+    """Per-sample gradients for models that torch.func cannot take; the same as `FunctionalGradientComputer`'s.
+
+    A task without `get_outputs`, f of a whole batch, is evaluated sample by sample.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        grad_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        grad_wrt: Iterable[str] | None = None,
+    ) -> None:
+        """As `FunctionalGradientComputer`."""
+        self.task = task
+        self.grad_wrt = None if grad_wrt is None else list(select_parameters(model, grad_wrt))
+        self.load_model_params(model)
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Takes the parameters and buffers of `model`, without copying them."""
+        self.model = model
+        selected = select_parameters(model, self.grad_wrt)
+        self.weights = {name: p.detach() for name, p in model.named_parameters()}
+        self.buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+        names = {id(parameter): name for name, parameter in selected.items()}
+        self._layers: dict[nn.Module, dict[str, str]] = {}  # names of the parameters of each layer that has a rule
+        explained: set[str] = set()
+        for layer in model.modules():
+            own = {own: names[id(p)] for own, p in layer.named_parameters(recurse=False) if id(p) in names}
+            if own and _rule(layer) is not None:
+                self._layers[layer] = own
+                explained |= set(own.values())
+        self.selected = list(selected)
+        self._singly = set(self.selected) - explained  # differentiated sample by sample
+        self._checked = not explained
+
+    def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The gradient of each sample's model output.
+
+        Args:
+            batch: The batch's tensors, (B, ...) each.
+
+        Returns:
+            For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
+        """
+        with torch.enable_grad(), unfused_attention(), _no_fast_path():
+            if not hasattr(self.task, "get_outputs"):
+                return self._one_by_one(batch)
+            while True:
+                try:
+                    return self._at_once(batch)
+                except _Broken as broken:
+                    logger.debug("differentiated sample by sample: %s", ", ".join(sorted(broken.names)))
+                    self._singly |= broken.names
+
+    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
+        """The weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
+        return self.task.get_out_to_loss_grad(self.model, self.weights, self.buffers, batch)
+
+    def _one_by_one(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        weights = self._requiring_grad(self.selected)
+        rows = []
+        for sample in zip(*batch, strict=True):
+            output = self.task.get_output(self.model, weights, self.buffers, *sample)
+            rows.append(self._differentiate(output, weights, self.selected))
+        return {name: torch.stack([row[name] for row in rows]) for name in self.selected}
+
+    def _at_once(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        count = len(batch[0])
+        weights = self._requiring_grad(self._singly if self._checked else self.selected)
+        with self._recording(count) as calls:
+            outputs = self.task.get_outputs(self.model, weights, self.buffers, batch)  # type: ignore[attr-defined]
+        grads: dict[str, Tensor] = {}
+        if calls:
+            probes = [call.probe for call in calls]
+            slopes = torch.autograd.grad(
+                outputs.sum(), probes, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            grads = self._explained(calls, slopes, count)
+        with torch.no_grad():
+            for name in self.selected:
+                if name not in grads and name not in self._singly:  # a layer that was not called
+                    grads[name] = torch.zeros(count, *self.weights[name].shape, dtype=self.weights[name].dtype)
+                    grads[name] = grads[name].to(self.weights[name].device)
+        if not self._checked:
+            self._check(grads, outputs, weights)
+            self._checked = True
+        if self._singly:
+            names = [name for name in self.selected if name in self._singly]
+            rows = [self._differentiate(output, weights, names) for output in outputs]
+            grads |= {name: torch.stack([row[name] for row in rows]) for name in names}
+        return {name: grads[name].detach() for name in self.selected}
+
+    def _requiring_grad(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names = set(names)
+        return {name: w.detach().requires_grad_() if name in names else w for name, w in self.weights.items()}
+
+    def _differentiate(self, output: Tensor, weights: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        inputs = [weights[name] for name in names]
+        grads = torch.autograd.grad(output, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return dict(zip(names, grads, strict=True))
+
+    @contextmanager
+    def _recording(self, count: int) -> Iterator[list[_Call]]:
+        """Lists each call of a layer, and adds a zero to its output."""
+        calls: list[_Call] = []
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            given = args[0] if args else kwargs["input"]
+            if len(output) == 1 and count > 1:  # of positions, say, that are the same for all samples
+                given = given.expand(count, *given.shape[1:])
+                output = output.expand(count, *output.shape[1:])
+            probe = output.new_zeros(()).expand(output.shape).requires_grad_()
+            calls.append(_Call(layer, given.detach(), given._version, probe))
+            return output + probe
+
+        handles = [
+            layer.register_forward_hook(hook, with_kwargs=True)
+            for layer, names in self._layers.items()
+            if not set(names.values()) <= self._singly
+        ]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _explained(self, calls: list[_Call], slopes: Sequence[Tensor], count: int) -> dict[str, Tensor]:
+        grads: dict[str, Tensor] = {}
+        broken: set[str] = set()
+        for call, slope in zip(calls, slopes, strict=True):
+            layer, given = call.layer, call.given
+            names = self._layers[layer]
+            rule = _rule(layer)
+            assert rule is not None
+            changed = given._version != call.version
+            if changed or given.ndim < 1 + (type(layer) is not nn.Embedding) or not len(given) == len(slope) == count:
+                broken |= set(names.values())
+                continue
+            for own, value in rule(layer, given, slope).items():
+                if (name := names.get(own)) is not None and name not in self._singly:
+                    grads[name] = grads[name] + value if name in grads else value
+        if broken := broken - self._singly:
+            raise _Broken(broken)
+        return grads
+
+    def _check(self, grads: dict[str, Tensor], outputs: Tensor, weights: dict[str, Tensor]) -> None:
+        """Compares with autograd's gradients of the first and the last sample."""
+        broken: set[str] = set()
+        for i in {0, len(outputs) - 1}:
+            exact = self._differentiate(outputs[i], weights, list(grads))
+            whole = torch.stack([value.norm() for value in exact.values()]).norm()
+            for name, value in exact.items():
+                error = (grads[name][i] - value).norm()
+                # what is nothing but rounding of zero, as of attention's key biases, has no correct digits to compare
+                if not error <= TOLERANCE * value.norm() + NEGLIGIBLE * whole:
+                    broken.add(name)
+        self._singly |= broken
+        if broken:
+            logger.debug("differentiated sample by sample: %s", ", ".join(sorted(broken)))

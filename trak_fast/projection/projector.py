@@ -1,0 +1,172 @@
+"""Objects that project the gradients of one model."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..arguments import integer
+from . import checks, kernels
+from .checks import Gradients
+from .functions import project, project_adjoint
+from .kernels import _device_table
+
+
+class NoProjection:
+    """What proj_dim=0 asks for: the gradients themselves, in one row a sample."""
+
+    proj_dim = 0
+    proj_type = "none"
+
+    def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
+        """Gradients, (B, D)."""
+        if isinstance(grads, Tensor):
+            return grads.clone()
+        return torch.cat([g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in grads.values()], dim=1)
+
+    def free_memory(self) -> None:
+        """Does nothing."""
+
+
+class Projector:
+    """Projects gradients of one model; can be handed to ``trak.TRAKer(projector=...)``.
+
+    Args:
+        grad_dim: D, the number of columns of every gradient.
+        proj_dim: k.
+        seed: See :func:`project`.
+        proj_type: See :func:`project`.
+        device: Where the gradients will be; None: wherever they are.
+        precision: See :func:`project`.
+
+    Raises:
+        ValueError: A number is out of range.
+        TypeError: Something has the wrong type.
+    """
+
+    def __init__(
+        self,
+        grad_dim: int,
+        proj_dim: int,
+        seed: int = 0,
+        proj_type: str | enum.Enum = "rademacher",
+        device: torch.device | str | None = None,
+        *,
+        precision: str | None = None,
+    ) -> None:
+        self.grad_dim = integer("grad_dim", grad_dim, 0, checks.MAX_COLUMNS)
+        self.proj_dim = integer("proj_dim", proj_dim, 1, 2**32)
+        self.seed = integer("seed", seed, 0, 2**64 - 1)
+        checks.terms_of(precision, [])
+        checks.kind_of(proj_type)
+        self.proj_type = str(getattr(proj_type, "value", proj_type))
+        self.device = None if device is None else torch.device(device)
+        on_cuda = self.device is not None and self.device.type == "cuda" and torch.cuda.is_available()
+        if on_cuda and self.proj_type == "normal":
+            _device_table(torch.empty(0, device=self.device).device)  # before anyone captures a graph
+        self.precision = precision
+        self.definition: int = kernels._C.DEFINITION
+
+    def project(self, grads: Gradients, model_id: int = 0) -> Tensor:
+        """Projects gradients (B, D), or a mapping or sequence of (B, ...), to a new float32 tensor (B, k).
+
+        Raises:
+            ValueError: The gradients do not have ``grad_dim`` columns; otherwise as :func:`project`.
+            TypeError: As :func:`project`.
+        """
+        columns = self._columns(grads)
+        if columns != self.grad_dim:
+            raise ValueError(f"grads has {columns} columns, but grad_dim is {self.grad_dim}")
+        return self._project(grads, model_id)
+
+    def adjoint(self, y: Tensor, model_id: int = 0) -> Tensor:
+        """P'y: takes (B, k) back to a new float32 tensor (B, grad_dim), see :func:`project_adjoint`.
+
+        Raises:
+            ValueError: ``y`` does not have ``proj_dim`` columns; otherwise as :func:`project_adjoint`.
+            TypeError: As :func:`project_adjoint`.
+        """
+        if isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] != self.proj_dim:
+            raise ValueError(f"y has {y.shape[1]} columns, but proj_dim is {self.proj_dim}")
+        return project_adjoint(y, self.grad_dim, proj_type=self.proj_type, seed=self.seed, model_id=model_id)
+
+    def accumulator(self, batch_size: int, model_id: int = 0) -> Accumulator:
+        """A sum over slices of gradients of ``batch_size`` samples, for gradients that are never whole."""
+        return Accumulator(self, batch_size, model_id)
+
+    def free_memory(self) -> None:
+        """Does nothing: there is no matrix to free. Part of traker's protocol."""
+
+    def _columns(self, grads: Gradients) -> int:
+        tensors = checks.gradient_tensors(grads, memory=False)
+        device = tensors[0].device
+        if self.device is not None and (
+            device.type != self.device.type or self.device.index not in (None, device.index)
+        ):
+            raise ValueError(f"grads is on device {device}, but this projector's device is {self.device}")
+        return sum(map(checks.width, tensors))
+
+    def _project(self, grads: Gradients, model_id: int, offset: int = 0, out: Tensor | None = None) -> Tensor:
+        return project(
+            grads,
+            self.proj_dim,
+            proj_type=self.proj_type,
+            seed=self.seed,
+            model_id=model_id,
+            offset=offset,
+            precision=self.precision,
+            out=out,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Projector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, seed={self.seed}, "
+            f"proj_type={self.proj_type!r}, device={self.device}, precision={self.precision!r})"
+        )
+
+
+class Accumulator:
+    """Adds up projections of slices of a gradient. Made by :meth:`Projector.accumulator`."""
+
+    def __init__(self, projector: Projector, batch_size: int, model_id: int) -> None:
+        self._projector = projector
+        self._batch_size = integer("batch_size", batch_size, 0, 2**62)
+        self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
+        self._sum: Tensor | None = None
+
+    def add(self, grads: Gradients, offset: int) -> None:
+        """Adds the projection of columns ``offset`` onwards of the gradients.
+
+        Args:
+            grads: (batch_size, columns), or a mapping or sequence of (batch_size, ...).
+            offset: The slice's first column within the whole gradient.
+
+        Raises:
+            ValueError: The slice does not fit into ``grad_dim`` columns or has another batch size; otherwise as
+                :func:`project`.
+            TypeError: As :func:`project`.
+        """
+        columns = self._projector._columns(grads)
+        offset = integer("offset", offset, 0, checks.MAX_COLUMNS)
+        if offset + columns > self._projector.grad_dim:
+            raise ValueError(
+                f"columns {offset} to {offset + columns} do not fit into grad_dim = {self._projector.grad_dim}"
+            )
+        first = checks.gradient_tensors(grads, memory=False)[0]
+        if len(first) != self._batch_size:
+            raise ValueError(f"grads holds {len(first)} samples, but batch_size is {self._batch_size}")
+        if self._sum is None:
+            self._sum = self._zeros(first.device)
+        self._projector._project(grads, self._model_id, offset, self._sum)
+
+    def result(self) -> Tensor:
+        """The sum so far: a new float32 tensor (batch_size, k)."""
+        if self._sum is None:
+            return self._zeros(self._projector.device)
+        return self._sum.clone()
+
+    def _zeros(self, device: torch.device | None) -> Tensor:
+        return torch.zeros(self._batch_size, self._projector.proj_dim, dtype=torch.float32, device=device)

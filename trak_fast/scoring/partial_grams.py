@@ -1,0 +1,177 @@
+"""X'X of the training rows, summed while they are featurized, so that finalizing needs no second pass over them.
+
+Where the task knows the curvature of each sample's loss, X'CX is summed beside it, with the curvatures in C: of the
+two the solver makes the weighted matrix, whose weights depend on a mean that is known in the end only.
+
+Each process that writes rows of a checkpoint sums those into a matrix of its own, and now and then saves it together
+with the set of rows that are in it:
+
+    checkpoint_<model_id>/gram/<slot>.npz    gram (1 or 2, k, k) float64; rows, the set as packed bits
+
+A process takes the lowest slot that no other has locked and goes on from what a process before it left there, so
+however often a run is killed, there are no more files than there were processes at a time. Rows whose flags are set
+but that no saved sum contains, those since the last save of a process that was killed, are read again at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..store.files import replacing
+from ..store.locks import LockFile
+from ..store.rows import Rows
+from .gram import GramAccumulator, blocks
+
+SAVE_SECONDS = 60.0
+"""Time between two saves; a killed process costs at most the reading of the rows that it wrote in that time."""
+
+FIRST_SLOT = 2**48
+"""Bytes of the lock file from here on stand for slots, those before for rows."""
+
+logger = logging.getLogger("trak_fast")
+_taken: set[tuple[Path, int]] = set()  # by this process, whose objects no lock keeps apart
+
+
+class PartialGram:
+    """The sum over the rows that this process writes, and over those of a process before it."""
+
+    def __init__(
+        self, folder: Path, num_rows: int, width: int, device: torch.device, locks: LockFile, weighted: bool = False
+    ) -> None:
+        """Takes a slot.
+
+        Args:
+            folder: Where the sums are saved; made if need be.
+            num_rows: Training samples, n.
+            width: k.
+            device: Where to sum; it needs float64.
+            locks: The lock file of the checkpoint.
+            weighted: Whether to sum X'CX too.
+        """
+        folder.mkdir(exist_ok=True)
+        self.folder, self._locks = folder, locks
+        self.slot = 0
+        while (folder, self.slot) in _taken or not locks.acquire(FIRST_SLOT + self.slot):
+            self.slot += 1
+        _taken.add((folder, self.slot))
+        # without locks, others may have the same slot
+        self.path = folder / (f"{self.slot}.npz" if locks.supported else f"{uuid.uuid4().hex}.npz")
+        for left in folder.glob(f".{self.path.name}.*"):  # by a process that was killed while it saved
+            left.unlink(missing_ok=True)
+        self._base: NDArray[np.float64] | None = None
+        self.rows = np.zeros(num_rows, np.bool_)
+        self._sums = [GramAccumulator(width, device) for _ in range(2 if weighted else 1)]
+        if (before := load(self.path, num_rows, (len(self._sums), width, width))) is not None:
+            self._base, self.rows = before
+        self._saved, self._changed = time.monotonic(), False
+
+    def add(
+        self, inds: NDArray[np.integer], features: NDArray[np.float32], curvature: NDArray[np.float64] | None = None
+    ) -> None:
+        """Adds rows that are on disk with their flags set; saves the sum if it is time to.
+
+        Args:
+            inds: (B,) their numbers.
+            features: (B, k) as they are read from the disk.
+            curvature: (B,), where X'CX is summed.
+        """
+        new = ~self.rows[inds]
+        for total, weights in zip(self._sums, (None, curvature), strict=False):
+            total.add(features[new], None if weights is None else weights[new])
+        self.rows[inds] = self._changed = True
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+
+    def value(self) -> NDArray[np.float64]:
+        """The sums so far, (1 or 2, k, k): X'X and X'CX."""
+        totals = torch.stack([total.value() for total in self._sums]).cpu().numpy()
+        return totals if self._base is None else totals + self._base
+
+    def save(self) -> None:
+        """Puts the sum on disk."""
+        if self._changed and self.folder.exists():  # it goes when the checkpoint is finalized
+            with replacing(self.path) as temporary, temporary.open("wb") as file:
+                np.savez(file, gram=self.value(), rows=np.packbits(self.rows))
+        self._saved, self._changed = time.monotonic(), False
+
+    def close(self) -> None:
+        """Saves the sum and gives the slot up; without the sum its rows are only read again."""
+        try:
+            self.save()
+        except OSError as error:
+            logger.warning("%s is not saved (%s); its rows are read again", self.path, error)
+        finally:
+            _taken.discard((self.folder, self.slot))
+            self._locks.release(FIRST_SLOT + self.slot)
+
+
+def load(
+    path: Path, num_rows: int, shape: tuple[int, int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
+    """A saved sum and its rows; None where there is none, or nothing of use: the rows are then read again."""
+    try:
+        with path.open("rb") as file, np.load(file) as saved:
+            gram, rows = saved["gram"], np.unpackbits(saved["rows"])[:num_rows].astype(np.bool_)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning("%s is of no use (%s); its rows are read again", path, error)
+        return None
+    if gram.shape != shape or gram.dtype != np.float64 or len(rows) != num_rows:
+        logger.warning("%s holds a matrix of another kind; its rows are read again", path)
+        return None
+    return gram, rows
+
+
+def total(
+    folder: Path,
+    train: Rows,
+    device: torch.device,
+    rank: int = 0,
+    size: int = 1,
+    curvature: NDArray[np.float64] | None = None,
+) -> Tensor:
+    """One of `size` summands of X'X: every saved sum is in one of them, as is every row that no sum contains.
+
+    Args:
+        folder: The saved sums.
+        train: The rows, all of them done; `features` is X (n, k).
+        device: Where to compute.
+        rank: Which summand.
+        size: How many there are.
+        curvature: (n,) of each row, for X'CX too.
+
+    Returns:
+        (1, k, k) float64 on `device`, or (2, k, k) with X'CX.
+    """
+    features = train.columns["features"]
+    num_rows, width = features.shape
+    weightings = [None] if curvature is None else [None, curvature]
+    shape = (len(weightings), width, width)
+    gram = torch.zeros(shape, dtype=torch.float64, device=device)
+    covered = np.zeros(num_rows, np.bool_)
+    for i, path in enumerate(sorted(folder.glob("*.npz"))):
+        saved = load(path, num_rows, shape)
+        if saved is None or (covered & saved[1]).any():  # two processes without locks wrote the same rows
+            continue
+        covered |= saved[1]
+        if i % size == rank:
+            gram += torch.from_numpy(saved[0]).to(device)
+    missing = np.array_split(np.flatnonzero(~covered), size)[rank]
+    rest = [GramAccumulator(width, device) for _ in weightings]
+    for part in blocks(len(missing), width):
+        rows = np.array(features[missing[part]])
+        for accumulator, weights in zip(rest, weightings, strict=True):
+            accumulator.add(rows, None if weights is None else weights[missing[part]])
+    for summed, accumulator in zip(gram, rest, strict=True):
+        summed += accumulator.value()
+    return gram

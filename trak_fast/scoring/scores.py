@@ -1,0 +1,148 @@
+"""Scores of many training samples for many targets, a block of rows at a time: all of them, or the extreme ones.
+
+The features of each checkpoint are read once, from first to last, the next block while the present one is multiplied.
+All n × m scores are in memory at no time: they go to a file, or only the highest (or lowest) of each target are kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..store.files import create_array, explaining, sync, write_at
+from ..store.rows import Rows
+from .gram import normalized
+from .solver import Solver
+
+BLOCK_BYTES = 32 << 20
+"""Features of a checkpoint that are read at a time, as float32."""
+
+SOLVED_BYTES = 256 << 20
+"""Solved systems (k × m numbers for each checkpoint) that are kept at a time; with more targets, features are read
+again for each group of targets."""
+
+
+@dataclass
+class Checkpoint:
+    """What scores of one checkpoint are computed from."""
+
+    solver: Solver
+    train: Rows
+    targets: NDArray[np.float32]
+
+
+class ScoreMatrix:
+    """The (n, m) scores of an experiment, which are computed when they are asked for."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], weights: Tensor) -> None:
+        """Describes the matrix Σ_c X_c (X_c'X_c + λ_c I)⁻¹ Φ_c', with each row times its weight.
+
+        Args:
+            checkpoints: With the same samples and targets.
+            weights: (n,).
+        """
+        self.checkpoints, self.weights = checkpoints, weights.float()
+        self.shape = (len(weights), len(checkpoints[0].targets))
+
+    def groups(self) -> Iterator[slice]:
+        """Groups of targets for which all solved systems are kept at a time."""
+        num_rows, num_targets = self.shape
+        heights = (c.targets.shape[1] if c.solver.primal else num_rows for c in self.checkpoints)
+        size = max(1, SOLVED_BYTES // (4 * sum(heights)))
+        for start in range(0, num_targets, size):
+            yield slice(start, min(start + size, num_targets))
+
+    def blocks(self, rows: slice, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        """The scores of some training samples and targets, in blocks of consecutive samples.
+
+        Args:
+            rows: Training samples [start, stop).
+            columns: Targets [start, stop).
+
+        Yields:
+            The block's samples, and their scores for all of `columns`, (rows, columns) float32.
+        """
+        solved = [c.solver.solve(c.targets[columns]) for c in self.checkpoints]
+        width = max(self.checkpoints[0].targets.shape[1], columns.stop - columns.start)
+        size = max(1, BLOCK_BYTES // (4 * width))
+        parts = [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
+        with ThreadPoolExecutor(1) as reader:
+            jobs = itertools.product(parts, range(len(self.checkpoints)))
+            waiting, total = None, torch.empty(0)
+            for part, index in [*jobs, (None, None)]:
+                following = None if part is None else (part, index, reader.submit(self._features, part, index))
+                if waiting is not None:
+                    present, checkpoint, features = waiting
+                    scores = self._product(features.result(), solved[checkpoint], present)
+                    total = scores if checkpoint == 0 else total.add_(scores)
+                    if checkpoint == len(self.checkpoints) - 1:
+                        yield present, total.cpu().mul_(self.weights[present, None])
+                waiting = following
+
+    def _features(self, rows: slice, index: int) -> Tensor | None:
+        checkpoint = self.checkpoints[index]
+        if not checkpoint.solver.primal:
+            return None
+        features = checkpoint.train.read("features", rows)
+        return normalized(features) if checkpoint.solver.normalize else features
+
+    def _product(self, features: Tensor | None, solved: Tensor, rows: slice) -> Tensor:
+        # the product may be in float32: nothing amplifies its error
+        return solved[rows].clone() if features is None else features.to(solved.device) @ solved
+
+
+def _progress(name: str, rows: slice, width: int) -> Any:
+    return tqdm(total=(rows.stop - rows.start) * width, desc=name, unit_scale=True, disable=None)
+
+
+class ScoreFile:
+    """A .npy file of (n, m) float32 scores that several processes fill and one of them publishes."""
+
+    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+        """Names the file; `begin` makes it."""
+        self.path, self.shape = path, shape
+        self._partial = path.with_name(f".{path.name}.partial")
+
+    def begin(self) -> None:
+        """Makes an empty file, in place of what a process that was killed has left."""
+        with explaining(self.path):
+            create_array(self._partial, self.shape, np.float32)
+
+    def fill(self, matrix: ScoreMatrix, rows: slice) -> None:
+        """Computes and writes some rows.
+
+        Raises:
+            OSError: The disk is full, for example.
+        """
+        row_bytes = 4 * self.shape[1]
+        with explaining(self.path), self._partial.open("r+b", buffering=0) as file:
+            offset = self._partial.stat().st_size - row_bytes * self.shape[0]
+            with tqdm(
+                total=(rows.stop - rows.start) * self.shape[1], desc="scores", unit_scale=True, disable=None
+            ) as bar:
+                for columns in matrix.groups():
+                    for part, block in matrix.blocks(rows, columns):
+                        data, start = block.contiguous().numpy(), offset + part.start * row_bytes + 4 * columns.start
+                        whole = columns.stop - columns.start == self.shape[1]
+                        for i, piece in enumerate([data] if whole else data):
+                            write_at(file.fileno(), piece.data.cast("B"), start + i * row_bytes)
+                        bar.update(data.size)
+            sync(file.fileno())
+
+    def publish(self) -> None:
+        """Gives the file its name."""
+        self._partial.replace(self.path)
+
+    def discard(self) -> None:
+        """Removes the file if it was not published."""
+        self._partial.unlink(missing_ok=True)

@@ -1,0 +1,194 @@
+"""The linear algebra of TRAK (Park et al., ICML 2023, section 3.2): X'X, its ridge, its inverse, and scores.
+
+X (n, k) holds the projected training gradients of one checkpoint, one sample a row. A target φ scores every training
+sample by X (X'RX + λI)⁻¹ φ, where R is the identity, as in the paper, or a diagonal of sample weights such as the
+curvature of each sample's loss. Where n < k the same scores come from an n × n system. Whichever of X'RX and
+R½XX'R½ is smaller is formed, called the Gram matrix here. It is summed, factorised and solved in float64. Everything
+is computed in blocks of rows, so memory stays bounded beside the Gram matrix and its factor.
+
+Features may be of any floating dtype, memory-mapped or not: blocks are converted as they are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .gram import Features, _load, blocks
+
+logger = logging.getLogger("trak_fast")
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The inverse of a symmetric positive semi-definite matrix.
+
+    Attributes:
+        solve: Maps (s, m) to (s, m) float64.
+        condition: Ratio of the largest eigenvalue to the smallest that is inverted: exact for "eigh", else estimated
+            from below by power iteration.
+        method: "cholesky", or "eigh" where the matrix is singular to rounding.
+        jitter: What was added to the diagonal to make Cholesky's factorisation possible.
+    """
+
+    solve: Callable[[Tensor], Tensor]
+    condition: float
+    method: str
+    jitter: float = 0.0
+
+
+def factorize(matrix: Tensor, cutoff: float, jitter: bool = False) -> Inverse:
+    """Inverts a positive semi-definite matrix by Cholesky, else by its eigenvectors.
+
+    Args:
+        matrix: (s, s) float64, symmetric.
+        cutoff: Relative to the largest eigenvalue. A matrix with a pivot below it gets its pseudo-inverse: directions
+            with an eigenvalue of at most `cutoff` times the largest are left out.
+        jitter: Whether a matrix that is not positive definite to rounding may have up to 1000 roundings of its largest
+            entry added to its diagonal first. For matrices with a ridge, which is that much uncertain anyway.
+    """
+    largest = matrix.diagonal().max().item()
+    rounding = len(matrix) * torch.finfo(torch.float64).eps * largest
+    for added in (0.0, *((rounding * 10.0**power for power in range(4)) if jitter and largest > 0 else ())):
+        attempt = matrix
+        if added:
+            attempt = matrix.clone()
+            attempt.diagonal().add_(added)
+        lower, info = torch.linalg.cholesky_ex(attempt)
+        pivots = lower.diagonal().square()
+        if info.item() == 0 and pivots.min() > max(cutoff * pivots.max().item(), rounding if added else 0.0):
+            solve = partial(_cholesky_solve, lower)
+            condition = _norm(attempt.matmul, attempt) * _norm(solve, attempt)
+            if added:
+                logger.warning("singular to rounding: %.2g was added to the diagonal", added)
+            return Inverse(solve, condition, "cholesky", added)
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > max(cutoff * values[-1].item(), 0.0)
+    logger.warning(
+        "singular to rounding: %d of %d eigenvalues are inverted, the others left out; see lambda_reg",
+        int(kept.sum()), len(values),
+    )  # fmt: skip
+    values, vectors = values[kept], vectors[:, kept]
+    condition = (values[-1] / values[0]).item() if len(values) else 1.0
+    return Inverse(lambda right: vectors @ ((vectors.mT @ right) / values.unsqueeze(1)), condition, "eigh")
+
+
+def _cholesky_solve(lower: Tensor, right: Tensor) -> Tensor:
+    return torch.cholesky_solve(right, lower)
+
+
+def _norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """The largest eigenvalue of a symmetric operator, by 20 power iterations: from below, mostly within 20 %."""
+    vector = torch.randn(len(like), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like)
+    size = 1.0
+    for _ in range(20):
+        vector = apply(vector / vector.norm())
+        size = vector.norm().item()
+    return size
+
+
+class Solver:
+    """Scores of one checkpoint, from its features X (n, k) and their Gram matrix."""
+
+    def __init__(
+        self,
+        features: Features,
+        gram: Tensor,
+        ridge: float,
+        weights: NDArray[np.float64] | None = None,
+        normalize: bool = False,
+    ) -> None:
+        """Factorises the Gram matrix plus λI.
+
+        Args:
+            features: X, (n, k) floating, which may be memory-mapped.
+            gram: `gram_matrix(features, device, weights, normalize)`; scores are computed on its device.
+            ridge: λ ≥ 0, in the unit of X'X. With 0, dependent rows get the least-norm (pseudo-inverse) solution.
+            weights: (n,) ≥ 0, the diagonal of R; all 1 by default. Where k > n they need λ > 0.
+            normalize: Divides the features of samples and targets by their norms: cosine scores.
+
+        Raises:
+            ValueError: `weights` are given with λ = 0 and k > n.
+        """
+        self.features, self.gram, self.device, self.ridge = features, gram, gram.device, ridge
+        self.normalize = normalize
+        self.primal = features.shape[0] >= features.shape[1]
+        self.roots = None
+        if weights is not None and not self.primal:
+            if not ridge:
+                raise ValueError("weights with ridge = 0 need k <= n")
+            self.roots = torch.from_numpy(weights).to(gram).sqrt().unsqueeze(1)
+        regularized = gram.clone()
+        regularized.diagonal().add_(ridge)
+        # rounding X to its dtype is like adding noise of relative size ε, whose squared singular values reach about
+        # max(n, k) ε² of the largest for float32: smaller eigenvalues carry no information. The same count would
+        # be far too careful for float16, where ε² of the largest is what the noise really reaches.
+        eps = np.finfo(getattr(features, "stored_dtype", features.dtype)).eps
+        cutoff = max(max(features.shape) * torch.finfo(torch.float32).eps ** 2, float(eps) ** 2)
+        self.inverse = factorize(regularized, cutoff, jitter=ridge > 0)
+
+    def solve(self, targets: Features) -> Tensor:
+        """All that scores for some targets need apart from X.
+
+        Args:
+            targets: Projected gradients of the targets, (m, k) floating.
+
+        Returns:
+            Float32 on the solver's device. If `primal`, the coefficients S = (X'RX + λI)⁻¹ Φ', (k, m), with scores
+            X S; otherwise (n < k) the scores themselves, (n, m). The product X S may be in float32: nothing
+            amplifies its error.
+        """
+        right = _load(targets, torch.float64, self.device, self.normalize).mT
+        if self.primal:
+            return self.inverse.solve(right).float()
+        return self._dual(torch.cat([self._rows(rows) @ right for rows in blocks(*self.features.shape)])).float()
+
+    def self_influence(self, rows: slice) -> Tensor:
+        """φ (X'RX + λI)⁻¹ φ' of training samples for themselves, a part of the diagonal of X (X'RX + λI)⁻¹ X'.
+
+        Args:
+            rows: Which samples, [start, stop).
+
+        Returns:
+            (stop − start,) float64 on the CPU; times the weights, each is in [0, 1].
+        """
+        influence = torch.empty(rows.stop - rows.start, dtype=torch.float64)
+        parts = blocks(len(influence), self.features.shape[1])
+        for part in tqdm(parts, desc="self-influence", unit="block", leave=False, disable=None):
+            own = slice(rows.start + part.start, rows.start + part.stop)
+            if self.primal:
+                block = self._rows(own)
+                influence[part] = (block * self.inverse.solve(block.mT).mT).sum(1).cpu()
+            elif self.roots is None:  # φ_i (X'X + λI)⁻¹ φ_i' = [XX' (XX' + λI)⁻¹]_ii
+                unit = torch.zeros_like(self.gram[own])
+                unit.diagonal(own.start).fill_(1)
+                influence[part] = (self.gram[own] * self.inverse.solve(unit.mT).mT).sum(1).cpu()
+            else:
+                block = self._rows(own)
+                products = torch.cat([self._rows(others) @ block.mT for others in blocks(*self.features.shape)])
+                influence[part] = self._dual(products)[own].diagonal().cpu()
+        return influence
+
+    def _dual(self, products: Tensor) -> Tensor:
+        """X (X'RX + λI)⁻¹ φ from the products Xφ (n, m), by the n × n system."""
+        if self.roots is None:
+            return self.inverse.solve(products)
+        # Woodbury: (Xφ − XX'R½ (R½XX'R½ + λI)⁻¹ R½Xφ)/λ. XX'R½ is R⁻½ times the Gram matrix, but a weight may be 0,
+        # so X is used: X(X'z) for z = R½ (…)⁻¹ R½ Xφ.
+        inner = self.roots * self.inverse.solve(self.roots * products)
+        n, k = self.features.shape
+        back = torch.zeros(k, products.shape[1], dtype=torch.float64, device=self.device)
+        for rows in blocks(n, k):
+            back.addmm_(self._rows(rows).mT, inner[rows])
+        return (products - torch.cat([self._rows(rows) @ back for rows in blocks(n, k)])) / self.ridge
+
+    def _rows(self, rows: slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        return _load(self.features[rows], dtype, self.device, self.normalize)

@@ -1,0 +1,70 @@
+"""What features depend on, as a manifest, and how two of them differ."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """One line for each entry that differs, with both values; lists are compared item by item."""
+    lines = []
+    for name in dict.fromkeys([*given, *stored]):
+        old, new = stored.get(name), given.get(name)
+        if isinstance(old, list) and isinstance(new, list):
+            pairs = zip_longest(old, new)
+            lines += [f"{name}[{i}]: stored {a!r}, given {b!r}" for i, (a, b) in enumerate(pairs) if a != b]
+        elif old != new:
+            lines.append(f"{name}: stored {old!r}, given {new!r}")
+    return lines
+
+
+def digest(weights: Mapping[str, Any]) -> str:
+    """SHA-256 of the tensors of a state dict, with their names, shapes and dtypes."""
+    sha = hashlib.sha256()
+    for name, tensor in weights.items():
+        if isinstance(tensor, Tensor):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def describe(
+    projector: Any,
+    proj_dim: int,
+    task: object,
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    train_set_size: int,
+    half: bool = False,
+) -> dict[str, Any]:
+    """What features depend on, as a manifest.
+
+    Args:
+        projector: An object with `proj_type`, and perhaps `seed` and `definition`, the number of its matrix's.
+        proj_dim: Size of a feature, k.
+        task: The task, known by its `name` if it has one, else by its class's.
+        model: The model, known by its modules' names and classes.
+        parameters: What gradients are taken of, in this order.
+        train_set_size: Training samples, n.
+        half: Whether features are stored in float16.
+    """
+    proj_type, seed = getattr(projector, "proj_type", None), getattr(projector, "seed", None)
+    return {
+        # a projector that follows no numbered definition is known by its class's name
+        "matrix_definition": getattr(projector, "definition", type(projector).__qualname__),
+        "proj_type": getattr(proj_type, "value", proj_type),
+        "seed": None if seed is None else int(seed),
+        "proj_dim": proj_dim,
+        "grad_dim": sum(parameter.numel() for parameter in parameters.values()),
+        "train_set_size": train_set_size,
+        "task": str(getattr(task, "name", type(task).__qualname__)),
+        "dtype": "float16" if half else "float32",
+        "modules": [f"{name} {type(module).__qualname__}".lstrip() for name, module in model.named_modules()],
+        "parameters": [f"{name} {p.dtype} {tuple(p.shape)}" for name, p in parameters.items()],
+    }

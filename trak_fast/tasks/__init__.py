@@ -1,0 +1,27 @@
+"""Tasks: which scalar f of a model is attributed, and the weighting Q that follows from its loss."""
+
+from .base import BatchTask, FunctionTask, Task
+from .classification import Classification, ImageClassification, IterativeImageClassification, margin
+from .clip import CLIP
+from .registry import TASKS, resolve_task
+from .regression import Regression
+from .text import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, TextClassification
+
+__all__ = [
+    "CLIP",
+    "TASKS",
+    "BatchTask",
+    "CausalLM",
+    "CausalLMPerToken",
+    "Classification",
+    "FunctionTask",
+    "ImageClassification",
+    "IterativeImageClassification",
+    "MaskedLM",
+    "MaskedLMPerToken",
+    "Regression",
+    "Task",
+    "TextClassification",
+    "margin",
+    "resolve_task",
+]

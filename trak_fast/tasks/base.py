@@ -1,0 +1,129 @@
+"""What a task is: a model output function f and its loss term Q (Park et al., "TRAK: Attributing Model Behavior at
+Scale", ICML 2023, sections 2 and 3).
+
+A task says which scalar f(z, θ) of a model is attributed, and how the loss depends on it. The methods have the
+names and signatures of traker's, so tasks written for traker work here as they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Task(ABC):
+    """Base class for own tasks. `weights` and `buffers` map the names of `model`'s to the tensors to use instead.
+
+    A subclass has `get_output`, and one of these for Q: `loss`, a function of f that autograd then differentiates;
+    `get_out_to_loss_grad`, which gives Q itself; or neither, where f is the negative loss. It may have
+    `get_outputs(model, weights, buffers, batch) -> (B,)`, f of a whole batch, by which `HookGradientComputer` is
+    faster; and `get_loss_curvature(Q)`, ∂²ℓ/∂f² of samples from their Q, (B,) each, by which TRAKer weighs samples.
+    """
+
+    @abstractmethod
+    def get_output(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
+    ) -> Tensor:
+        """The model output f(z, θ) of one sample, which torch.func differentiates with respect to `weights`.
+
+        Args:
+            model: The module to call, with `torch.func.functional_call`.
+            weights: Parameters, by name.
+            buffers: Buffers, by name.
+            *sample: The sample's tensors, without the batch dimension.
+
+        Returns:
+            A tensor with one element and no dimensions.
+        """
+
+    @property
+    def _has_loss(self) -> bool:
+        return type(self).loss is not Task.loss
+
+    def loss(self, output: Tensor, *sample: Tensor) -> Tensor:
+        """The training loss of one sample as a function of f; −f unless a subclass knows better."""
+        return -output
+
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """The weighting Q of each sample: minus the derivative of its loss with respect to f.
+
+        With this sign a training sample's score for a target says how it moves the target's f (upwards, if positive).
+
+        Args:
+            model: The module to call, with `torch.func.functional_call`.
+            weights: Parameters, by name.
+            buffers: Buffers, by name.
+            batch: The batch's tensors, (B, ...) each.
+
+        Returns:
+            (B,) or (B, 1).
+        """
+        if not self._has_loss:
+            return torch.ones(len(batch[0]), device=batch[0].device)
+        derivatives = []
+        for sample in zip(*batch, strict=True):
+            with torch.no_grad():
+                output = self.get_output(model, weights, buffers, *sample)
+            with torch.enable_grad():
+                output = output.detach().requires_grad_()
+                derivatives.append(-torch.autograd.grad(self.loss(output, *sample), output)[0].reshape(()))
+        return torch.stack(derivatives)
+
+
+def bind(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """`model` as a function that uses other parameters and buffers."""
+    return lambda *args, **kwargs: functional_call(model, (dict(weights), dict(buffers)), args, kwargs)
+
+
+class BatchTask(Task):
+    """Base class for tasks that compute f of a whole batch at once."""
+
+    @abstractmethod
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """f of each sample of a batch, (B,)."""
+
+    def get_output(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
+    ) -> Tensor:
+        return self.get_outputs(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
+
+
+class FunctionTask(Task):
+    """A task made of plain functions."""
+
+    def __init__(self, output: Callable[..., Tensor], loss: Callable[..., Tensor] | None = None) -> None:
+        """Takes the functions.
+
+        Args:
+            output: f: `output(model, *sample)` gives a tensor of one element; `model` is called as usual, with a batch
+                of one sample.
+            loss: `loss(output, *sample)`, the training loss in terms of f, whose derivative is taken by autograd. By
+                default the loss is −f.
+        """
+        self.output, self._loss = output, loss
+        self.name = f"{getattr(output, '__module__', '')}.{getattr(output, '__qualname__', type(output).__qualname__)}"
+
+    def get_output(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
+    ) -> Tensor:
+        output = self.output(bind(model, weights, buffers), *sample)
+        if not isinstance(output, Tensor) or output.numel() != 1:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"{self.name} must return a tensor of one element, not {shape}")
+        return output.reshape(())
+
+    @property
+    def _has_loss(self) -> bool:
+        return self._loss is not None
+
+    def loss(self, output: Tensor, *sample: Tensor) -> Tensor:
+        return -output if self._loss is None else self._loss(output, *sample)

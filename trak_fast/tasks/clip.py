@@ -1,0 +1,115 @@
+"""Contrastive models of images and texts (Park et al., ICML 2023, section 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import BatchTask, bind
+
+
+class CLIP(BatchTask):
+    """Batches are (images, texts); `model(image=..., text=...)` returns their embeddings and the logit scale.
+
+    With φ the embedding of an image and ψ that of its text, f = −log Σ_j exp(φ·(ψ_j − ψ)) − log Σ_j exp(ψ·(φ_j − φ)),
+    where j runs over a simulated batch: pairs drawn once among those given to `get_embeddings`. Every sample meets the
+    same ones, so that features neither depend on batches nor change from run to run. Q is 1 minus the mean of the
+    probabilities of the text given the image and of the image given the text, among these and their own.
+
+    `get_embeddings` is called for each checkpoint, before its samples are featurized and scored.
+    """
+
+    def __init__(self, temperature: float | None = None, simulated_batch_size: int = 300, seed: int = 0) -> None:
+        """Describes the simulated batch.
+
+        Args:
+            temperature: What dot products are multiplied by in Q; by default the logit scale that the model returns.
+            simulated_batch_size: Pairs in it.
+            seed: Of the draw.
+        """
+        self.temperature, self.simulated_batch_size, self.seed = temperature, simulated_batch_size, seed
+        self.image_embeddings: Tensor | None = None
+        self.text_embeddings: Tensor | None = None
+
+    @torch.no_grad()
+    def get_embeddings(
+        self,
+        model: nn.Module,
+        loader: Iterable[Sequence[Tensor]],
+        batch_size: int | None = None,
+        embedding_dim: int | None = None,
+        size: int = 50_000,
+        preprocess_fn_img: Callable[[Any], Tensor] | None = None,
+        preprocess_fn_txt: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """Computes embeddings of up to `size` pairs and draws the simulated batch from them.
+
+        Args:
+            model: The model with the checkpoint's weights.
+            loader: Batches (images, texts).
+            batch_size: Not needed; part of traker's signature, as is the next one.
+            embedding_dim: Not needed.
+            size: Pairs to take at most.
+            preprocess_fn_img: Applied to the images of a batch.
+            preprocess_fn_txt: Applied to the texts of a batch.
+
+        Raises:
+            ValueError: The loader has fewer pairs than the simulated batch.
+        """
+        images, texts, count = [], [], 0
+        training = model.training
+        model.eval()
+        try:
+            for image, text in loader:
+                image = image if preprocess_fn_img is None else preprocess_fn_img(image)
+                text = text if preprocess_fn_txt is None else preprocess_fn_txt(text)
+                image_embeddings, text_embeddings, *_ = model(image, text)
+                images.append(image_embeddings)
+                texts.append(text_embeddings)
+                count += len(image_embeddings)
+                if count >= size:
+                    break
+        finally:
+            model.train(training)
+        count = min(count, size)
+        if count < self.simulated_batch_size:
+            raise ValueError(f"the simulated batch needs {self.simulated_batch_size} pairs, the loader has {count}")
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: self.simulated_batch_size]
+        self.image_embeddings, self.text_embeddings = (torch.cat(x)[drawn.to(x[0].device)] for x in (images, texts))
+
+    def _embed(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
+        """Embeddings of a batch's images and texts, those of the simulated batch, and the logit scale."""
+        if self.image_embeddings is None or self.text_embeddings is None:
+            raise RuntimeError("clip: call task.get_embeddings(model, loader) with each checkpoint before its samples")
+        image, text = batch
+        image_embeddings, text_embeddings, *scale = bind(model, weights, buffers)(image=image, text=text)
+        return image_embeddings, text_embeddings, self.image_embeddings, self.text_embeddings, *scale[:1]
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """f of each sample of a batch, (B,)."""
+        images, texts, other_images, other_texts, *_ = self._embed(model, weights, buffers, batch)
+        own = (images * texts).sum(1, keepdim=True)
+        return -(images @ other_texts.T - own).logsumexp(1) - (texts @ other_images.T - own).logsumexp(1)
+
+    @torch.no_grad()
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        images, texts, other_images, other_texts, *scale = self._embed(model, weights, buffers, batch)
+        if self.temperature is None and not scale:
+            raise ValueError("clip: the model returns no logit scale; give CLIP(temperature=...)")
+        factor = scale[0] if self.temperature is None else self.temperature
+        own = (images * texts).sum(1, keepdim=True)
+        # 1 − p = σ(log Σ of the others − own)
+        missed = [
+            torch.sigmoid((factor * (a @ b.T - own)).logsumexp(1))
+            for a, b in ((images, other_texts), (texts, other_images))
+        ]
+        return (missed[0] + missed[1]) / 2

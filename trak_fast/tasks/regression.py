@@ -1,0 +1,37 @@
+"""Regression on one number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import BatchTask, bind
+
+
+class Regression(BatchTask):
+    """Batches are (inputs, values); the model returns one number a sample, (B,) or (B, 1).
+
+    f is that number and the loss (f − y)²/2, so Q = y − f. A positive score says that the training sample raises the
+    target's number.
+    """
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """f of each sample of a batch, (B,)."""
+        output: Tensor = bind(model, weights, buffers)(*batch[:-1])
+        if output.shape not in ((len(batch[0]),), (len(batch[0]), 1)):
+            raise ValueError(
+                f"regression: the model must return one number a sample, (B,) or (B, 1), not {tuple(output.shape)}; "
+                "with more, say which by an own function as the task"
+            )
+        return output.reshape(-1)
+
+    @torch.no_grad()
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        output = self.get_outputs(model, weights, buffers, batch)
+        return batch[-1].reshape(output.shape) - output

@@ -1,0 +1,124 @@
+"""Tasks of text models: classification, masked and causal language modelling.
+
+Models are called as those of Hugging Face's transformers: with keyword arguments, returning logits or an object that
+has them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import BatchTask, bind
+from .classification import Classification, margin
+
+IGNORED = -100
+"""The label of positions that are not predicted."""
+
+
+class TextClassification(Classification):
+    """Batches are (input_ids, token_type_ids, attention_mask, labels), as Hugging Face's sequence classifiers take.
+
+    The model is called with the first three as keyword arguments; it returns the logits or an object that has them.
+    """
+
+    inputs = ("input_ids", "token_type_ids", "attention_mask")
+
+    def logits(self, model: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        if len(inputs) != len(self.inputs):
+            raise ValueError(
+                f"text_classification: a batch is ({', '.join(self.inputs)}, labels), {len(self.inputs) + 1} "
+                f"tensors, not {len(inputs) + 1}"
+            )
+        return model(**dict(zip(self.inputs, inputs, strict=True)))
+
+
+class LanguageModelling(BatchTask):
+    """What masked and causal language modelling share: tokens that a model predicts, each a classification.
+
+    The model is called with `input_ids` and `attention_mask` and returns logits (B, T, V). For a sequence, p is the
+    geometric mean of its predicted tokens' probabilities: the loss is −log p, their mean cross-entropy,
+    f = log p/(1 − p), and Q = 1 − p, as for a classification. A sequence of one predicted token is one.
+    """
+
+    fields: tuple[str, ...]
+
+    @abstractmethod
+    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (B, T', V) and the tokens that they should predict, (B, T'), IGNORED where none."""
+
+    def _losses(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """−log p of each sequence, (B,), with its relative accuracy where p is close to 1."""
+        if len(batch) != len(self.fields):
+            raise ValueError(
+                f"{type(self).__name__}: a batch is ({', '.join(self.fields)}), {len(self.fields)} tensors, "
+                f"not {len(batch)}"
+            )
+        output = bind(model, weights, buffers)(input_ids=batch[0], attention_mask=batch[1])
+        logits, labels = self.predicted(getattr(output, "logits", output), batch)
+        counted = labels != IGNORED
+        margins = margin(logits.flatten(0, 1), torch.where(counted, labels, 0).flatten()).view(labels.shape)
+        return (F.softplus(-margins) * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """f of each sequence of a batch, (B,)."""
+        losses = self._losses(model, weights, buffers, batch)
+        losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)  # a sequence without predicted tokens has none
+        return -losses - torch.log(-torch.expm1(-losses))
+
+    @torch.no_grad()
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        return -torch.expm1(-self._losses(model, weights, buffers, batch))
+
+
+class CausalLM(LanguageModelling):
+    """Batches are (input_ids, attention_mask): each token but the first is predicted from those before it."""
+
+    fields = ("input_ids", "attention_mask")
+
+    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, mask = batch[0], batch[1].bool()
+        return logits[:, :-1], torch.where(mask[:, 1:] & mask[:, :-1], tokens[:, 1:], IGNORED)
+
+
+class CausalLMPerToken(LanguageModelling):
+    """Batches are (input_ids, attention_mask, position): a sample is the token at `position` (B,) ≥ 1 of a sequence."""
+
+    fields = ("input_ids", "attention_mask", "position")
+
+    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return _at(logits, batch[2] - 1), batch[0].gather(1, batch[2].unsqueeze(1))
+
+
+class MaskedLM(LanguageModelling):
+    """Batches are (input_ids, attention_mask, labels): the labels are the tokens that were masked, elsewhere −100."""
+
+    fields = ("input_ids", "attention_mask", "labels")
+
+    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return logits, batch[2]
+
+
+class MaskedLMPerToken(LanguageModelling):
+    """Batches are (input_ids, attention_mask, labels, position): a sample is the token at `position` of a sequence."""
+
+    fields = ("input_ids", "attention_mask", "labels", "position")
+
+    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return _at(logits, batch[3]), batch[2].gather(1, batch[3].unsqueeze(1))
+
+
+def _at(logits: Tensor, positions: Tensor) -> Tensor:
+    """Logits (B, 1, V) at one position of each sequence."""
+    return logits.gather(1, positions[:, None, None].expand(-1, 1, logits.shape[2]))
