@@ -88,11 +88,11 @@ def test_names_and_parameters() -> None:
     names = projection.fit(np.ones((2, 5))).get_feature_names_out()
     assert list(names) == [f"fusedrandomprojection{i}" for i in range(3)]
     for bad, message in [
-        ({"n_components": 0}, "proj_dim is 0"),
+        ({"n_components": 0}, "proj_dim must be in .1, 2..32., not 0"),
         ({"n_components": "many"}, "n_components is 'many'"),
         ({"n_components": 2.5}, "n_components is 2.5"),
         ({"eps": 1.5}, "eps is 1.5"),
-        ({"n_components": 2, "proj_type": "sparse"}, "proj_type is 'sparse'"),
+        ({"n_components": 2, "proj_type": "sparse"}, "proj_type must be one of 'rademacher', 'normal', not 'sparse'"),
     ]:
         with pytest.raises(ValueError, match=message):
             FusedRandomProjection(**bad).fit(np.ones((2, 5)))  # type: ignore[arg-type]

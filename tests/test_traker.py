@@ -434,8 +434,8 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
     ("options", "message"),
     [
         ({"task": "classification"}, "task must be one of 'image_classification'"),
-        ({"train_set_size": 0}, r"train_set_size must be in \[1, \d+\], not 0"),
-        ({"chunk_size": 0}, r"chunk_size must be in \[1, \d+\]"),
+        ({"train_set_size": 0}, r"train_set_size must be in \[1, 2\*\*48\], not 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, not 0"),
         ({"lambda_reg": -0.1}, 'lambda_reg must be "auto" or a finite number >= 0, not -0.1'),
         ({"lambda_reg": float("nan")}, 'lambda_reg must be "auto" or a finite number >= 0, not nan'),
         ({"lambda_reg": "gcv"}, "lambda_reg must be .* not 'gcv'"),
@@ -458,7 +458,7 @@ def test_bad_options_are_refused_before_a_folder_is_made(tmp_path: Path, options
         ({}, ValueError, "either inds or num_samples"),
         ({"inds": [0, 1], "num_samples": 2}, ValueError, "either inds or num_samples"),
         ({"num_samples": 3}, ValueError, r"batch has \[2, 2\] samples in its tensors, num_samples says 3"),
-        ({"num_samples": 0}, ValueError, r"num_samples must be in \[1, \d+\]"),
+        ({"num_samples": 0}, ValueError, "num_samples must be at least 1, not 0"),
         ({"inds": [0, 1, 2]}, ValueError, "inds says 3"),
         ({"inds": [0, N]}, ValueError, r"samples 0 to 12 are not all in \[0, 12\)"),
         ({"inds": [-1, 0]}, ValueError, "samples -1 to 0"),
@@ -518,7 +518,7 @@ def test_calls_out_of_order_say_what_is_missing(tmp_path: Path) -> None:
     traker.finalize_features()
     with pytest.raises(ValueError, match="'test' has no targets for model_id 0"):
         traker.finalize_scores("test")
-    with pytest.raises(ValueError, match=r"num_targets must be in \[1, \d+\]"):
+    with pytest.raises(ValueError, match=r"num_targets must be in \[1, 2\*\*48\]"):
         traker.start_scoring_checkpoint("test", state, 0, num_targets=0)
     with pytest.raises(ValueError, match=r"model_id 0 .* belong to other weights"):
         traker.start_scoring_checkpoint("test", CHECKPOINTS[1], 0, num_targets=M)
@@ -533,7 +533,7 @@ def test_calls_out_of_order_say_what_is_missing(tmp_path: Path) -> None:
     traker.score([x[3:] for x in TARGETS], num_samples=1)
     assert np.isfinite(traker.finalize_scores("test")).all()
     for model_id in (-1, 2**32):
-        with pytest.raises(ValueError, match=r"model_id must be in \[0, 4294967295\]"):
+        with pytest.raises(ValueError, match=r"model_id must be in \[0, 2\*\*32 - 1\]"):
             traker.load_checkpoint(state, model_id)
     with pytest.raises(TypeError, match=r"model_id must be an integer, not 1\.0"):
         traker.load_checkpoint(state, 1.0)  # type: ignore[arg-type]

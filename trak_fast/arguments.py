@@ -1,48 +1,161 @@
-"""Checks of integers, choices and row numbers, and the errors otherwise."""
+"""Checks of arguments, with one grammar for refusals: "`name` must be <what is allowed>, not <what was given>"."""
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+Indices = Sequence[int] | npt.NDArray[np.integer] | Tensor
 
-def integer(name: str, value: SupportsIndex, low: int, high: int) -> int:
+
+def integer(name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
+    """Checks an integer of any type that has `__index__`, and returns it as a Python integer.
+
+    Args:
+        name: The argument's name, for messages.
+        value: What was given.
+        low: The smallest allowed value.
+        high: The largest allowed value; None: any.
+
+    Raises:
+        TypeError: `value` is no integer; booleans are none.
+        ValueError: `value` is out of range.
+    """
     if type(value) is int:
         number = value
     else:
         if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an integer, not {type(value).__name__} ({value!r})")
+            raise TypeError(f"{name} must be an integer, not {_given(value)}")
         try:
             number = operator.index(value)
         except TypeError:
-            raise TypeError(f"{name} must be an integer, not {value!r}") from None
-    if not low <= number <= high:
-        raise ValueError(f"{name} is {number}, allowed is {low} to {high}")
+            raise TypeError(f"{name} must be an integer, not {_given(value)}") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {_interval(low, high)}, not {number}")
     return number
 
 
-def indexes(name: str, values: Sequence[int] | npt.NDArray[Any] | Tensor, end: int) -> npt.NDArray[np.uint64]:
-    array = np.asarray(values)
+def real(name: str, value: SupportsFloat, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """Checks a finite number, and returns it as a float.
+
+    Args:
+        name: The argument's name, for messages.
+        value: What was given.
+        low: The smallest allowed value.
+        high: The largest allowed value.
+        above: Excludes `low` itself.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: `value` is out of range, infinite or not a number.
+    """
+    if isinstance(value, (bool, np.bool_, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, not {_given(value)}")
+    number = float(value)
+    if not low <= number <= high or math.isinf(number) or (above and number == low):
+        if math.isinf(high):
+            allowed = f"{'above' if above else 'at least'} {low:g}"
+        else:
+            allowed = f"in {'(' if above else '['}{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {allowed}, not {number:g}")
+    return number
+
+
+def choice(name: str, value: object, allowed: Iterable[str]) -> str:
+    """Checks that a string is one of those allowed, and returns it.
+
+    Raises:
+        TypeError: `value` is no string.
+        ValueError: `value` is none of `allowed`.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {_given(value)}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    return value
+
+
+def indexes(name: str, values: Indices, end: int) -> npt.NDArray[np.uint64]:
+    """Checks a sequence of integers in [0, end), and returns it as an array.
+
+    Raises:
+        TypeError: `values` is not one-dimensional, or holds something other than integers.
+        ValueError: A value is out of range.
+    """
+    array: npt.NDArray[Any] = np.asarray(values)
     if array.size == 0:
         return np.zeros(0, dtype=np.uint64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(
             f"{name} must be a one-dimensional sequence of integers, not {array.dtype} of shape {array.shape}"
         )
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= end:
-        raise ValueError(f"{name} runs from {low} to {high}, allowed is 0 to {end - 1}")
+    for value in (int(array.min()), int(array.max())):
+        integer(name, value, 0, end - 1)
     return np.ascontiguousarray(array, dtype=np.uint64)
 
 
-def choice(name: str, value: object, allowed: Mapping[str, int]) -> int:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {type(value).__name__}; allowed are {', '.join(allowed)}")
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
-    return allowed[value]
+def row_numbers(
+    batch: Sequence[Tensor], inds: Indices | None, num_samples: int | None, following: int, num_rows: int
+) -> tuple[npt.NDArray[np.intp], int]:
+    """Numbers the rows that a batch goes to.
+
+    Args:
+        batch: Tensors (B, ...).
+        inds: (B,) the rows, or None.
+        num_samples: B, or None; one of these two is given.
+        following: The first row, where `num_samples` is given.
+        num_rows: The number of rows that exist.
+
+    Returns:
+        (B,) the rows, and the row after the last one where `num_samples` is given, else `following`.
+
+    Raises:
+        TypeError: `batch` holds something other than tensors, or `inds` something other than integers.
+        ValueError: Numbers are missing, out of range, given twice, or not as many as the batch's samples.
+    """
+    if isinstance(batch, Tensor) or not all(isinstance(x, Tensor) and x.ndim > 0 for x in batch):
+        raise TypeError(f"batch must be a sequence of tensors (B, ...), not {type(batch).__name__}")
+    if (inds is None) == (num_samples is None):
+        raise ValueError("give either inds or num_samples")
+    if num_samples is not None:
+        rows = np.arange(following, following + integer("num_samples", num_samples, 1))
+        following += len(rows)
+    else:
+        rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
+        if rows.size and not np.issubdtype(rows.dtype, np.integer):
+            raise TypeError(f"inds must be integers, not {rows.dtype}")
+    if any(len(x) != len(rows) for x in batch):
+        raise ValueError(
+            f"batch has {[len(x) for x in batch]} samples in its tensors, "
+            f"{'inds' if num_samples is None else 'num_samples'} says {len(rows)}"
+        )
+    if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
+        raise ValueError(f"samples {rows.min()} to {rows.max()} are not all in [0, {num_rows})")
+    if len(np.unique(rows)) != len(rows):
+        raise ValueError("inds has the same number twice")
+    return rows.astype(np.intp), following
+
+
+def _given(value: object) -> str:
+    """A value of a wrong type as text, with the type."""
+    return f"{type(value).__name__} ({value!r})"
+
+
+def _interval(low: int, high: int | None) -> str:
+    if high is None:
+        return f"at least {low}"
+    return f"in [{low}, {_power(high)}]"
+
+
+def _power(number: int) -> str:
+    """A number as text: 2**48, 2**64 - 1, or its digits where it is small or no such power."""
+    for text, power in ((f"2**{number.bit_length() - 1}", number), (f"2**{number.bit_length()} - 1", number + 1)):
+        if power >= 2**17 and power & (power - 1) == 0:
+            return text
+    return str(number)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Indices, integer, row_numbers
+from .arguments import Indices, integer, row_numbers
 from .distributed import Ranks
 from .features.featurizer import Featurizer
 from .gradients.functional import FunctionalGradientComputer
@@ -132,9 +132,9 @@ class TRAKer:
         """
         if saver is not None or score_computer is not None:
             raise ValueError("saver and score_computer are not supported; leave them None")
-        self.train_set_size = integer("train_set_size", train_set_size)
-        chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size)
-        memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, high=2**62)
+        self.train_set_size = integer("train_set_size", train_set_size, 1, 2**48)
+        chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
+        memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, 1)
         self.lambda_reg = _ridge(lambda_reg)
         self.curvature, self.shrink_weights, self.normalize = curvature, shrink_weights, normalize
         self.logger = logging.getLogger("trak_fast")
@@ -296,7 +296,7 @@ class TRAKer:
         self.store.check_weights(model_id, self.model.state_dict())
         self._seen.add(model_id)
         with self._ranks.together():
-            self._targets = self.store.targets(model_id, exp_name, integer("num_targets", num_targets))
+            self._targets = self.store.targets(model_id, exp_name, integer("num_targets", num_targets, 1, 2**48))
 
     def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
@@ -377,7 +377,7 @@ class TRAKer:
         Raises:
             As `finalize_scores`.
         """
-        count = min(integer("k", k), self.train_set_size)
+        count = min(integer("k", k, 1), self.train_set_size)
         matrix, ranks = self._score_matrix(exp_name, model_ids, allow_skip), self._ranks
         with ranks.together():
             part = top_scores(matrix, ranks.rows(self.train_set_size), count, largest)

@@ -23,11 +23,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 
 def kind_of(proj_type: str | enum.Enum) -> int:
-    return choice("proj_type", proj_type.value if isinstance(proj_type, enum.Enum) else proj_type, KINDS)
+    return KINDS[choice("proj_type", proj_type.value if isinstance(proj_type, enum.Enum) else proj_type, KINDS)]
 
 
 def terms_of(precision: str | None, tensors: Sequence[Tensor]) -> int:
-    chosen = None if precision is None else choice("precision", precision, TERMS)
+    chosen = None if precision is None else TERMS[choice("precision", precision, TERMS)]
     terms = {torch.bfloat16: 1, torch.float16: 2, torch.float32: chosen or 2, torch.float64: chosen or 3}
     return max([1, *[terms[tensor.dtype] for tensor in tensors]])
 
@@ -41,7 +41,7 @@ def matrix_part(
     model_id = integer("model_id", model_id, 0, 2**32 - 1)
     offset = integer("offset", offset, 0, MAX_COLUMNS)
     if offset + columns > MAX_COLUMNS:
-        raise ValueError(f"offset + D is {offset + columns}, allowed is up to {MAX_COLUMNS}")
+        raise ValueError(f"offset + D must be at most 2**48, not {offset + columns}")
     return kind, seed, model_id, offset
 
 
@@ -82,10 +82,9 @@ def check_tensor(name: str, tensor: object, memory: bool = True) -> None:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name} must be a dense (strided) tensor, not {layout}")
     if tensor.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} has dtype {tensor.dtype}, allowed are {allowed}")
+        raise TypeError(f"{name} must have one of the dtypes {', '.join(map(str, DTYPES))}, not {tensor.dtype}")
     if tensor.device.type not in ("cpu", "cuda"):
-        raise TypeError(f"{name} is on device {tensor.device}, allowed are cpu and cuda")
+        raise TypeError(f"{name} must be on device cpu or cuda, not {tensor.device}")
     if memory and tensor.numel() and not has_memory(tensor):
         raise TypeError(
             f"{name} has no memory of its own: project outside of torch.func transforms such as vmap, and on real "
@@ -112,9 +111,9 @@ def check_out(
     check_tensor("out", out, memory)
     assert isinstance(out, Tensor)
     if out.dtype != torch.float32:
-        raise TypeError(f"out has dtype {out.dtype}, allowed is torch.float32")
+        raise TypeError(f"out must have dtype torch.float32, not {out.dtype}")
     if tuple(out.shape) != shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}, needed is {size} = {shape}")
+        raise ValueError(f"out must have shape {size} = {shape}, not {tuple(out.shape)}")
     if out.device != tensors[0].device:
         raise ValueError(f"out is on device {out.device}, but {name} is on {tensors[0].device}")
     if not memory:
