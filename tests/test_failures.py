@@ -4,13 +4,13 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import warm
 from attribution import CHECKPOINTS, SEED, TRAIN, M, N, build, data, network, run
 from scipy.stats import spearmanr
 from torch import nn
@@ -23,7 +23,7 @@ HELPERS = str(Path(__file__).parent / "helpers")
 
 def python(script: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + script, *map(str, arguments)],
+        [warm.python(), "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + script, *map(str, arguments)],
         capture_output=True, text=True, timeout=240, check=False, **options,
     )  # fmt: skip
 
@@ -92,8 +92,9 @@ except ValueError as error:
 def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_wrote(tmp_path: Path) -> None:
     import time
 
-    moment = time.time() + 12
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + OPENING, str(tmp_path)]
+    warm.python()
+    moment = time.time() + 4
+    command = [warm.python(), "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + OPENING, str(tmp_path)]
     children = [
         subprocess.Popen([*command, str(seed), str(moment)], stdout=subprocess.PIPE, text=True) for seed in (1, 2, 1, 2)
     ]
