@@ -339,56 +339,89 @@ def test_more_samples_than_the_training_set_has_are_refused(tmp_path: Path) -> N
         traker.featurize([x[:2] for x in TRAIN], num_samples=2)
 
 
-def test_calls_out_of_order_say_what_is_missing(tmp_path: Path) -> None:
-    state = CHECKPOINTS[0]
+def featurized(save_dir: Path, samples: int = N) -> TRAKer:
+    """A run that has featurized the first samples of checkpoint 0."""
+    traker = build(save_dir)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    traker.featurize([x[:samples] for x in TRAIN], num_samples=samples)
+    return traker
+
+
+@pytest.fixture
+def finalized(tmp_path: Path) -> TRAKer:
+    """A run whose features of checkpoint 0 are final."""
+    traker = featurized(tmp_path)
+    traker.finalize_features()
+    return traker
+
+
+def test_features_need_a_checkpoint(tmp_path: Path) -> None:
     traker = build(tmp_path)
     with pytest.raises(RuntimeError, match="call load_checkpoint before featurize"):
         traker.featurize(TRAIN, num_samples=N)
     with pytest.raises(ValueError, match="no checkpoints"):
         traker.finalize_features()
     with pytest.raises(ValueError, match=r"model_ids \[0\] were never loaded"):
-        traker.start_scoring_checkpoint("test", state, 0, num_targets=M)
-    traker.load_checkpoint(state, 0)
-    traker.featurize([x[:5] for x in TRAIN], num_samples=5)
+        traker.start_scoring_checkpoint("test", CHECKPOINTS[0], 0, num_targets=M)
+
+
+def test_missing_samples_are_named(tmp_path: Path) -> None:
+    traker = featurized(tmp_path, 5)
     with pytest.raises(ValueError, match=r"model_ids \[7\] were never loaded .* has \[0\]"):
         traker.finalize_features([0, 7])
     with pytest.raises(
         RuntimeError, match=r"7 of 12 training samples of model_id 0 are not featurized: 5, 6, 7, 8, 9, \.\.\."
     ):
         traker.finalize_features()
-    for call in (traker.self_influence, lambda: traker.start_scoring_checkpoint("test", state, 0, num_targets=M)):
+
+
+def test_scores_need_final_features(tmp_path: Path) -> None:
+    traker = featurized(tmp_path, 5)
+    for call in (
+        traker.self_influence,
+        lambda: traker.start_scoring_checkpoint("test", CHECKPOINTS[0], 0, num_targets=M),
+    ):
         with pytest.raises(RuntimeError, match=r"model_ids \[0\] are not finalized; call finalize_features first"):
             call()
     with pytest.raises(RuntimeError, match="call load_checkpoint before featurize"):
         traker.featurize(TRAIN, num_samples=N)  # start_scoring_checkpoint ended it
-    traker.load_checkpoint(state, 0)
-    traker.featurize(TRAIN, num_samples=N)
+
+
+def test_targets_need_an_experiment(finalized: TRAKer) -> None:
     with pytest.raises(RuntimeError, match="call start_scoring_checkpoint before score"):
-        traker.score(TARGETS, num_samples=M)
-    traker.finalize_features()
+        finalized.score(TARGETS, num_samples=M)
     with pytest.raises(ValueError, match="'test' has no targets for model_id 0"):
-        traker.finalize_scores("test")
+        finalized.finalize_scores("test")
+
+
+def test_experiments_need_a_number_of_targets_the_same_weights_and_a_file_name(finalized: TRAKer) -> None:
     with pytest.raises(ValueError, match=r"num_targets must be in \[1, 2\*\*48\]"):
-        traker.start_scoring_checkpoint("test", state, 0, num_targets=0)
+        finalized.start_scoring_checkpoint("test", CHECKPOINTS[0], 0, num_targets=0)
     with pytest.raises(ValueError, match=r"model_id 0 .* belong to other weights"):
-        traker.start_scoring_checkpoint("test", CHECKPOINTS[1], 0, num_targets=M)
+        finalized.start_scoring_checkpoint("test", CHECKPOINTS[1], 0, num_targets=M)
     with pytest.raises(ValueError, match="exp_name must be a file name"):
-        traker.start_scoring_checkpoint("../test", state, 0, num_targets=M)
-    traker.start_scoring_checkpoint("test", state, 0, num_targets=M)
-    traker.score([x[:3] for x in TARGETS], num_samples=3)
+        finalized.start_scoring_checkpoint("../test", CHECKPOINTS[0], 0, num_targets=M)
+
+
+def test_scores_need_all_targets(finalized: TRAKer) -> None:
+    finalized.start_scoring_checkpoint("test", CHECKPOINTS[0], 0, num_targets=M)
+    finalized.score([x[:3] for x in TARGETS], num_samples=3)
     with pytest.raises(RuntimeError, match="1 of 4 targets of exp_name 'test' are not scored for model_id 0: 3"):
-        traker.finalize_scores("test")
+        finalized.finalize_scores("test")
     with pytest.raises(ValueError, match="'test' has no checkpoint with all its targets"):
-        traker.finalize_scores("test", allow_skip=True)
-    traker.score([x[3:] for x in TARGETS], num_samples=1)
-    assert np.isfinite(traker.finalize_scores("test")).all()
+        finalized.finalize_scores("test", allow_skip=True)
+    finalized.score([x[3:] for x in TARGETS], num_samples=1)
+    assert np.isfinite(finalized.finalize_scores("test")).all()
+
+
+def test_checkpoints_need_a_number_and_keep_their_weights(finalized: TRAKer) -> None:
     for model_id in (-1, 2**32):
         with pytest.raises(ValueError, match=r"model_id must be in \[0, 2\*\*32 - 1\]"):
-            traker.load_checkpoint(state, model_id)
-    with pytest.raises(TypeError, match=r"model_id must be an integer, not 1\.0"):
-        traker.load_checkpoint(state, 1.0)  # type: ignore[arg-type]
+            finalized.load_checkpoint(CHECKPOINTS[0], model_id)
+    with pytest.raises(TypeError, match=r"model_id must be an integer, not float \(1\.0\)"):
+        finalized.load_checkpoint(CHECKPOINTS[0], 1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model_id 0 .* belong to other weights"):
-        traker.load_checkpoint(CHECKPOINTS[1], 0)
+        finalized.load_checkpoint(CHECKPOINTS[1], 0)
 
 
 def test_checkpoints_without_targets_are_skipped_only_on_demand(tmp_path: Path) -> None:
