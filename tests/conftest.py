@@ -25,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def helpers_in_processes() -> Iterator[None]:
+    """Lets the processes that tests start import tests/helpers, as pytest does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("helpers")), prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict[str, list[list[str]]]:
     """The lines of golden_values.txt: keyword -> the fields of each of its lines."""

@@ -15,46 +15,13 @@ from trak_fast.distributed import Ranks, share
 from trak_fast.scoring.top_scores import TopScores
 from trak_fast.store.folder import Store
 
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import numpy as np
-from attribution import CHECKPOINTS, TRAIN, N, build, run
-from trak_fast.traker import TRAKer
-
-save_dir, proj_dim, mode = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-rank = int(os.environ["RANK"])
-featurize, calls = TRAKer.featurize, 0
-
-def counting(self, batch, *args, **kwargs):
-    global calls
-    calls += 1
-    if mode == "die" and rank == 1 and calls == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if mode == "skip" and rank == 1 and calls == 3:
-        return
-    featurize(self, batch, *args, **kwargs)
-
-TRAKer.featurize = counting
-traker = build(save_dir, proj_dim=proj_dim)
-rows = [*traker.rows()], [*traker.rows(4)]
-line = f"rows {rank} {rows[0][0]} {rows[0][-1] + 1} {rows[1][0]} {rows[1][-1] + 1}"
-print(line + "\\n", end="", flush=True)  # in one piece: ranks share a pipe
-scores = run(traker)
-assert scores.shape == (N, 4)
-top, low = traker.top_scores("test", 3), traker.top_scores("test", N, largest=False)
-assert (low.indices[:, ::-1] == (-scores).argsort(0, kind="stable").T).all()
-np.save(save_dir / f"influence_{rank}.npy", traker.self_influence())
-"""
+PROGRAMS = Path(__file__).parent / "programs"
 
 
 def torchrun(ranks: int, folder: Path, proj_dim: int = 8, mode: str = "whole") -> subprocess.CompletedProcess[str]:
-    script = folder.parent / "script.py"
-    script.write_text(SCRIPT)
     command = [warm.python(), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [*command, str(script), str(Path(__file__).parent / "helpers"), str(folder), str(proj_dim), mode],
+        [*command, str(PROGRAMS / "ranks.py"), str(folder), str(proj_dim), mode],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 

@@ -18,12 +18,12 @@ from torch import nn
 from trak_fast import TRAKer
 from trak_fast.store.files import write_at
 
-HELPERS = str(Path(__file__).parent / "helpers")
+PROGRAMS = Path(__file__).parent / "programs"
 
 
-def python(script: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def python(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [warm.python(), "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + script, *map(str, arguments)],
+        [warm.python(), str(PROGRAMS / program), *map(str, arguments)],
         capture_output=True, text=True, timeout=240, check=False, **options,
     )  # fmt: skip
 
@@ -76,25 +76,12 @@ def test_another_precision_or_architecture_is_refused(tmp_path: Path) -> None:
         TRAKer(other, "image_classification", N, tmp_path, proj_dim=8, projector_seed=SEED)
 
 
-OPENING = """
-import time
-from attribution import build
-seed, moment = int(sys.argv[2]), float(sys.argv[3])
-time.sleep(max(0, moment - time.time()))
-try:
-    build(sys.argv[1], projector_seed=seed)
-    print("opened", seed)
-except ValueError as error:
-    print("refused", seed, "seed: stored" in str(error))
-"""
-
-
 def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_wrote(tmp_path: Path) -> None:
     import time
 
     warm.python()
     moment = time.time() + 4
-    command = [warm.python(), "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + OPENING, str(tmp_path)]
+    command = [warm.python(), str(PROGRAMS / "open_a_folder.py"), str(tmp_path)]
     children = [
         subprocess.Popen([*command, str(seed), str(moment)], stdout=subprocess.PIPE, text=True) for seed in (1, 2, 1, 2)
     ]
@@ -105,39 +92,19 @@ def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_w
     build(tmp_path, projector_seed=int(opened.pop()))
 
 
-CONTINUING = """
-from attribution import CHECKPOINTS, TRAIN, build
-traker = build(sys.argv[1])
-traker.load_checkpoint(CHECKPOINTS[0], 0)
-for start in range(4, 12, 4):
-    traker.featurize([x[start : start + 4] for x in TRAIN], inds=range(start, start + 4))
-"""
-
-
 def test_a_second_process_with_the_same_samples_is_told(tmp_path: Path) -> None:
     traker = build(tmp_path)
     traker.load_checkpoint(CHECKPOINTS[0], 0)
     traker.featurize([x[7:10] for x in TRAIN], inds=[7, 8, 9])
-    done = python(CONTINUING, tmp_path)
+    done = python("featurize_the_rest.py", tmp_path)
     assert done.returncode == 1
     assert f"rows 7 to 7 of {tmp_path}/checkpoint_0/train are being written by another process (pid {os.getpid()})" in (
         done.stderr
     )
     traker.load_checkpoint(CHECKPOINTS[1], 1)  # gives up what it held
-    assert python(CONTINUING, tmp_path).returncode == 0
+    assert python("featurize_the_rest.py", tmp_path).returncode == 0
     again = build(tmp_path)
     assert np.flatnonzero(again.store.train(0).done).tolist() == list(range(4, 12))
-
-
-LIMITED = """
-import resource
-from pathlib import Path
-from attribution import CHECKPOINTS, build, featurize
-folder = Path(sys.argv[1])
-build(folder).load_checkpoint(CHECKPOINTS[0], 0)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-featurize(folder)
-"""
 
 
 def resumes(folder: Path, tmp_path: Path, done: int) -> None:
@@ -148,7 +115,7 @@ def resumes(folder: Path, tmp_path: Path, done: int) -> None:
 
 def test_a_file_that_may_not_grow_is_an_error_and_the_run_resumes(tmp_path: Path) -> None:
     limit = 128 + 7 * 4 * 8 + 5  # a header and 7 rows of 8 numbers, and some of the next
-    done = python(LIMITED, tmp_path / "limited", limit)
+    done = python("featurize_with_limited_files.py", tmp_path / "limited", limit)
     assert done.returncode == 1
     assert "File too large; what was stored before is safe: make room and run the same again" in done.stderr
     resumes(tmp_path / "limited", tmp_path, 6)
@@ -179,35 +146,8 @@ def test_a_full_disk_is_an_error_and_the_run_resumes(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-MEMORY = """
-import torch, numpy as np
-from pathlib import Path
-from torch import nn
-from trak_fast import TRAKer
-from trak_fast.store.files import write_at
-torch.set_num_threads(1)
-n, m = 500_000, 200
-model = nn.Linear(3, 2)
-traker = TRAKer(model, lambda model, x: model(x[None])[0, 0], n, Path(sys.argv[1]), proj_dim=4)
-traker.load_checkpoint(model.state_dict(), 0)
-generator = torch.Generator().manual_seed(0)
-for start in range(0, n, 50_000):
-    traker.featurize([torch.randn(50_000, 3, generator=generator)], num_samples=50_000)
-traker.finalize_features()
-traker.start_scoring_checkpoint("x", model.state_dict(), 0, num_targets=m)
-traker.score([torch.randn(m, 3, generator=generator)], num_samples=m)
-def status(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
-for compute in (lambda: traker.top_scores("x", 10), lambda: traker.finalize_scores("x")):
-    open("/proc/self/clear_refs", "w").write("5")
-    before = status("VmRSS")
-    compute()
-    print(status("VmHWM") - before)
-"""
-
-
 def test_scores_of_many_samples_are_never_in_memory_at_once(tmp_path: Path) -> None:
-    done = python(MEMORY, tmp_path)
+    done = python("memory_of_scores.py", tmp_path)
     assert done.returncode == 0, done.stderr
     top, whole = map(float, done.stdout.split())
     # all scores are 400 MB; a block is 32 MiB, of which there are a few

@@ -15,59 +15,12 @@ from torch import Tensor
 
 from trak_fast.gradients import FunctionalGradientComputer
 
-KILLED = """
-import os, signal, sys
-import numpy as np, torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-from attribution import N, TRAIN, build
-from trak_fast.scoring import partial_grams
-
-partial_grams.SAVE_SECONDS = 0  # save with each batch
-LASTING = ("pwrite", "fdatasync", "fsync", "link", "rename", "replace", "mkdir", "ftruncate")
-
-def featurize(save_dir, state, moment):
-    calls = 0
-    def dying(name, function):
-        def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == moment:
-                if name == "pwrite":  # half of it reaches the disk
-                    handle, data, offset = args
-                    function(handle, data[: len(data) // 2], offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-        return call
-    for name in LASTING:
-        setattr(os, name, dying(name, getattr(os, name)))
-    traker = build(save_dir)
-    traker.load_checkpoint(state, model_id=0)
-    for start in range(0, N, 5):
-        traker.featurize([x[start : start + 5] for x in TRAIN], inds=list(range(start, min(start + 5, N))))
-    traker.finalize_features()
-
-torch.func.vmap(torch.func.grad(torch.sum))(torch.ones(1, 1))  # loads torch's modules before the forks
-state = torch.load(sys.argv[2] + "/state.pt")
-moment, killed = 0, True
-while killed:
-    moment += 1
-    child = os.fork()
-    if child == 0:
-        featurize(f"{sys.argv[2]}/{moment}", state, moment)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    killed = status != 0
-    assert status in (0, signal.SIGKILL), (moment, status)
-print(moment - 1)
-"""
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """Killed before each call that changes the disk, and in the middle of each write."""
     torch.save(CHECKPOINTS[0], tmp_path / "state.pt")
-    command = [warm.python(), "-c", KILLED, str(Path(__file__).parent / "helpers"), str(tmp_path)]
+    command = [warm.python(), str(Path(__file__).parent / "programs" / "killed_at_each_moment.py"), str(tmp_path)]
     moments = int(subprocess.run(command, check=True, timeout=240, stdout=subprocess.PIPE).stdout)
     assert moments > 40
     computed: list[int] = []

@@ -21,6 +21,7 @@ from trak_fast.compat import fast_jl
 from trak_fast.compat.patching import Patch
 from trak_fast.projection import reference
 
+PROGRAMS = Path(__file__).resolve().parents[1] / "programs"
 FUNCTIONS = [f"project_{kind}_{batch}" for kind in ("rademacher", "normal") for batch in (8, 16, 32)]
 
 
@@ -187,30 +188,8 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     assert "which program?" in done.stderr
 
 
-WITHOUT_LIBRARIES = """
-import sys
-
-class Missing:
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in ("trak", "dattri", "bergson", "fast_jl", "sklearn"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Missing())
-import torch
-import trak_fast.compat
-from trak_fast.compat import bergson, dattri, fast_jl, scipy, traker
-assert not torch.cuda.is_initialized()
-assert "fast_jl" not in sys.modules
-for layer in (traker, dattri, bergson):
-    try:
-        layer.patch()
-    except ModuleNotFoundError as error:
-        print(error)
-"""
-
-
 def test_layers_import_no_library_before_they_are_asked_to(tmp_path: Path) -> None:
-    assert run("-c", WITHOUT_LIBRARIES, cwd=tmp_path) == [
+    assert run(PROGRAMS / "without_libraries.py", cwd=tmp_path) == [
         "No module named 'trak'",
         "No module named 'dattri'",
         "No module named 'bergson'",

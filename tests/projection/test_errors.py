@@ -2,13 +2,13 @@
 
 import enum
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 
 import trak_fast
 from trak_fast import Projector, matrix, project
@@ -74,42 +74,9 @@ def test_tensors_without_memory() -> None:
     refused(TypeError, lambda: Projector(5, 4).project(meta), "grads", "meta")
 
 
-WITHOUT_MEMORY = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-import trak_fast
-
-freed = torch.ones(3, 5)
-part = freed[1:]
-freed.untyped_storage().resize_(0)
-shrunk = torch.ones(9, 5)
-shrunk.untyped_storage().resize_(80)
-with FakeTensorMode():
-    fake = torch.ones(3, 5)
-out = torch.zeros(3, 4)
-out.untyped_storage().resize_(0)
-calls = {
-    "freed": lambda: trak_fast.project(freed, 4),
-    "part of freed": lambda: trak_fast.project(part, 4),
-    "shrunk": lambda: trak_fast.project({"a": torch.ones(9, 2), "b": shrunk}, 4),
-    "fake": lambda: trak_fast.project(fake, 4),
-    "zero": lambda: trak_fast.project(torch._efficientzerotensor((3, 5)), 4),
-    "functional": lambda: torch.func.functionalize(lambda g: trak_fast.project(g, 4))(torch.ones(3, 5)),
-    "out": lambda: trak_fast.project(torch.ones(3, 5), 4, out=out),
-}
-for name, call in calls.items():
-    try:
-        call()
-    except (TypeError, ValueError) as error:
-        print(name, "memory" in str(error), flush=True)
-    else:
-        print(name, "passed", flush=True)
-"""
-
-
 def test_tensors_whose_memory_is_elsewhere_or_gone(tmp_path: Path) -> None:
     """In a process of its own: reading through such a pointer would end the tests."""
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_MEMORY]
+    command = [warm.python(), "-W", "ignore", Path(__file__).resolve().parents[1] / "programs/without_memory.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     names = ["freed", "part of freed", "shrunk", "fake", "zero", "functional", "out"]
     assert (done.returncode, done.stdout.splitlines()) == (0, [f"{name} True" for name in names]), done.stderr
