@@ -1,8 +1,9 @@
 """What developers watch while they change something: kernels, packing, featurizing, solving and top-k scores.
 
-    pytest benchmarks/test_suites.py [--benchmark-save NAME] [--benchmark-compare]
+    pytest -n 0 benchmarks/test_suites.py [--benchmark-save NAME] [--benchmark-compare]
 
-Needs pytest-benchmark. Every case checks its result before it is timed, so a fast wrong answer is a failure.
+Needs pytest-benchmark, which times nothing in pytest's workers. Every case checks its result before it is timed, so a
+fast wrong answer is a failure.
 """
 
 from __future__ import annotations
