@@ -35,7 +35,7 @@ def helpers_in_processes() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, list[list[str]]]:
-    """The lines of golden_values.txt: keyword -> the fields of each of its lines."""
+    """Reads golden_values.txt: keyword -> the fields of each of its lines."""
     facts = defaultdict(list)
     for line in Path(__file__).with_name("golden_values.txt").read_text().splitlines():
         if line and not line.startswith("#"):
@@ -46,7 +46,7 @@ def golden() -> dict[str, list[list[str]]]:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set of this machine in turn, or the one that the environment forces."""
+    """Forces each instruction set of this machine in turn, or the one that the environment names."""
     monkeypatch.setenv("TRAK_FAST_ISA", request.param)
     return request.param
 

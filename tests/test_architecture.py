@@ -18,12 +18,12 @@ BACKENDS = ["amx", "avx512_bf16", "avx512", "avx2"]
 
 
 def includes(path: Path) -> list[str]:
-    """What a C++ file includes, with its quotes or angle brackets."""
+    """Returns what a C++ file includes, with its quotes or angle brackets."""
     return re.findall(r'^\s*#\s*include\s*([<"][^>"]*[>"])', path.read_text(), re.MULTILINE)
 
 
 def imports(path: Path) -> set[str]:
-    """The absolute names of the modules and of the names in modules that a Python file imports, wherever it does."""
+    """Returns the absolute names of all modules, and names in modules, that a Python file imports anywhere."""
     package = path.relative_to(ROOT).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -37,7 +37,7 @@ def imports(path: Path) -> set[str]:
 
 
 def importers(module: str) -> set[str]:
-    """The project's Python files that import a module or something in it."""
+    """Returns the project's Python files that import a module or something in it."""
     folders = [PACKAGE, ROOT / "tests", ROOT / "benchmarks"]
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     return {
@@ -85,7 +85,7 @@ ROOMS = {
     "gradients": {"tasks"},
     "scoring": {"store", "tasks"},
 }
-"""The folders that may import little else of the package, and what they may import."""
+"""Folders that may import little else of the package -> what they may import."""
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -150,7 +150,7 @@ def test_import_is_silent_and_leaves_cuda_and_torch_alone(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_export_one_symbol(backend: str) -> None:
-    """A second one, an inline function say, could be linked into callers that run on processors without these
+    """Another symbol, such as an inline function, could be linked into callers that run on processors without these
     instructions."""
     objects = sorted((ROOT / "build").glob(f"*/CMakeFiles/{backend}.dir/csrc/cpu/{backend}.cpp.o"))
     nm = shutil.which("nm")

@@ -27,14 +27,14 @@ def torchrun(ranks: int, folder: Path, proj_dim: int = 8, mode: str = "whole") -
 
 
 def alone(folder: Path, proj_dim: int = 8) -> None:
-    """The same in this process."""
+    """Runs the same in this process."""
     traker = build(folder, proj_dim=proj_dim)
     run(traker)
     np.save(folder / "influence_0.npy", traker.self_influence())
 
 
 def close(folder: Path, expected: Path) -> None:
-    """Both folders hold the same up to rounding in float32."""
+    """Checks that both folders hold the same up to rounding in float32."""
     for model_id in range(len(CHECKPOINTS)):
         for name in ("train/features.npy", "train/weights.npy", "targets/test/features.npy", "gram.npy"):
             ours, theirs = (np.load(path / f"checkpoint_{model_id}" / name) for path in (folder, expected))

@@ -1,4 +1,4 @@
-"""The code of the documentation runs, and prints what it says."""
+"""The documentation's code: it runs, and prints what the pages say."""
 
 import os
 import re
@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """Languages and contents of a page's code blocks."""
+    """Finds the languages and contents of a page's code blocks."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
 
 

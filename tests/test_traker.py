@@ -340,7 +340,7 @@ def test_more_samples_than_the_training_set_has_are_refused(tmp_path: Path) -> N
 
 
 def featurized(save_dir: Path, samples: int = N) -> TRAKer:
-    """A run that has featurized the first samples of checkpoint 0."""
+    """Makes a run that has featurized the first samples of checkpoint 0."""
     traker = build(save_dir)
     traker.load_checkpoint(CHECKPOINTS[0], 0)
     traker.featurize([x[:samples] for x in TRAIN], num_samples=samples)
@@ -349,7 +349,7 @@ def featurized(save_dir: Path, samples: int = N) -> TRAKer:
 
 @pytest.fixture
 def finalized(tmp_path: Path) -> TRAKer:
-    """A run whose features of checkpoint 0 are final."""
+    """Makes a run whose features of checkpoint 0 are final."""
     traker = featurized(tmp_path)
     traker.finalize_features()
     return traker

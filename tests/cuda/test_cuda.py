@@ -41,7 +41,7 @@ KERNELS = ["sm90", "sm90_wide", "sm80"]
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each tile kernel that the device can run."""
+    """Forces each tile kernel that the device can run."""
     monkeypatch.setenv("TRAK_FAST_CUDA_KERNEL", request.param)
     if request.param not in trak_fast.info()["cuda_devices"][0]["kernels"]:
         pytest.skip(f"this device cannot run {request.param}")

@@ -61,7 +61,7 @@ def isa() -> str:
 def describe(
     grads: torch.Tensor | list[torch.Tensor], out: torch.Tensor, kind: str, offset: int = 0, terms: int = 3
 ) -> tuple[Any, ...]:
-    """A projection as the compiled module takes it."""
+    """Makes a projection as the compiled module takes it."""
     tensors = grads if isinstance(grads, list) else [grads]
     parts = [checks.describe(tensor) for tensor in tensors]
     place = (out.data_ptr(), out.stride(0), out.stride(1))
@@ -71,7 +71,7 @@ def describe(
 def project(
     device: Device, grads: torch.Tensor | list[torch.Tensor], proj_dim: int, kind: str, **options: int
 ) -> torch.Tensor:
-    """Into an output of NaN, every element of which has to be written."""
+    """Projects into an output of NaN, every element of which has to be written."""
     batch = (grads if isinstance(grads, torch.Tensor) else grads[0]).shape[0]
     out = torch.full((batch, proj_dim), torch.nan)
     device.run(describe(grads, out, kind, **options), add=False)
@@ -81,7 +81,7 @@ def project(
 @pytest.mark.parametrize("offset", [0, 5, 2**37 - 300, 2**41 - 300, 2**48 - 600])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_hot_gradients_give_the_columns_of_the_matrix(device: Device, kind: str, offset: int) -> None:
-    """Of each kernel's widths, and in all dtypes: the last rows have their ones in the last columns."""
+    """Takes batches of each kernel's widths in all dtypes; their ones are in the last columns."""
     for batch, dtype in [(600, torch.bfloat16), (40, torch.float32), (11, torch.float16), (5, torch.bfloat16)]:
         columns = torch.arange(600)[-batch:]
         grads = torch.zeros(batch, 600, dtype=dtype)
@@ -125,7 +125,7 @@ def test_any_order_of_threads_gives_the_same_bits(device: Device, kind: str) -> 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_number_of_multiprocessors(device: Device, dtype: torch.dtype, multiprocessors: int) -> None:
-    """Fewer or more splits; with one multiprocessor, several segments of the tensor core's sums in each."""
+    """More multiprocessors make more splits; with one of them, each split has several segments of sums."""
     device.set(KERNELS[device.kernel], multiprocessors)
     grads = random(5, 20001, dtype=dtype)
     expected = grads.double().numpy() @ entries("rademacher", 7, 33, 20001).T
@@ -161,7 +161,7 @@ def test_large_and_small_tensors_in_one_call(device: Device) -> None:
 
 
 def test_many_small_tensors(device: Device) -> None:
-    """More than a launch of the packing kernel takes."""
+    """Takes more tensors than a launch of the packing kernel does."""
     parts = [random(6, 1 + i * 7 % 40, seed=i) for i in range(100)]
     whole = torch.cat(parts, dim=1)
     expected = whole.double().numpy() @ entries("rademacher", 3, 20, whole.shape[1]).T
@@ -197,7 +197,7 @@ LORA = 128 * [8 * 4096]  # rank 8, two matrices for each of 64 layers of width 4
 def test_launches_for_lists_of_parameters(
     device: Device, widths: list[int], parameters: int, dtype: torch.dtype, most: int
 ) -> None:
-    """Two launches for each chunk of 32 MiB, one for each large tensor, and one that adds up."""
+    """Allows two launches for each chunk of 32 MiB, one for each large tensor, and one that adds up."""
     if device.kernel != "sm90":
         pytest.skip("the plan is the same for all kernels")
     assert sum(widths) == parameters
@@ -258,7 +258,7 @@ def test_devices_with_less_shared_memory(device: Device, kind: str, capability: 
 @pytest.mark.parametrize("proj_dim", [512, 4096, 16384])
 @pytest.mark.parametrize("batch", [1, 32, 256])
 def test_scratch_memory_is_bounded(device: Device, batch: int, proj_dim: int, dtype: torch.dtype) -> None:
-    """64 MiB and the sums of splits, of which there are not many more than multiprocessors need."""
+    """Allows 64 MiB and the sums of splits, of which there are not many more than multiprocessors need."""
     device.set(KERNELS[device.kernel], 132)
     out = torch.empty(batch, proj_dim)
     for grad_dim in (10**5, 10**7, 10**9):

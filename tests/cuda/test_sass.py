@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: the matrix instructions meant, few others around them, and no spills.
+"""The machine code of the CUDA kernels: the matrix instructions meant, few others around them, and no spills.
 
 Reads the objects of the last build with cuobjdump, from the CUDA toolkit or from the triton package. The counts are of
 a whole function: its unrolled loop over 512 columns (tile_sm90) or 128 (tile_sm80), and what stands around it.
@@ -121,7 +121,7 @@ def test_hopper_tiles() -> None:
 
 
 def multiplies_in_the_background(code: list[sass.Instruction]) -> bool:
-    """Whether multiplications are under way while the warpgroup does something else.
+    """Returns True if multiplications are under way while the warpgroup does something else.
 
     The kernels wait for all of them where a segment ends and nowhere else. A compiler that serialises them waits for
     each (or, in a loop of a single step, moves that one wait there: then no second group is ever in flight).

@@ -1,4 +1,4 @@
-"""How many samples are differentiated at a time."""
+"""The number of samples that are differentiated at a time."""
 
 from pathlib import Path
 from typing import Any

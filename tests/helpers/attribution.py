@@ -18,7 +18,7 @@ EPS = 2.0**-24
 
 
 def network() -> nn.Sequential:
-    """131 parameters in float64, with modules that training and evaluation mode tell apart."""
+    """Makes a net of 131 parameters in float64, with modules that training and evaluation mode tell apart."""
     return nn.Sequential(
         nn.Linear(12, 8), nn.BatchNorm1d(8, affine=False), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)
     ).double()
@@ -51,7 +51,7 @@ def build(save_dir: Path, **options: Any) -> TRAKer:
 
 
 def run(traker: TRAKer, batch_size: int = 5) -> NDArray[np.float32]:
-    """The loops of traker's users."""
+    """Featurizes and scores with the loops of traker's users, and returns the scores."""
     for model_id, state in enumerate(CHECKPOINTS):
         traker.load_checkpoint(state, model_id=model_id)
         for start in range(0, N, batch_size):
@@ -76,7 +76,7 @@ def featurize(folder: Path) -> None:
 def by_hand(
     state: dict[str, Tensor], batch: list[Tensor], names: Iterable[str] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """∇f (B, D) and 1 − p (B,) in float64, one sample at a time."""
+    """Computes ∇f (B, D) and 1 − p (B,) in float64, one sample at a time."""
     model = network()
     model.load_state_dict(state)
     model.eval()
@@ -91,14 +91,14 @@ def by_hand(
 
 
 def projected(gradients: NDArray[np.float64], proj_dim: int, model_id: int) -> tuple[NDArray, NDArray]:
-    """P g, and how far from it a projection may be that takes 24 bits of float64 gradients and sums in float32."""
+    """Computes P g, and the error of a projection that takes 24 bits of float64 gradients and sums in float32."""
     entries = reference.matrix("rademacher", SEED, model_id, np.arange(proj_dim), np.arange(gradients.shape[1]))
     bound = (gradients.shape[1] + 2) * EPS * np.abs(gradients).sum(1, keepdims=True)
     return gradients @ entries.T, np.broadcast_to(bound, (len(gradients), proj_dim))
 
 
 def apart(features: list[NDArray]) -> float:
-    """ρ of two checkpoints' features, each (N, k)."""
+    """Computes ρ, the disagreement of two checkpoints' features, each (N, k)."""
     first, second = (x @ x.T * (N / (x * x).sum()) for x in features)
     size = ((first**2).sum() + (second**2).sum()) / 2
     of_projection = (N**2 + size) / features[0].shape[1]
@@ -173,7 +173,7 @@ class ClosedForm:
 
 
 def from_gradients(proj_dim: int, lambda_reg: float | str, curvature: bool = True, shrink: bool = True) -> ClosedForm:
-    """The closed form with nothing taken from the package."""
+    """Computes the closed form with nothing taken from the package."""
     parts = []
     for model_id, state in enumerate(CHECKPOINTS):
         gradients, weights = by_hand(state, TRAIN)

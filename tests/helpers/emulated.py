@@ -1,4 +1,4 @@
-"""The CUDA kernels on an emulated device, for tests: builds tests/emulator and the module, and stands in for a GPU."""
+"""An emulated device for tests of the CUDA kernels: builds tests/emulator and the module, and stands in for a GPU."""
 
 import contextlib
 import ctypes
@@ -23,7 +23,7 @@ KERNELS = {"sm80": 80, "sm90": 90, "sm90_wide": 90}  # and a compute capability 
 
 @functools.cache
 def build() -> Path:
-    """The folder of the emulated module and of the emulator's own tests, built there with CMake.
+    """Builds the emulated module and the emulator's own tests with CMake, and returns their folder.
 
     TRAK_FAST_SANITIZE names sanitizers to build with; their libraries have to be loaded before Python is.
     """
@@ -66,7 +66,7 @@ def module() -> ModuleType:
 
 
 class Device:
-    """Stands in for the compiled module: what it would do on the CPU is done by CUDA kernels on the emulated device.
+    """A stand-in for the compiled module: CUDA kernels on the emulated device do what it would do on the CPU.
 
     Attributes:
         kernel: The tile kernel to use; "" for the device's best.
@@ -86,12 +86,12 @@ class Device:
         return getattr(self._module, name)
 
     def set(self, capability: int, multiprocessors: int = 4, seed: int = 0) -> None:
-        """What the device says of itself, and the order in which its threads run from here on."""
+        """Sets what the device says of itself, and the order in which its threads run from here on."""
         self._library.emulator_set_device(1, capability, multiprocessors)
         self._library.emulator_set_seed(ctypes.c_uint64(seed))
 
     def launches(self, projection: tuple[Any, ...]) -> int:
-        """How many kernels a projection launches. None runs, so its tensors need not be there."""
+        """Counts the kernels that a projection launches. None runs, so its tensors need not be there."""
         self.count("launch")
         self._library.emulator_set_idle(1)
         try:
@@ -101,11 +101,11 @@ class Device:
         return self.count("launch")
 
     def count(self, what: str) -> int:
-        """How often an instruction ("wgmma", "mma bf16", "block", "launch" ...) was performed since the last call."""
+        """Counts an instruction ("wgmma", "mma bf16", "block", "launch" ...): its performances since the last call."""
         return int(self._library.emulator_count(what.encode()))
 
     def project(self, projection: tuple[Any, ...], instruction_set: str = "", threads: int = 1) -> None:
-        """Adds to what is at the projection's out, as the CPU's does."""
+        """Adds a projection to its output, as the CPU's function does."""
         self.run(projection, add=True)
 
     def run(self, projection: tuple[Any, ...], add: bool) -> None:
@@ -117,7 +117,7 @@ class Device:
             self._module.project_adjoint_cuda(adjoint, self._table.data_ptr(), allocate, 0, 0)
 
     def scratch_bytes(self, projection: tuple[Any, ...]) -> int:
-        """What a projection asks for, which then ends with the error of who refuses."""
+        """Returns the bytes of scratch memory that a projection asks for; it gets none, and ends with that error."""
         asked: list[int] = []
 
         def refuse(size: int) -> int:
@@ -132,7 +132,7 @@ class Device:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Callable[[int], int]]:
-    """What a call asks for memory, once: it gets bytes full of NaN, beside which nothing may be written."""
+    """Gives a call its scratch memory, once: bytes full of NaN, beside which nothing may be written."""
     given: list[tuple[torch.Tensor, int, int]] = []
 
     def allocate(size: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 
 def needs(name: str) -> ModuleType:
-    """The module, or a skip of the whole test file; an error if TRAK_FAST_NEEDS_LIBRARIES is set."""
+    """Imports a module or skips the whole test file; raises an error if TRAK_FAST_NEEDS_LIBRARIES is set."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, about each other
         if os.environ.get("TRAK_FAST_NEEDS_LIBRARIES"):

@@ -41,7 +41,7 @@ SEED, MODEL_ID = 2**63 + 11, 2**31 + 5
 
 
 def tolerance(grads: torch.Tensor, precision: str | None = None) -> np.ndarray:
-    """(B, 1) float64, the bound above for each row of (B, D) `grads`."""
+    """Computes the bound above for each row of `grads` (B, D): (B, 1), float64."""
     terms, split = SPLITS[precision]
     if grads.dtype == torch.float64:
         split += 2.0**-24
@@ -97,7 +97,7 @@ STRIDES = {
 def layout_cases(
     layouts: Iterable[str], whole: Sequence[str], others: Sequence[str], in_place: Sequence[torch.dtype] = ()
 ) -> list[tuple[str, str, torch.dtype, str]]:
-    """Cases (backend, layout, dtype, kind) for tests of strides.
+    """Lists cases (backend, layout, dtype, kind) for tests of strides.
 
     Layouts and dtypes are resolved before a backend's own code. The backends in `whole` get all pairs of both for one
     kind; for the other kind, and on the `others`, each dtype has one layout. Dtypes that the others read `in_place`,
@@ -137,6 +137,6 @@ def per_parameter_gradients(batch: int) -> dict[str, torch.Tensor]:
 
 
 def zeros_without_memory(n: int) -> torch.Tensor:
-    """(n,) bfloat16 whose pages exist once they are written to; a read meets the system's one page of zeros."""
+    """Makes (n,) bfloat16 whose pages exist once they are written to; a read meets the system's one page of zeros."""
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
     return torch.frombuffer(mmap.mmap(-1, 2 * n, flags=flags), dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A small classifier of digits, and what is needed to judge attribution of it: nets retrained on halves of the data."""
+"""A small classifier of digits, and nets retrained on halves of the data, to judge its attribution by."""
 
 import functools
 from typing import NamedTuple
@@ -16,7 +16,7 @@ TRAIN, TARGETS, SUBSETS, CHECKPOINTS, STEPS = 400, 60, 60, 2, 150
 
 
 def network() -> nn.Sequential:
-    """A net of 2,410 parameters, (B, 64) to logits (B, 10)."""
+    """Makes a net of 2,410 parameters, from (B, 64) to logits (B, 10)."""
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 

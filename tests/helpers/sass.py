@@ -72,7 +72,7 @@ def instructions(listing: str) -> list[Instruction]:
 
 
 def waits(code: list[Instruction]) -> list[int]:
-    """How many groups each wait for HGMMAs leaves in flight, in the order of the code.
+    """Counts the groups that each wait for HGMMAs leaves in flight, in the order of the code.
 
     What stands before the first HGMMA has nothing to wait for, and does not count.
     """
@@ -120,7 +120,7 @@ def scan(code: list[Instruction]) -> Scan:
 
 
 def _after(code: list[Instruction], i: int, flight: Flight) -> Flight:
-    """What is in flight once instruction i has been issued."""
+    """Returns what is in flight once instruction i has been issued."""
     if "GMMA" in code[i].operation:
         begun = (*flight.begun, i)
         return Flight((*flight.groups, begun)) if "gsb0" in code[i].operands else Flight(flight.groups, begun)
@@ -150,7 +150,7 @@ def _following(code: list[Instruction], i: int, index: dict[int, int]) -> list[i
 
 
 def _groups_left(instruction: Instruction) -> int | None:
-    """How many groups a wait for HGMMAs leaves in flight; None for other instructions."""
+    """Returns the number of groups that a wait for HGMMAs leaves in flight; None for other instructions."""
     return int(instruction.operands[1], 16) if instruction.operation == "WARPGROUP.DEPBAR.LE" else None
 
 
@@ -197,7 +197,7 @@ def _split(instruction: Instruction) -> tuple[str, list[str]]:
 
 
 def _width(instruction: Instruction) -> int:
-    """How many registers hold a value that the instruction makes, loads or stores: rather too many than too few."""
+    """Counts the registers of a value that the instruction makes, loads or stores: rather too many than too few."""
     name, *modifiers = instruction.operation.split(".")
     if name in _OF_MATRICES or "128" in modifiers:
         return 4

@@ -88,7 +88,7 @@ def test_odd_shapes(
 @pytest.mark.parametrize("proj_type", KINDS)
 @pytest.mark.parametrize("offset", [2**32 * 32 - 700, 2**32 * 512 - 700, 2**48 - 1400])
 def test_high_columns(isa: str, proj_type: str, offset: int) -> None:
-    """Where the block's number passes 32 bits, and at the end of the columns."""
+    """Looks where the block's number passes 32 bits, and at the end of the columns."""
     P = reference.matrix(proj_type, SEED, MODEL_ID, range(40), range(offset, offset + 1400)).astype(np.float64)
     y = random(5, 40)
     check(adjoint(y, 1400, proj_type, offset=offset), y.double().numpy() @ P, tolerance(y))

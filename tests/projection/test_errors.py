@@ -75,7 +75,7 @@ def test_tensors_without_memory() -> None:
 
 
 def test_tensors_whose_memory_is_elsewhere_or_gone(tmp_path: Path) -> None:
-    """In a process of its own: reading through such a pointer would end the tests."""
+    """Starts a process of its own: reading through such a pointer would end the tests."""
     command = [warm.python(), "-W", "ignore", Path(__file__).resolve().parents[1] / "programs/without_memory.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     names = ["freed", "part of freed", "shrunk", "fake", "zero", "functional", "out"]

@@ -72,7 +72,7 @@ def test_compiled_for_seeds_that_change() -> None:
 
 
 def test_operators_check_the_tensors_that_they_are_given() -> None:
-    """They can be called by hand, and what a trace has seen of a tensor need not be all there is to it."""
+    """Operators can be called by hand, and a trace may have seen less of a tensor than matters."""
     ops, matrix = torch.ops.trak_fast, ("rademacher", 0, 0, 0)
     with pytest.raises(ValueError, match="out has elements that share memory"):
         ops.project_into(torch.zeros(3, 1).expand(3, 7), [random(3, 5)], *matrix, None)

@@ -105,7 +105,7 @@ def test_dtypes_and_precisions(isa: str, proj_type: str, dtype: torch.dtype, pre
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_column_keeps_the_bits_of_its_precision(isa: str, dtype: torch.dtype) -> None:
-    """With D = 1 nothing is summed but the terms of the split, so only the split's error is left."""
+    """Takes D = 1: nothing but the terms of the split is summed, so only the split's error is left."""
     # 3.4e38 lies above the largest bf16, 3.39e38, and must not become infinite. Cut to 8 bits, not rounded, it is
     # within 2^-7. Below 2^-100 the last terms of a split would leave bf16's range.
     largest = min(torch.finfo(dtype).max, 3.4e38)

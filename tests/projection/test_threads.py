@@ -52,7 +52,7 @@ def test_same_bits_from_several_python_threads(isa: str) -> None:
 
 
 def test_same_bits_if_the_caller_flushes_subnormal_numbers(isa: str) -> None:
-    """Nor does it matter whether the threads that help the caller inherit its mode."""
+    """The threads that help the caller may or may not inherit its mode: the bits are the same."""
     grads = random(33, 3000) * 1e-39
     expected = trak_fast.project(grads, 100, proj_type="normal")
     if not torch.set_flush_denormal(True):
