@@ -74,11 +74,11 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> str:
         TypeError: `value` is no string.
         ValueError: `value` is none of `allowed`.
     """
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {_given(value)}")
-    if value not in allowed:
+    if isinstance(value, str):
+        if value in allowed:
+            return value
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-    return value
+    raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {_given(value)}")
 
 
 def indexes(name: str, values: Indices, end: int) -> npt.NDArray[np.uint64]:

@@ -1,6 +1,7 @@
-"""The projection y = P g and its adjoint P'y, where P (k × D) is made inside the multiplication and never stored.
+"""The public functions: the projection y = P g, its adjoint P'y, and entries of P (k × D).
 
-Every tensor is allocated here, after checks.py has checked the arguments.
+Each checks its arguments once, and hands them to kernels.py, or to operators.py where torch compiles or records
+the call.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..arguments import indexes, integer
+from ..arguments import indexes
 from . import checks, kernels, operators
 from .checks import Gradients
-from .kernels import _CUDA_DIMENSIONS, _adjoint_cuda, _instruction_set, _project_cuda
 
 
 def project(
@@ -70,37 +70,22 @@ def project(
         TypeError: Something has the wrong type, dtype or layout, or has no memory (meta tensors, inside vmap).
         RuntimeError: CUDA reports an error, or the device's first ``"normal"`` projection is inside a graph capture.
     """
-    compiling = torch.compiler.is_compiling()
-    tensors = checks.gradient_tensors(grads, memory=not (compiling or differentiable))
-    batch, device = tensors[0].shape[0], tensors[0].device
-    columns = sum(map(checks.width, tensors))
-    proj_dim = integer("proj_dim", proj_dim, 1, 2**32)
-    kind, seed, model_id, offset = checks.matrix_part(proj_type, seed, model_id, offset, columns)
-    terms = checks.terms_of(precision, tensors)
-    if out is not None:
-        if differentiable:
-            raise ValueError("out cannot be combined with differentiable=True: add the result to it instead")
-        checks.check_out(out, (batch, proj_dim), "(B, proj_dim)", "grads", tensors, memory=not compiling)
-    if compiling or differentiable:
-        return operators.project(tensors, proj_dim, kind, seed, model_id, offset, precision, out, differentiable)
-    add = out is not None
-    if out is None:
-        sets = device.type == "cuda" and batch > 0 and columns > 0  # the CPU's kernels always add
-        out = (torch.empty if sets else torch.zeros)(batch, proj_dim, dtype=torch.float32, device=device)
-    if batch == 0 or columns == 0:
-        return out
-    if device.type == "cuda":
-        tensors = [tensor.flatten(1) if tensor.ndim > _CUDA_DIMENSIONS else tensor for tensor in tensors]
-    projection = (
-        *(kind, seed, model_id, proj_dim, batch, offset, terms),
-        [checks.describe(tensor) for tensor in tensors if tensor.numel()],
-        *(out.data_ptr(), out.stride(0), out.stride(1)),
+    memory = not (differentiable or torch.compiler.is_compiling())
+    projection = checks.check_projection(
+        checks.gradient_tensors(grads, memory),
+        proj_dim,
+        proj_type=proj_type,
+        seed=seed,
+        model_id=model_id,
+        offset=offset,
+        precision=precision,
     )
-    if device.type == "cuda":
-        _project_cuda(projection, add, kind, device)
-    else:
-        kernels._C.project(projection, _instruction_set(), torch.get_num_threads())
-    return out
+    if out is not None:
+        checks.check_projection_out(out, projection, memory)
+        _refuse_recording(differentiable)
+    if not memory:
+        return operators.project(projection, out, differentiable)
+    return kernels.project(projection, out)
 
 
 def project_adjoint(
@@ -136,35 +121,22 @@ def project_adjoint(
         ValueError: A shape or a number is out of range, or ``out`` is given with ``differentiable``.
         TypeError: Something has the wrong type, dtype or layout, or has no memory (meta tensors, inside vmap).
     """
-    compiling = torch.compiler.is_compiling()
-    memory = not (compiling or differentiable)
-    checks.check_tensor("y", y, memory)
-    if memory and y.is_neg():
-        y = y.resolve_neg()
-    if y.ndim != 2 or y.shape[1] < 1:
-        raise ValueError(f"y must have two dimensions (B, proj_dim), proj_dim at least 1, not shape {tuple(y.shape)}")
-    integer("proj_dim", y.shape[1], 1, 2**32)
-    grad_dim = integer("grad_dim", grad_dim, 0, checks.MAX_COLUMNS)
-    kind, seed, model_id, offset = checks.matrix_part(proj_type, seed, model_id, offset, grad_dim)
-    if out is not None:
-        if differentiable:
-            raise ValueError("out cannot be combined with differentiable=True: add the result to it instead")
-        checks.check_out(out, (y.shape[0], grad_dim), "(B, grad_dim)", "y", [y], memory=not compiling)
-    if compiling or differentiable:
-        return operators.project_adjoint(y, grad_dim, kind, seed, model_id, offset, out, differentiable)
-    if out is None:
-        out = torch.zeros(y.shape[0], grad_dim, dtype=torch.float32, device=y.device)
-    if out.numel() == 0:
-        return out
-    adjoint = (
-        *(kind, seed, model_id, grad_dim, y.shape[0], offset, checks.describe(y)),
-        *(out.data_ptr(), out.stride(0), out.stride(1)),
+    memory = not (differentiable or torch.compiler.is_compiling())
+    adjoint = checks.check_adjoint(
+        y,
+        grad_dim,
+        proj_type=proj_type,
+        seed=seed,
+        model_id=model_id,
+        offset=offset,
+        memory=memory,
     )
-    if y.device.type == "cuda":
-        _adjoint_cuda(adjoint, kind, y.device)
-    else:
-        kernels._C.project_adjoint(adjoint, _instruction_set(), torch.get_num_threads())
-    return out
+    if out is not None:
+        checks.check_adjoint_out(out, adjoint, memory)
+        _refuse_recording(differentiable)
+    if not memory:
+        return operators.project_adjoint(adjoint, out, differentiable)
+    return kernels.project_adjoint(adjoint, out)
 
 
 def matrix(
@@ -190,15 +162,12 @@ def matrix(
         ValueError: A number is out of range.
         TypeError: Something is not an integer.
     """
-    kind, seed, model_id, _ = checks.matrix_part(proj_type, seed, model_id, 0, 0)
-    row_array = indexes("rows", rows, 2**32).astype(np.uint32)
-    col_array = indexes("cols", cols, checks.MAX_COLUMNS)
-    out = torch.empty(len(row_array), len(col_array), dtype=torch.float32)
-    kernels._C.matrix(
-        *(kind, seed, model_id, row_array.ctypes.data, len(row_array)),
-        *(col_array.ctypes.data, len(col_array), out.data_ptr()),
-    )
-    return out
+    part = checks.matrix_part(proj_type, seed, model_id, 0, 0)
+    row_numbers = indexes("rows", rows, checks.MAX_ROWS).astype(np.uint32)
+    return kernels.matrix(part, row_numbers, indexes("cols", cols, checks.MAX_COLUMNS))
 
 
-operators.define(project, project_adjoint)
+def _refuse_recording(differentiable: bool) -> None:
+    """Refuses `differentiable` beside `out`, whose own history autograd would lose."""
+    if differentiable:
+        raise ValueError("out cannot be combined with differentiable=True: add the result to it instead")
