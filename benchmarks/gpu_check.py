@@ -200,7 +200,7 @@ def smoke(checks: Checks, seconds: float) -> list[str]:
 
 def run_tests(checks: Checks, seconds: float, works: list[str]) -> None:
     """Runs the gpu tests, with what compiles by torch.compile last; works: see smoke()."""
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
+    tests = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing or seconds < 10:
         checks.note("gpu tests", f"{' and '.join(missing)} not there" if missing else "no time left", "")

@@ -10,6 +10,8 @@ import torch
 
 import trak_fast
 
+pytest.register_assert_rewrite("attribution", "emulated", "projections")
+
 AVAILABLE = trak_fast.info()["instruction_sets"]
 FORCED = os.environ.get("TRAK_FAST_ISA")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attribution import CHECKPOINTS, M, N, build, run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_traker import CHECKPOINTS, M, N, build, run
 
 from trak_fast.distributed import Ranks, share
 from trak_fast.scoring.top_scores import TopScores
@@ -20,7 +20,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from test_traker import CHECKPOINTS, TRAIN, N, build, run
+from attribution import CHECKPOINTS, TRAIN, N, build, run
 from trak_fast.traker import TRAKer
 
 save_dir, proj_dim, mode = Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -54,7 +54,7 @@ def torchrun(ranks: int, folder: Path, proj_dim: int = 8, mode: str = "whole") -
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [*command, str(script), str(Path(__file__).parent), str(folder), str(proj_dim), mode],
+        [*command, str(script), str(Path(__file__).parent / "helpers"), str(folder), str(proj_dim), mode],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 

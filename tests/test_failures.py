@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attribution import CHECKPOINTS, SEED, TRAIN, M, N, build, data, network, run
 from scipy.stats import spearmanr
-from test_traker import CHECKPOINTS, SEED, TRAIN, M, N, build, data, network, run
 from torch import nn
 
 from trak_fast import TRAKer
 from trak_fast.store.files import write_at
 
-HERE = str(Path(__file__).parent)
+HELPERS = str(Path(__file__).parent / "helpers")
 
 
 def python(script: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {HERE!r})\n" + script, *map(str, arguments)],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + script, *map(str, arguments)],
         capture_output=True, text=True, timeout=240, check=False, **options,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_another_precision_or_architecture_is_refused(tmp_path: Path) -> None:
 
 OPENING = """
 import time
-from test_traker import build
+from attribution import build
 seed, moment = int(sys.argv[2]), float(sys.argv[3])
 time.sleep(max(0, moment - time.time()))
 try:
@@ -93,7 +93,7 @@ def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_w
     import time
 
     moment = time.time() + 12
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {HERE!r})\n" + OPENING, str(tmp_path)]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + OPENING, str(tmp_path)]
     children = [
         subprocess.Popen([*command, str(seed), str(moment)], stdout=subprocess.PIPE, text=True) for seed in (1, 2, 1, 2)
     ]
@@ -105,7 +105,7 @@ def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_w
 
 
 CONTINUING = """
-from test_traker import CHECKPOINTS, TRAIN, build
+from attribution import CHECKPOINTS, TRAIN, build
 traker = build(sys.argv[1])
 traker.load_checkpoint(CHECKPOINTS[0], 0)
 for start in range(4, 12, 4):
@@ -128,18 +128,10 @@ def test_a_second_process_with_the_same_samples_is_told(tmp_path: Path) -> None:
     assert np.flatnonzero(again.store.train(0).done).tolist() == list(range(4, 12))
 
 
-def featurize(folder: Path) -> None:
-    traker = build(folder)
-    traker.load_checkpoint(CHECKPOINTS[0], 0)
-    for start in range(0, N, 2):
-        traker.featurize([x[start : start + 2] for x in TRAIN], num_samples=2)
-
-
 LIMITED = """
 import resource
 from pathlib import Path
-from test_traker import CHECKPOINTS, build
-from test_failures import featurize
+from attribution import CHECKPOINTS, build, featurize
 folder = Path(sys.argv[1])
 build(folder).load_checkpoint(CHECKPOINTS[0], 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))

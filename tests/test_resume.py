@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attribution import CHECKPOINTS, TARGETS, TRAIN, M, N, build, by_hand, data, from_gradients, projected, run
 from numpy.typing import NDArray
-from test_traker import CHECKPOINTS, TARGETS, TRAIN, M, N, build, by_hand, data, from_gradients, projected, run
 from torch import Tensor
 
 from trak_fast.gradients import FunctionalGradientComputer
@@ -20,7 +20,7 @@ import os, signal, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_traker import N, TRAIN, build
+from attribution import N, TRAIN, build
 from trak_fast.scoring import partial_grams
 
 partial_grams.SAVE_SECONDS = 0  # save with each batch
@@ -67,7 +67,7 @@ print(moment - 1)
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """Killed before each call that changes the disk, and in the middle of each write."""
     torch.save(CHECKPOINTS[0], tmp_path / "state.pt")
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent / "helpers"), str(tmp_path)]
     moments = int(subprocess.run(command, check=True, timeout=240, stdout=subprocess.PIPE).stdout)
     assert moments > 40
     computed: list[int] = []

@@ -28,7 +28,7 @@ SETTINGS = Settings(
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the candidates of bench_candidates.py importable, here and in the workers."""
-    folder = str(Path(__file__).parent)
+    folder = str(Path(__file__).resolve().parents[1] / "helpers")
     monkeypatch.setenv("PYTHONPATH", folder)
     monkeypatch.syspath_prepend(folder)
 

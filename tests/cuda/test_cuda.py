@@ -2,9 +2,9 @@
 what callers rely on: streams, graphs, devices, memory, repeatable bits.
 
 `test_cuda_emulated.py` runs the same kernels without a device on small shapes. The bounds are those of
-`test_projection.py`, plus one for tensor cores, whose accumulators round toward zero: each of the D / 16 additions of a
-segment takes at most 2^-23 of a partial sum, which stays below 6 ‖c‖, always in the same direction, for at most 1,024
-additions in a row.
+`helpers/projections.py`, plus one for tensor cores, whose accumulators round toward zero: each of the D / 16 additions
+of a segment takes at most 2^-23 of a partial sum, which stays below 6 ‖c‖, always in the same direction, for at most
+1,024 additions in a row.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_projection import (
+from projections import (
     DTYPES,
     KINDS,
     MODEL_ID,

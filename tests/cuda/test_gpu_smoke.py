@@ -20,7 +20,7 @@ import torch
 
 import trak_fast
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 HOPPER = ["sm90", "sm90_wide", "sm80", "adjoint"]
 LIMIT = 3.0
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_traker import CHECKPOINTS, TRAIN, N, build
+from attribution import CHECKPOINTS, TRAIN, N, build
 from torch import Tensor
 
 from trak_fast.features import memory

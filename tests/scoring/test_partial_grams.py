@@ -89,11 +89,11 @@ def test_a_process_goes_on_from_what_the_one_before_it_left(train: Rows, monkeyp
 ADDING = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import numpy as np, test_gram
+import numpy as np, test_partial_grams
 from pathlib import Path
 from trak_fast.store.rows import Rows
-ours = test_gram.partial(Rows(Path(sys.argv[2]), test_gram.N, {"features": (test_gram.K,)}))
-ours.add(np.arange(10, 20), test_gram.X[10:20], test_gram.C[10:20])
+ours = test_partial_grams.partial(Rows(Path(sys.argv[2]), test_partial_grams.N, {"features": (test_partial_grams.K,)}))
+ours.add(np.arange(10, 20), test_partial_grams.X[10:20], test_partial_grams.C[10:20])
 ours.save()
 print(ours.slot, flush=True)
 sys.stdin.readline()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"sm80": 80, "sm90": 90, "sm90_wide": 90}  # and a compute capability that has them
 
 

@@ -1,8 +1,8 @@
 """The adjoint P'y against a float64 product with the reference matrix.
 
-The bound is test_projection.py's, with rows of P in the place of columns: n = k products are added in float32, their
-sum stays below 6 ‖y‖, and each of the n roundings is at most 2^-24 of a partial sum, so all together at most
-36 √n 2^-24 ‖y‖. Inputs enter exactly but for float64, which is rounded to float32 first (2^-24).
+The bound is that of helpers/projections.py, with rows of P in the place of columns: n = k products are added in
+float32, their sum stays below 6 ‖y‖, and each of the n roundings is at most 2^-24 of a partial sum, so all together at
+most 36 √n 2^-24 ‖y‖. Inputs enter exactly but for float64, which is rounded to float32 first (2^-24).
 """
 
 import itertools
@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_projection import DTYPES, KINDS, MODEL_ID, SEED, check, entries, random, zeros_without_memory
+from projections import DTYPES, KINDS, MODEL_ID, SEED, check, entries, random, zeros_without_memory
 
 import trak_fast
 from trak_fast import Projector

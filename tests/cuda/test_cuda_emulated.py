@@ -12,13 +12,8 @@ import numpy as np
 import pytest
 import torch
 from emulated import KERNELS, Device
+from projections import KINDS, MODEL_ID, SEED, check, entries, random, tolerance
 from test_projection import (  # noqa: F401
-    KINDS,
-    MODEL_ID,
-    SEED,
-    check,
-    entries,
-    random,
     test_dtypes_and_precisions,
     test_nonfinite_values_stay_in_their_row,
     test_odd_shapes,
@@ -26,7 +21,6 @@ from test_projection import (  # noqa: F401
     test_parts_at_their_offsets_add_up,
     test_per_parameter_tensors_act_as_their_concatenation,
     test_strides,
-    tolerance,
 )
 
 from trak_fast.projection import checks, kernels, reference

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from libraries import needs
-from test_projection import tolerance
+from projections import tolerance
 from torch import Tensor
 
 from trak_fast.compat import bergson as layer
@@ -42,7 +42,7 @@ def expected(flat: Tensor, m: int, kind: str, scale: str, name: str = NAME) -> n
 
 
 def check_features(result: Tensor, flat: Tensor, kind: str, scale: str) -> None:
-    """Within the bound of test_projection.py, which holds also where bfloat16 terms are multiplied."""
+    """Within the bound of helpers/projections.py, which holds also where bfloat16 terms are multiplied."""
     m = result.shape[1]
     _, norms = scaled_matrix(flat.shape[1], m, kind, scale)
     errors = np.abs(result.double().numpy() - expected(flat, m, kind, scale))

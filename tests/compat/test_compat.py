@@ -217,7 +217,7 @@ def test_layers_import_no_library_before_they_are_asked_to(tmp_path: Path) -> No
 
 
 def test_names_in_the_page_for_newcomers_exist() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "coming-from.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text()
     names = set(re.findall(r"\btrak_fast(?:\.\w+)+", page))
     names |= {
         f"{module}.{name}"
