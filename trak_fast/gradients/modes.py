@@ -32,7 +32,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Iterator[None]:
     """Keeps transformer layers from their fused inference, which calls no submodules."""
     mha = torch.backends.mha
     before = mha.get_fastpath_enabled()
