@@ -147,6 +147,14 @@ class OtherRMSNorm(OwnRMSNorm):
         return self.weight.exp() * x
 
 
+class ScaleRMSNorm(nn.Module):
+    """Has the name, but its parameter has another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+
 class OtherLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + input @ self.weight.T**2
@@ -360,6 +368,7 @@ def test_a_rule_is_found_by_class_then_by_base_class_then_by_name(layer: nn.Modu
         nn.BatchNorm1d(2, track_running_stats=False),
         nn.ConvTranspose1d(2, 2, 2),
         nn.Bilinear(2, 2, 2),
+        ScaleRMSNorm(),
     ],
 )
 def test_layers_that_no_rule_covers_are_left_to_autograd(layer: nn.Module) -> None:

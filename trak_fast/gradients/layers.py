@@ -124,8 +124,9 @@ def _rms_norm(layer: Any, inputs: Tensor, output_grads: Tensor) -> Gradients:
     return {"weight": product.reshape(len(inputs), -1, inputs.shape[-1]).sum(1)}
 
 
-def _is_over_one_dimension(layer: nn.Module) -> bool:
-    return bool(getattr(layer, "weight", layer).ndim == 1)
+def _has_weight_vector(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 1
 
 
 _CONVOLUTION = Rule(_convolution, covers=_is_padded_by_zeros)
@@ -147,7 +148,7 @@ RULES: dict[type, Rule] = {
 
 RULES_BY_NAME: dict[str, Rule] = {
     "Conv1D": Rule(_transposed_linear),
-    "*RMSNorm": Rule(_rms_norm, covers=_is_over_one_dimension),
+    "*RMSNorm": Rule(_rms_norm, covers=_has_weight_vector),
 }
 """Rules of classes that many libraries define for themselves, by patterns of the classes' names."""
 
