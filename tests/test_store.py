@@ -13,9 +13,9 @@ from torch import nn
 
 from trak_fast.store import folder as store
 from trak_fast.store import rows as rows_module
-from trak_fast.store.files import replacing
+from trak_fast.store.files import atomic_file
 from trak_fast.store.folder import Store
-from trak_fast.store.manifest import describe, digest
+from trak_fast.store.manifest import digest, manifest_of
 from trak_fast.store.rows import Rows
 
 N, K = 6, 3
@@ -92,7 +92,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(opened: Store, monkeypatch: pyte
         patch.setattr(os if step == "fsync" else Path, step, failing(OSError("disk")))
         with pytest.raises(OSError, match="disk"):
             opened.save_gram(0, np.zeros((2, 2)))
-        with pytest.raises(OSError, match="disk"), replacing(opened.path / "manifest.json") as temporary:
+        with pytest.raises(OSError, match="disk"), atomic_file(opened.path / "manifest.json") as temporary:
             temporary.write_text("{}")
     assert (opened.gram(0) == np.eye(2)).all()
     assert tree(opened.path) == before
@@ -266,7 +266,7 @@ def test_a_manifest_says_what_features_depend_on() -> None:
 
     parameters = {"w": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.zeros(())}
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    manifest = describe(Foreign(), 8, Enumerated(), model, parameters, 100)
+    manifest = manifest_of(Foreign(), 8, Enumerated(), model, parameters, 100)
     assert manifest == {
         "matrix_definition": manifest["matrix_definition"],
         "proj_type": "normal",
@@ -282,8 +282,8 @@ def test_a_manifest_says_what_features_depend_on() -> None:
     assert manifest["matrix_definition"].endswith("Foreign")
     assert manifest["task"].endswith("Enumerated")
     assert json.loads(json.dumps(manifest)) == manifest
-    assert describe(Numbered(), 8, Enumerated(), model, parameters, 100)["matrix_definition"] == 1
-    assert describe(Numbered(), 8, Enumerated(), model, parameters, 100, half=True)["dtype"] == "float16"
+    assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100)["matrix_definition"] == 1
+    assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100, half=True)["dtype"] == "float16"
 
 
 def test_other_folders_are_not_taken_for_checkpoints(opened: Store) -> None:

@@ -29,7 +29,7 @@ from .scoring.scores import Checkpoint, ScoreFile, ScoreMatrix
 from .scoring.solver import Solver
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
 from .store.folder import Store
-from .store.manifest import describe
+from .store.manifest import manifest_of
 from .store.rows import Rows
 from .tasks.base import Task
 from .tasks.registry import resolve_task
@@ -164,7 +164,7 @@ class TRAKer:
             *(sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()), self.device),
             *(chunk_size, memory_budget),
         )
-        contents = describe(
+        contents = manifest_of(
             projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
         )
         self._ranks = Ranks(distributed)

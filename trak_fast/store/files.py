@@ -30,7 +30,7 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def explaining(path: Path) -> Iterator[None]:
+def advising_on_full_disk(path: Path) -> Iterator[None]:
     """Adds to the errors of a disk what they mean for the store."""
     try:
         yield
@@ -54,11 +54,11 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file name that replaces `path` at the end of the block, unless something was raised."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with explaining(path):
+        with advising_on_full_disk(path):
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -69,7 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def building(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` at the end of the block, unless something was raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -91,7 +91,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, unless a file is at `path` by then: of several processes the first one wins."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with explaining(path):
+        with advising_on_full_disk(path):
             with temporary.open("w") as file:
                 file.write(json.dumps(content, indent=1) + "\n")
                 file.flush()
@@ -125,16 +125,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def create_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> int:
-    """Makes a .npy file of zeros that take no space yet; returns where its data begin."""
+def create_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    """Makes a .npy file of zeros that take no space yet."""
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        offset = file.tell()
-        file.truncate(offset + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64)))
+        file.truncate(file.tell() + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64)))
         file.flush()
         os.fsync(file.fileno())
-    return offset
 
 
 def read_array(path: Path) -> np.memmap:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from .files import building, read_array, read_json, replacing, write_json
+from .files import atomic_file, atomic_folder, read_array, read_json, write_json
 from .manifest import differences, digest
 from .rows import Rows
 
@@ -85,7 +85,7 @@ class Store:
         """
         path = self.checkpoint(model_id)
         if not path.exists():
-            with building(path) as folder:
+            with atomic_folder(path) as folder:
                 Rows.create(folder / "train", self.num_rows, self._train_shapes, self._half)
                 write_json(folder / "checkpoint.json", {"digest": digest(weights)})
         self.check_weights(model_id, weights)
@@ -130,7 +130,7 @@ class Store:
         check_name(exp_name)
         path = self.checkpoint(model_id) / "targets" / exp_name
         if num_targets is not None and not path.exists():
-            with building(path) as folder:
+            with atomic_folder(path) as folder:
                 Rows.create(folder, num_targets, {"features": (self.width,)})
         if not path.exists():
             raise ValueError(f"exp_name {exp_name!r} has no targets for model_id {model_id}")
@@ -145,7 +145,7 @@ class Store:
 
     def save_gram(self, model_id: int, gram: NDArray[np.float64]) -> None:
         """Stores a checkpoint's Gram matrices, see `gram`, which makes the checkpoint finalized."""
-        with replacing(self.checkpoint(model_id) / "gram.npy") as temporary, temporary.open("wb") as file:
+        with atomic_file(self.checkpoint(model_id) / "gram.npy") as temporary, temporary.open("wb") as file:
             np.save(file, gram)
         shutil.rmtree(self.partial_grams(model_id), ignore_errors=True)
 

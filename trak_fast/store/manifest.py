@@ -34,7 +34,7 @@ def digest(weights: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def describe(
+def manifest_of(
     projector: Any,
     proj_dim: int,
     task: object,

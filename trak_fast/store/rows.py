@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import create_array, explaining, open_array, sync, write_at
+from .files import advising_on_full_disk, create_array, open_array, sync, write_at
 from .locks import LockFile, lock_file
 
 MAX_CLAIMS = 1024
 """Separate ranges of rows that a process keeps locked; a kernel's list of locks is searched from end to end."""
 
 
-def runs(inds: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
+def consecutive_ranges(inds: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
     """The ranges [start, stop) of consecutive numbers that sorted `inds` are made of."""
     cuts = np.flatnonzero(np.diff(inds) != 1) + 1
     for part in np.split(inds, cuts):
@@ -35,7 +35,7 @@ def runs(inds: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
             yield int(part[0]), int(part[-1]) + 1
 
 
-class Halves:
+class HalfMatrix:
     """A float32 matrix stored as float16 with a power of two for each row, so that no row's range is too large.
 
     Behaves like a read-only array of float32 in what the solver needs: shape, rows, columns of the transpose.
@@ -63,9 +63,9 @@ class Halves:
         return np.asarray(self[:], dtype or np.float32)
 
     @property
-    def T(self) -> Halves:
+    def T(self) -> HalfMatrix:
         """The transpose, without a copy."""
-        return Halves(self.values, self.scales, not self.transposed)
+        return HalfMatrix(self.values, self.scales, not self.transposed)
 
 
 def to_halves(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
@@ -83,7 +83,7 @@ class Rows:
     """Columns of equal length in one folder, read as float32, with a flag for each row that is written.
 
     Attributes:
-        columns: Each column, (rows, *shape) float32: a read-only memory map, or `Halves`.
+        columns: Each column, (rows, *shape) float32: a read-only memory map, or `HalfMatrix`.
         done: (rows,) bool, a read-only memory map.
     """
 
@@ -105,7 +105,7 @@ class Rows:
         self.files = {name: open_array(path / f"{name}.npy", *kind) for name, kind in _kinds(num_rows, shapes, half)}
         self.done = self.files["done"]
         self.columns: dict[str, Any] = {
-            name: Halves(self.files[name], self.files[f"{name}_scale"]) if name in half else self.files[name]
+            name: HalfMatrix(self.files[name], self.files[f"{name}_scale"]) if name in half else self.files[name]
             for name in shapes
         }
         self._claims, self._claimed_to = 0, -1
@@ -124,7 +124,7 @@ class Rows:
             raise OSError(errno.ENOSPC, f"features need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free", str(path))
         for name, (shape, dtype) in kinds:
             file = path / f"{name}.npy"
-            with explaining(file):
+            with advising_on_full_disk(file):
                 create_array(file, shape, dtype)
 
     def write(self, inds: NDArray[np.integer], **values: NDArray[np.float32] | Tensor) -> dict[str, NDArray[Any]]:
@@ -162,11 +162,11 @@ class Rows:
         path, target = self.path / f"{name}.npy", self.files[name]
         data = np.ascontiguousarray(array, target.dtype).data.cast("B")
         size = len(data) // max(1, len(inds))
-        with explaining(path):
+        with advising_on_full_disk(path):
             handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 position = 0
-                for start, stop in runs(inds):
+                for start, stop in consecutive_ranges(inds):
                     count = (stop - start) * size
                     write_at(handle, data[position : position + count], target.offset + start * size)
                     position += count
@@ -209,7 +209,7 @@ class Rows:
         """
         if self._claims > MAX_CLAIMS:
             self.release()
-        for start, stop in runs(np.sort(inds)):
+        for start, stop in consecutive_ranges(np.sort(inds)):
             if not self.locks.acquire(start, stop - start):
                 raise RuntimeError(self._claimed_by_another(start, stop))
             self._claims += start != self._claimed_to
