@@ -313,7 +313,7 @@ def test_models_that_torch_func_cannot_take(tmp_path: Path, caplog: pytest.LogCa
         traker.load_checkpoint(model.state_dict(), 0)
         traker.featurize(batch, num_samples=B)
     expected = torch.cat([g.flatten(1) for g in loop(model, ImageClassification(), batch).values()], 1)
-    np.testing.assert_allclose(traker.store.train(0).columns["features"], expected, rtol=2.0**-22, atol=1e-12)
+    np.testing.assert_allclose(traker.store.train(0).features, expected, rtol=2.0**-22, atol=1e-12)
     assert not caplog.records
 
 

@@ -129,8 +129,8 @@ def test_a_flag_is_set_only_after_its_row_is_on_disk(opened: Store, monkeypatch:
     rows.write(inds, features=np.full((2, K), 2), weights=np.full(2, 3))
     down, up = [False, False], [True, True]
     assert flags == [("done.npy", down), ("features.npy", down), ("weights.npy", down), ("done.npy", up)]
-    assert (opened.train(0).columns["features"][[4, 1]] == 2).all()
-    assert (opened.train(0).columns["weights"][[4, 1]] == 3).all()
+    assert (opened.train(0).features[[4, 1]] == 2).all()
+    assert (opened.train(0).weights[[4, 1]] == 3).all()
     assert opened.train(0).done.tolist() == [False, True, False, False, True, False]
     with pytest.raises(RuntimeError, match="4 of 6 rows left: 0, 2, 3, 5"):
         rows.require_all("rows left")

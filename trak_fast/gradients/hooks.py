@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tasks.base import Task
+from ..tasks.base import BatchOutputs, Task
 from .layers import Rule, rule_of
 from .modes import no_fast_path, unfused_attention
 from .parameters import select_parameters
@@ -123,11 +123,11 @@ class HookGradientComputer:
             For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
         """
         with torch.enable_grad(), unfused_attention(), no_fast_path():
-            if not hasattr(self.task, "get_outputs"):
+            if not isinstance(self.task, BatchOutputs):
                 return self._one_by_one(batch)
             while True:
                 try:
-                    return self._at_once(batch)
+                    return self._at_once(self.task, batch)
                 except _Broken as broken:
                     self._leave_to_autograd(broken.names)
 
@@ -149,7 +149,7 @@ class HookGradientComputer:
             rows.append(self._differentiate(output, weights, self.selected))
         return _stacked(rows, self.selected)
 
-    def _at_once(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _at_once(self, task: BatchOutputs, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         """Computes the gradients by one forward and one backward pass, and those that no layer explains by autograd.
 
         Raises:
@@ -158,7 +158,7 @@ class HookGradientComputer:
         count = len(batch[0])
         weights = self._requiring_grad(self._per_sample if self._checked else self.selected)
         with self._recording(count) as calls:
-            outputs = self.task.get_outputs(self.model, weights, self.buffers, batch)  # type: ignore[attr-defined]
+            outputs = task.get_outputs(self.model, weights, self.buffers, batch)
         grads: dict[str, Tensor] = {}
         if calls:
             probes = [call.probe for call in calls]

@@ -153,7 +153,7 @@ def total(
     Returns:
         (1, k, k) float64 on `device`, or (2, k, k) with X'CX.
     """
-    features = train.columns["features"]
+    features = train.features
     num_rows, width = features.shape
     weightings = [None] if curvature is None else [None, curvature]
     shape = (len(weightings), width, width)

@@ -83,7 +83,8 @@ class Rows:
     """Columns of equal length in one folder, read as float32, with a flag for each row that is written.
 
     Attributes:
-        columns: Each column, (rows, *shape) float32: a read-only memory map, or `HalfMatrix`.
+        shapes: Shape of one row of each column.
+        columns: Each column, (rows, *shape) float32: a read-only memory map, or a `HalfMatrix`, which behaves like one.
         done: (rows,) bool, a read-only memory map.
     """
 
@@ -101,7 +102,9 @@ class Rows:
         Raises:
             ValueError: A file is missing, truncated, corrupt, or has another shape.
         """
-        self.path, self.half = path, half
+        self.path = path
+        self.shapes = dict(shapes)
+        self.half = half
         self.files = {name: open_array(path / f"{name}.npy", *kind) for name, kind in _kinds(num_rows, shapes, half)}
         self.done = self.files["done"]
         self.columns: dict[str, Any] = {
@@ -109,6 +112,18 @@ class Rows:
             for name in shapes
         }
         self._claims, self._claimed_to = 0, -1
+
+    @property
+    def features(self) -> NDArray[np.float32]:
+        """The column of projected gradients, (rows, k)."""
+        features: NDArray[np.float32] = self.columns["features"]
+        return features
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """The column of weightings Q, (rows,); training rows have it, those of targets do not."""
+        weights: NDArray[np.float32] = self.columns["weights"]
+        return weights
 
     @staticmethod
     def create(path: Path, num_rows: int, shapes: Mapping[str, tuple[int, ...]], half: tuple[str, ...] = ()) -> None:

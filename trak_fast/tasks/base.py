@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -20,9 +22,8 @@ class Task(ABC):
     """Base class for own tasks. `weights` and `buffers` map the names of `model`'s to the tensors to use instead.
 
     A subclass has `get_output`, and one of these for Q: `loss`, a function of f that autograd then differentiates;
-    `get_out_to_loss_grad`, which gives Q itself; or neither, where f is the negative loss. It may have
-    `get_outputs(model, weights, buffers, batch) -> (B,)`, f of a whole batch, by which `HookGradientComputer` is
-    faster; and `get_loss_curvature(Q)`, ∂²ℓ/∂f² of samples from their Q, (B,) each, by which TRAKer weighs samples.
+    `get_out_to_loss_grad`, which gives Q itself; or neither, where f is the negative loss. It may have the methods of
+    `BatchOutputs` and of `LossCurvature` too.
     """
 
     @abstractmethod
@@ -80,6 +81,28 @@ class Task(ABC):
 def bind(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Callable[..., Any]:
     """`model` as a function that uses other parameters and buffers."""
     return lambda *args, **kwargs: functional_call(model, (dict(weights), dict(buffers)), args, kwargs)
+
+
+@runtime_checkable
+class BatchOutputs(Protocol):
+    """A task that computes f of a whole batch at once, by which `HookGradientComputer` is faster."""
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """Computes f of each sample of a batch; the arguments are those of `Task.get_out_to_loss_grad`.
+
+        Returns:
+            (B,).
+        """
+
+
+@runtime_checkable
+class LossCurvature(Protocol):
+    """A task that knows the curvature of its loss, by which `TRAKer` weighs training samples."""
+
+    def get_loss_curvature(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Computes ∂²ℓ/∂f² of samples from their weightings Q, (n,) float64 each."""
 
 
 class BatchTask(Task):
