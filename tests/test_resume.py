@@ -88,8 +88,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
         traker.finalize_features()
         train = save_dir / "checkpoint_0" / "train"
         return (
-            *((train / "features.npy").read_bytes(), (train / "weights.npy").read_bytes()),
-            *(traker.store.gram(0), done, sum(computed)),
+            (train / "features.npy").read_bytes(),
+            (train / "weights.npy").read_bytes(),
+            traker.store.gram(0),
+            done,
+            sum(computed),
         )
 
     *expected, gram, _, _ = finish(tmp_path / "whole")

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def values(inds: NDArray[np.integer]) -> dict[str, NDArray[np.float32]]:
-    """Different numbers for each row."""
+    """Makes numbers that are different in each row."""
     return {
         "features": (10 * inds[:, None] + np.arange(K)).astype(np.float32),
         "weights": (0.5 + inds).astype(np.float32),
@@ -92,7 +92,7 @@ def test_consecutive_ranges_cover_sorted_numbers() -> None:
 
 
 def test_only_what_is_written_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large file, the batch's ranges alone are touched, and a system that takes few bytes gets the rest later."""
+    """A write touches the batch's ranges alone, and a system that takes few bytes at a time gets the rest later."""
     ranges = []
     pwrite = os.pwrite
 
@@ -105,13 +105,12 @@ def test_only_what_is_written_is_written(folder: Path, monkeypatch: pytest.Monke
     inds = np.array([8, 3, 2])
     rows.write(inds, **values(inds))
     check(Rows(folder, N, SHAPES), [2, 3, 8])
-    header = {name: (folder / f"{name}.npy").stat().st_size - N * size for name, size in
-              (("features", 4 * K), ("weights", 4), ("done", 1))}  # fmt: skip
     for name, size in (("features", 4 * K), ("weights", 4), ("done", 1)):
+        header = (folder / f"{name}.npy").stat().st_size - N * size
         touched = {
             byte for file, start, count in ranges if file == f"{name}.npy" for byte in range(start, start + count)
         }
-        wanted = {header[name] + i * size + byte for i in inds for byte in range(size)}
+        wanted = {header + i * size + byte for i in inds for byte in range(size)}
         assert touched == wanted
 
 
@@ -133,7 +132,7 @@ def test_a_full_disk_is_an_error_that_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(OSError, match="what was stored before is safe: make room") as caught:
+        with pytest.raises(OSError, match="everything stored before is safe: make room") as caught:
             rows.write(np.array([6]), **values(np.array([6])))
         assert caught.value.errno == number
         assert str(caught.value.filename).endswith(column)

@@ -1,4 +1,4 @@
-"""Features on disk: what is refused, and what is left after a failure at any moment."""
+"""Features on disk: folders that are refused, and the files that are left after a failure at any moment."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Features on disk: what survives the process that computed it."""
+"""Features on disk, which survive the process that computed them."""
 
 from .folder import Store
 from .manifest import digest, manifest_of
