@@ -27,7 +27,7 @@ from trak_fast.tasks import (
 
 
 def exact(logits: Tensor, label: int) -> tuple[float, float]:
-    """log p/(1 − p) and 1 − p by the definition of softmax."""
+    """Computes log p/(1 − p) and 1 − p by the definition of softmax."""
     with localcontext() as context:
         context.prec = 100
         context.Emin, context.Emax = -999999, 999999
@@ -58,7 +58,7 @@ def test_margin_and_weighting_are_the_definitions(values: list[float], label: in
 
 
 def test_curvature_is_the_second_derivative_of_the_loss() -> None:
-    """Of −log p = softplus(−f), for classification; a task whose loss is of another kind has none."""
+    """Classification's loss is −log p = softplus(−f); a task whose loss is of another kind has no curvature."""
     f = torch.linspace(-6, 6, 13, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(softplus(-f).sum(), f, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), f)

@@ -1,4 +1,4 @@
-"""Tasks: which scalar f of a model is attributed, and the weighting Q that follows from its loss."""
+"""Tasks: the scalar f of a model that is attributed, and the weighting Q that follows from its loss."""
 
 from .base import BatchOutputs, BatchTask, FunctionTask, LossCurvature, Task
 from .classification import Classification, ImageClassification, IterativeImageClassification, margin
