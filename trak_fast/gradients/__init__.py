@@ -1,4 +1,4 @@
-"""The gradient of each sample's model output, by torch.func or by hooks, and the parameters that it is taken of."""
+"""The gradient of each sample's model output with respect to chosen parameters, by torch.func or by hooks."""
 
 from .base import GradientComputer
 from .functional import FunctionalGradientComputer

@@ -1,15 +1,15 @@
 """Per-sample gradients without torch.func, layer by layer.
 
-A layer's gradient of one sample follows from the layer's input and from the gradient of its output, so one forward
-and one backward pass over a batch give the gradients of all its samples: for a linear layer they are outer products
-(Goodfellow, "Efficient per-example gradient computations", 2015). To the output of each layer an expanded zero is
-added, whose gradient is that of the output: whatever happens to the output afterwards, in place or not, and without
-the gradients of the weights being computed at all.
+The gradient of a layer's parameters for one sample follows from the layer's input and from the gradient of its output,
+so one forward and one backward pass over a batch give the gradients of all its samples: for a linear layer they are
+outer products (Goodfellow, "Efficient per-example gradient computations", 2015). An expanded zero is added to the
+output of each layer. The gradient of this zero is that of the output, whatever happens to the output afterwards, in
+place or not, and the gradients of the weights are not computed at all.
 
-Parameters that no layer of a known kind explains get their gradients one sample at a time. So do those of layers
-whose result is not what it should be: the first batch of each checkpoint is compared with autograd's gradients of its
-first and its last sample. That catches weights that are used in a second place, inputs whose first dimension is not
-the batch, and anything else that breaks the rule.
+Parameters of layers without a rule (layers.py) are differentiated one sample at a time. So are those of layers whose
+rule gives wrong results: the first batch of each checkpoint is compared with autograd's gradients of its first and its
+last sample. This catches weights that are used in a second place, inputs whose first dimension is not the batch, and
+anything else that breaks the rule.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .parameters import select_parameters
 logger = logging.getLogger("trak_fast")
 
 TOLERANCE = 1e-3
-"""Relative difference from autograd's gradient from which on a layer's own is not used; rounding is far below it."""
+"""Relative difference from autograd's gradient up to which a layer's rule is trusted; rounding is far below it."""
 
 NEGLIGIBLE = 1e-6
-"""The same in the unit of the whole gradient."""
+"""Share of the whole gradient's norm up to which a difference does not count."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class HookGradientComputer:
             grads = self._by_layers(calls, output_grads, count)
         with torch.no_grad():
             for name in self.selected:
-                if name not in grads and name not in self._per_sample:  # a layer that was not called
+                if name not in grads and name not in self._per_sample:  # its layer was not called
                     grads[name] = self.weights[name].new_zeros(count, *self.weights[name].shape)
         if not self._checked:
             self._check(grads, outputs, weights)
@@ -179,7 +179,7 @@ class HookGradientComputer:
         return {name: grads[name].detach() for name in self.selected}
 
     def _requiring_grad(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """All weights, those of these names as leaves that autograd differentiates with respect to."""
+        """Returns all weights, those of these names as leaves that autograd differentiates with respect to."""
         names = set(names)
         return {name: w.detach().requires_grad_() if name in names else w for name, w in self.weights.items()}
 
@@ -254,5 +254,5 @@ class HookGradientComputer:
 
 
 def _stacked(rows: Sequence[dict[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
-    """The gradients of samples as one tensor (B, *shape) for each parameter."""
+    """Stacks the gradients of samples to one tensor (B, *shape) for each parameter."""
     return {name: torch.stack([row[name] for row in rows]) for name in names}

@@ -11,7 +11,7 @@ from torch import nn
 
 
 def unfused_attention() -> AbstractContextManager[Any]:
-    """Selects the attention that vmap can batch: the fused ones fall back to a loop over samples, with a warning."""
+    """Selects attention that vmap can batch: fused kernels would fall back to a loop over samples, with a warning."""
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:  # torch 2.2
