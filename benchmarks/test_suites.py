@@ -110,7 +110,7 @@ def test_featurize(benchmark: Any, tmp_path: Path, computer: str) -> None:
     rows = traker.store.train(0)
     assert int(rows.done.sum()) == done
     images, labels = (x[:4] for x in batch)
-    features = torch.from_numpy(np.array(rows.columns["features"][done - 32 :][:4]))
+    features = torch.from_numpy(np.array(rows.features[done - 32 :][:4]))
     check(features, margin_gradients(model, images, labels), "rademacher")
 
 

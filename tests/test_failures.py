@@ -1,10 +1,11 @@
-"""What goes wrong with other TRAK drivers and stores and on real machines: full disks, double starts, little memory."""
+"""Failures of other TRAK drivers and stores, and of real machines: full disks, double starts, little memory."""
 
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from trak_fast.store.files import write_at
 HELPERS = str(Path(__file__).parent / "helpers")
 
 
-def python(script: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + script, *map(str, arguments)],
-        capture_output=True, text=True, timeout=240, check=False, **options,
-    )  # fmt: skip
+def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script that may import the helpers."""
+    path = f"import sys; sys.path.insert(0, {HELPERS!r})\n"
+    command = [sys.executable, "-c", path + script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def wide(folder: Path, scale: float = 1.0, **options: Any) -> tuple[TRAKer, np.ndarray]:
-    """300 samples and 40 targets of a network whose gradients are large or small."""
+    """Scores 40 targets on 300 samples with a network whose gradients are large or small."""
     torch.manual_seed(0)
     model = network()
     model.load_state_dict(CHECKPOINTS[0])
@@ -90,8 +91,6 @@ except ValueError as error:
 
 
 def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_wrote(tmp_path: Path) -> None:
-    import time
-
     moment = time.time() + 12
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + OPENING, str(tmp_path)]
     children = [
@@ -140,7 +139,7 @@ featurize(folder)
 
 
 def resumes(folder: Path, tmp_path: Path, done: int) -> None:
-    """What is stored is whole, and the scores come out as if nothing had happened."""
+    """Checks that the stored rows are whole, and that the scores come out as if nothing had happened."""
     assert build(folder).store.train(0).done.sum() == done
     assert np.allclose(run(build(folder), 2), run(build(tmp_path / "alone"), 2), rtol=1e-4, atol=1e-6)
 
@@ -149,7 +148,7 @@ def test_a_file_that_may_not_grow_is_an_error_and_the_run_resumes(tmp_path: Path
     limit = 128 + 7 * 4 * 8 + 5  # a header and 7 rows of 8 numbers, and some of the next
     done = python(LIMITED, tmp_path / "limited", limit)
     assert done.returncode == 1
-    assert "File too large; what was stored before is safe: make room and run the same again" in done.stderr
+    assert "File too large; everything stored before is safe: make room and run the same again" in done.stderr
     resumes(tmp_path / "limited", tmp_path, 6)
 
 
@@ -167,7 +166,7 @@ def test_a_full_disk_is_an_error_and_the_run_resumes(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             write_at(other, memoryview(bytes(1 << 20)), 0)
         os.close(other)
-        with pytest.raises(OSError, match="what was stored before is safe: make room and run the same again"):
+        with pytest.raises(OSError, match="everything stored before is safe: make room and run the same again"):
             traker.featurize([x[2:] for x in TRAIN], num_samples=N - 2)
         assert traker.store.train(0).done.tolist() == [True] * 2 + [False] * (N - 2)
         (disk / "other").unlink()
@@ -235,7 +234,7 @@ def test_top_scores_are_saved_with_the_others(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "scores").iterdir()}
     assert names == {"test.npy", "test.highest.npz", "test.lowest.npz"}
     assert traker.top_scores("test", 100).indices.shape == (M, N)
-    with pytest.raises(ValueError, match="k must be in"):
+    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
         traker.top_scores("test", 0)
 
 

@@ -88,8 +88,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
         traker.finalize_features()
         train = save_dir / "checkpoint_0" / "train"
         return (
-            *((train / "features.npy").read_bytes(), (train / "weights.npy").read_bytes()),
-            *(traker.store.gram(0), done, sum(computed)),
+            (train / "features.npy").read_bytes(),
+            (train / "weights.npy").read_bytes(),
+            traker.store.gram(0),
+            done,
+            sum(computed),
         )
 
     *expected, gram, _, _ = finish(tmp_path / "whole")
@@ -128,7 +131,7 @@ def test_of_a_batch_that_is_done_in_part_only_the_rest_is_computed(tmp_path: Pat
     assert len(seen) == 2
     assert (seen[1] == TRAIN[0][[0, 1, 3, 4, 5, 6, 8, 10, 11]]).all()
     expected, bound = projected(by_hand(CHECKPOINTS[0], TRAIN)[0], 8, 0)
-    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+    assert (np.abs(traker.store.train(0).features - expected) <= bound).all()
 
 
 def test_a_failed_batch_can_be_given_again(tmp_path: Path) -> None:
@@ -141,7 +144,7 @@ def test_a_failed_batch_can_be_given_again(tmp_path: Path) -> None:
         traker.featurize([x[5:] for x in broken], num_samples=7)
     traker.featurize([x[5:] for x in TRAIN], num_samples=7)
     expected, bound = projected(by_hand(CHECKPOINTS[0], TRAIN)[0], 8, 0)
-    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+    assert (np.abs(traker.store.train(0).features - expected) <= bound).all()
 
 
 def test_an_experiment_can_be_repeated_with_other_targets(tmp_path: Path) -> None:

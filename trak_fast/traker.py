@@ -29,7 +29,7 @@ from .scoring.scores import Checkpoint, ScoreFile, ScoreMatrix
 from .scoring.solver import Solver
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
 from .store.folder import Store
-from .store.manifest import describe
+from .store.manifest import manifest_of
 from .store.rows import Rows
 from .tasks.base import Task
 from .tasks.registry import resolve_task
@@ -164,7 +164,7 @@ class TRAKer:
             *(sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()), self.device),
             *(chunk_size, memory_budget),
         )
-        contents = describe(
+        contents = manifest_of(
             projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
         )
         self._ranks = Ranks(distributed)
@@ -266,10 +266,10 @@ class TRAKer:
         with ranks.together():
             if self._sums:
                 folder = self.store.partial_grams(model_id)
-                curvature = self._curvature(rows.columns["weights"]) if self._weighted else None
+                curvature = self._curvature(rows.weights) if self._weighted else None
                 part = gram.total(folder, rows, self._solver_device, ranks.rank, ranks.size, curvature)
             elif ranks.rank == 0:
-                part = gram_matrix(rows.columns["features"], self._solver_device).unsqueeze(0)
+                part = gram_matrix(rows.features, self._solver_device).unsqueeze(0)
         matrix = ranks.sum(part) if self._sums else part
         with ranks.together():
             if ranks.rank == 0:
@@ -413,8 +413,7 @@ class TRAKer:
             self._require_finalized(used)
         rho = self._disagreement(used)
         checkpoints = [
-            Checkpoint(self._solver(i, len(used), rho), self.store.train(i), rows.columns["features"])
-            for i, rows in used.items()
+            Checkpoint(self._solver(i, len(used), rho), self.store.train(i), rows.features) for i, rows in used.items()
         ]
         weights = self._mean_weights(used)
         if self.lambda_reg is None and self.shrink_weights:
@@ -505,8 +504,7 @@ class TRAKer:
                 curvature = self._curvature(written["weights"]) if self._weighted else None
                 self._summing(stored).add(inds, written["features"], curvature)
 
-        shapes = {name: column.shape[1:] for name, column in stored.columns.items()}
-        self._featurizer.compute(batch, positions, rows[positions], shapes, self._model_id, store)
+        self._featurizer.compute(batch, positions, rows[positions], stored.shapes, self._model_id, store)
 
     def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:
         bar: Iterable[int] = tqdm(ids, desc=description, disable=None if self._ranks.rank == 0 else True)
@@ -534,16 +532,16 @@ class TRAKer:
         """ρ between checkpoints, where the ridge depends on it."""
         if self.lambda_reg is not None:
             return 0.0
-        return disagreement([self.store.train(i).columns["features"] for i in model_ids], self.normalize)
+        return disagreement([self.store.train(i).features for i in model_ids], self.normalize)
 
     def _solver(self, model_id: int, num_checkpoints: int, rho: float) -> Solver:
         """The solver of one of `num_checkpoints` checkpoints whose scores are averaged and that differ by ρ."""
-        columns, weights = self.store.train(model_id).columns, None
-        features = columns["features"]
+        rows, weights = self.store.train(model_id), None
+        features = rows.features
         stored = torch.from_numpy(self.store.gram(model_id)).to(self._solver_device)
         matrix = stored[0]
         if self._weighted:
-            curvature = self._curvature(columns["weights"])
+            curvature = self._curvature(rows.weights)
             weights = curvature_weights(curvature)
         if self.normalize:
             matrix = gram_matrix(features, self._solver_device, weights, normalize=True)
@@ -566,7 +564,7 @@ class TRAKer:
         return solver
 
     def _mean_weights(self, model_ids: Iterable[int]) -> Tensor:
-        weights = [np.array(self.store.train(model_id).columns["weights"], np.float64) for model_id in model_ids]
+        weights = [np.array(self.store.train(model_id).weights, np.float64) for model_id in model_ids]
         return torch.from_numpy(np.mean(weights, axis=0))
 
     @property

@@ -168,7 +168,7 @@ def test_parameters_are_chosen_by_patterns(patterns: list[str], names: list[str]
         (["5.bias", "head"], ValueError, "no parameter head; it has 0.weight, "),
         (["*.bias", "head.*"], ValueError, r"no parameter head\.\*; it has"),
         (["5.BIAS"], ValueError, r"no parameter 5\.BIAS"),
-        ([], ValueError, "grad_wrt names no parameter"),
+        ([], ValueError, "grad_wrt must name at least one parameter, not none"),
         ("5.bias", TypeError, "not the string '5.bias'"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trak_fast import HookGradientComputer, TRAKer
 from trak_fast.gradients import FunctionalGradientComputer, evaluation_mode
+from trak_fast.gradients.layers import RULES, RULES_BY_NAME, rule_of
 from trak_fast.tasks import CausalLM, ImageClassification, Task
 
 B, LABELS, WORDS = 5, 4, 11
@@ -146,6 +147,14 @@ class OtherRMSNorm(OwnRMSNorm):
         return self.weight.exp() * x
 
 
+class ScaleRMSNorm(nn.Module):
+    """Has the name, but its parameter has another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+
 class OtherLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + input @ self.weight.T**2
@@ -223,7 +232,7 @@ def loop(model: nn.Module, task: Task, batch: list[Tensor]) -> dict[str, Tensor]
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_a_loop_and_of_torch_func(case: str) -> None:
     torch.manual_seed(0)
-    build, singly = CASES[case]
+    build, per_sample = CASES[case]
     model, batch, task = build()
     hooks, functional = HookGradientComputer(model, task), FunctionalGradientComputer(model, task)
     with evaluation_mode(model):
@@ -239,7 +248,7 @@ def test_gradients_are_those_of_a_loop_and_of_torch_func(case: str) -> None:
         for name, value in grads.items():
             torch.testing.assert_close(value, vectorised[name], rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(hooks.compute_loss_grad(batch), functional.compute_loss_grad(batch))
-    assert hooks._singly == singly  # everything else came from its layer
+    assert hooks._per_sample == per_sample  # everything else came from its layer
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -304,7 +313,7 @@ def test_models_that_torch_func_cannot_take(tmp_path: Path, caplog: pytest.LogCa
         traker.load_checkpoint(model.state_dict(), 0)
         traker.featurize(batch, num_samples=B)
     expected = torch.cat([g.flatten(1) for g in loop(model, ImageClassification(), batch).values()], 1)
-    np.testing.assert_allclose(traker.store.train(0).columns["features"], expected, rtol=2.0**-22, atol=1e-12)
+    np.testing.assert_allclose(traker.store.train(0).features, expected, rtol=2.0**-22, atol=1e-12)
     assert not caplog.records
 
 
@@ -330,3 +339,37 @@ def test_each_checkpoint_s_parameters_are_used() -> None:
     expected = loop(second, task, batch)
     for name, value in computer.compute_per_sample_grad(batch).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("layer", "row"),
+    [
+        (nn.Linear(2, 2), nn.Linear),
+        (OtherLinear(2, 2), nn.Linear),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear),
+        (Conv1D(2, 2), "Conv1D"),
+        (type("Conv1D", (nn.Conv1d,), {})(2, 2, 2), nn.Conv1d),
+        (OwnRMSNorm(2), "*RMSNorm"),
+        (type("OwnRMSNorm", (nn.LayerNorm,), {})(2), nn.LayerNorm),
+    ],
+)
+def test_a_rule_is_found_by_class_then_by_base_class_then_by_name(layer: nn.Module, row: type | str) -> None:
+    assert rule_of(layer) is (RULES_BY_NAME[row] if isinstance(row, str) else RULES[row])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Embedding(2, 2, max_norm=1.0),
+        nn.Embedding(2, 2, scale_grad_by_freq=True),
+        nn.Embedding(2, 2, sparse=True),
+        nn.Conv2d(2, 2, 3, padding="same"),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+        nn.BatchNorm1d(2, track_running_stats=False),
+        nn.ConvTranspose1d(2, 2, 2),
+        nn.Bilinear(2, 2, 2),
+        ScaleRMSNorm(),
+    ],
+)
+def test_layers_that_no_rule_covers_are_left_to_autograd(layer: nn.Module) -> None:
+    assert rule_of(layer) is None

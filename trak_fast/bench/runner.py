@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..features import memory
-from ..store.files import replacing
+from ..store.files import atomic_file
 from .budget import PATIENCE, Budget, Task
 from .case import Case
 from .environment import environment
@@ -143,7 +143,7 @@ class Run:
         for kind in ("timings", "checks"):  # in the order of the grid, whatever had to wait
             self.results[kind].sort(key=lambda entry: (cases[case_of(entry)], names.get(entry["candidate"], 0)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
+        with atomic_file(self.path) as temporary:
             temporary.write_text(json.dumps(self.results, indent=1) + "\n")
 
     def _names(self) -> list[str]:

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..store.files import replacing
+from ..store.files import atomic_file
 from ..store.locks import LockFile
 from ..store.rows import Rows
 from .gram import GramAccumulator, blocks
@@ -99,7 +99,7 @@ class PartialGram:
     def save(self) -> None:
         """Puts the sum on disk."""
         if self._changed and self.folder.exists():  # it goes when the checkpoint is finalized
-            with replacing(self.path) as temporary, temporary.open("wb") as file:
+            with atomic_file(self.path) as temporary, temporary.open("wb") as file:
                 np.savez(file, gram=self.value(), rows=np.packbits(self.rows))
         self._saved, self._changed = time.monotonic(), False
 
@@ -153,7 +153,7 @@ def total(
     Returns:
         (1, k, k) float64 on `device`, or (2, k, k) with X'CX.
     """
-    features = train.columns["features"]
+    features = train.features
     num_rows, width = features.shape
     weightings = [None] if curvature is None else [None, curvature]
     shape = (len(weightings), width, width)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..store.files import create_array, explaining, sync, write_at
+from ..store.files import advising_on_full_disk, create_array, sync, write_at
 from ..store.rows import Rows
 from .gram import normalized
 from .solver import Solver
@@ -115,7 +115,7 @@ class ScoreFile:
 
     def begin(self) -> None:
         """Makes an empty file, in place of what a process that was killed has left."""
-        with explaining(self.path):
+        with advising_on_full_disk(self.path):
             create_array(self._partial, self.shape, np.float32)
 
     def fill(self, matrix: ScoreMatrix, rows: slice) -> None:
@@ -125,7 +125,7 @@ class ScoreFile:
             OSError: The disk is full, for example.
         """
         row_bytes = 4 * self.shape[1]
-        with explaining(self.path), self._partial.open("r+b", buffering=0) as file:
+        with advising_on_full_disk(self.path), self._partial.open("r+b", buffering=0) as file:
             offset = self._partial.stat().st_size - row_bytes * self.shape[0]
             with tqdm(
                 total=(rows.stop - rows.start) * self.shape[1], desc="scores", unit_scale=True, disable=None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..store.files import replacing
+from ..store.files import atomic_file
 from .scores import ScoreMatrix
 
 
@@ -34,7 +34,7 @@ class TopScores:
 
     def save(self, path: Path) -> None:
         """Writes `indices`, `scores` and `largest` to a .npz file."""
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, indices=self.indices, scores=self.scores, largest=self.largest)
 
     @staticmethod
@@ -124,7 +124,7 @@ def save_table(path: str | Path, scores: TopScores | NDArray[Any]) -> None:
         scores: What `TRAKer.top_scores` returned; or an array (n, m), written target by target from the highest score
             to the lowest, or (n,), of one target.
     """
-    with replacing(Path(path)) as temporary, temporary.open("w", newline="") as file:
+    with atomic_file(Path(path)) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["target", "train_index", "score"])
         if not isinstance(scores, TopScores):
