@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import choice
 from ..projection.functions import matrix, project
 from .patching import Patch
 
@@ -41,10 +42,10 @@ def project_global(
         first one.
 
     Raises:
-        ValueError: `projection_scale` is unknown, or a size or `projection_type` is out of range.
+        ValueError: `projection_scale` or `projection_type` is unknown, or a size is out of range.
+        TypeError: An argument has the wrong type.
     """
-    if projection_scale not in ("jl", "row_norm"):
-        raise ValueError(f"projection_scale is {projection_scale!r}, allowed are jl, row_norm")
+    choice("projection_scale", projection_scale, ("jl", "row_norm"))
     seed, model_id = matrix_of(identifier)
     options: dict[str, Any] = {"proj_type": projection_type, "seed": seed, "model_id": model_id}
     if isinstance(P, Tensor):

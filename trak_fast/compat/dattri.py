@@ -95,7 +95,13 @@ def make_random_projector(
     """
     if getattr(proj_type, "value", proj_type) not in _KINDS:
         return _dattri_s("make_random_projector")(
-            *(param_shape_list, feature_batch_size, proj_dim, proj_max_batch_size, device, proj_seed, proj_type),
+            param_shape_list=param_shape_list,
+            feature_batch_size=feature_batch_size,
+            proj_dim=proj_dim,
+            proj_max_batch_size=proj_max_batch_size,
+            device=device,
+            proj_seed=proj_seed,
+            proj_type=proj_type,
             dtype=dtype,
             **kwargs,
         )
@@ -128,13 +134,26 @@ def random_project(
     """
     if getattr(proj_type, "value", proj_type) not in _KINDS:
         original: Callable[..., Tensor] = _dattri_s("random_project")(
-            *(feature, feature_batch_size, proj_dim, proj_max_batch_size, proj_seed, proj_type), device=device
+            feature=feature,
+            feature_batch_size=feature_batch_size,
+            proj_dim=proj_dim,
+            proj_max_batch_size=proj_max_batch_size,
+            proj_seed=proj_seed,
+            proj_type=proj_type,
+            device=device,
         )
         return original
     parts = list(feature.values()) if isinstance(feature, Mapping) else [feature]
     sizes = [part.numel() // max(feature_batch_size, 1) for part in parts]
     projector = make_random_projector(
-        *(sizes, feature_batch_size, proj_dim, proj_max_batch_size, device, proj_seed, proj_type), dtype=parts[0].dtype
+        param_shape_list=sizes,
+        feature_batch_size=feature_batch_size,
+        proj_dim=proj_dim,
+        proj_max_batch_size=proj_max_batch_size,
+        device=device,
+        proj_seed=proj_seed,
+        proj_type=proj_type,
+        dtype=parts[0].dtype,
     )
 
     def random_project_func(feature: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:

@@ -65,9 +65,7 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
 def _batch(X: NDArray[Any]) -> torch.Tensor:
     """Columns as the rows of a tensor, in place where the dtype allows."""
     X = np.asarray(X)
-    if X.dtype.kind == "c":
-        raise TypeError("complex vectors are not supported: project the real and the imaginary part")
-    if X.dtype not in (np.float16, np.float32, np.float64):
+    if X.dtype.kind != "c" and X.dtype not in (np.float16, np.float32, np.float64):  # Projector refuses complex ones
         X = X.astype(np.float64)
     if not X.flags.writeable or any(step < 0 for step in X.strides):
         X = X.copy()

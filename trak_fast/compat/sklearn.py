@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ..arguments import integer, real
 from ..projection.functions import matrix
 from ..projection.projector import Projector
 
@@ -69,23 +69,15 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
         Raises:
             ValueError: A parameter is out of its range, or X is no matrix of numbers.
+            TypeError: A parameter has the wrong type.
         """
         X = self._validated(X, reset=True)
         if isinstance(self.n_components, str):
             if self.n_components != "auto":
-                raise ValueError(f"n_components is {self.n_components!r}, allowed are 'auto' and integers >= 1")
-            if not isinstance(self.eps, Real) or not 0 < self.eps < 1:
-                raise ValueError(f"eps is {self.eps!r}, allowed are numbers in (0, 1)")
-            self.n_components_ = int(johnson_lindenstrauss_min_dim(X.shape[0], eps=self.eps))
-            if not 1 <= self.n_components_ <= X.shape[1]:
-                raise ValueError(
-                    f"eps={self.eps} and n_samples={X.shape[0]} lead to {self.n_components_} components, "
-                    f"which is not in 1 to n_features={X.shape[1]}"
-                )
-        elif isinstance(self.n_components, Integral) and not isinstance(self.n_components, bool):
-            self.n_components_ = int(self.n_components)
+                raise ValueError(f"n_components must be 'auto' or an integer, not {self.n_components!r}")
+            self.n_components_ = self._fewest_components(*X.shape)
         else:
-            raise ValueError(f"n_components is {self.n_components!r}, allowed are 'auto' and integers >= 1")
+            self.n_components_ = integer("n_components", self.n_components, 1)
         high, low = check_random_state(self.random_state).randint(0, 2**32, 2, dtype=np.uint64).tolist()
         self.seed_ = high << 32 | low
         self._projector()  # checks the rest
@@ -121,6 +113,19 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         check_is_fitted(self)
         P = matrix(self.proj_type, self.seed_, 0, range(self.n_components_), range(self.n_features_in_))
         components: NDArray[np.float32] = P.div_(self.n_components_**0.5).numpy()
+        return components
+
+    def _fewest_components(self, samples: int, features: int) -> int:
+        """Returns the number of components that keep distances up to `eps`, from 1 to `features`."""
+        eps = real("eps", self.eps, 0, above=True)
+        if eps >= 1:
+            raise ValueError(f"eps must be in (0, 1), not {eps:g}")
+        components = int(johnson_lindenstrauss_min_dim(samples, eps=eps))
+        if not 1 <= components <= features:
+            raise ValueError(
+                f"eps={eps:g} and n_samples={samples} lead to {components} components, "
+                f"which is not in 1 to n_features={features}"
+            )
         return components
 
     def _projector(self) -> Projector:
