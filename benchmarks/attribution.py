@@ -10,20 +10,16 @@ gradients by torch.func, which is the default and what traker does, and by hooks
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import make_parser, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -78,10 +74,9 @@ def run(make: Callable[[Path], Any], train: list[Tensor], targets: list[Tensor],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--proj-dim", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3, help="runs of trak_fast before and after the one of traker")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     from trak import TRAKer
     from trak.projectors import BasicProjector, ProjectionType
@@ -124,14 +119,7 @@ def main() -> None:
                 own = statistics.median(f[stage] for f in runs)
                 line += f"   {name} {own:8.3f} s {slow[stage] / own:7.1f} x"
             print(line)
-    if arguments.output:
-        machine = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python", "benchmarks/attribution.py", *sys.argv[1:]]),
-            "processor": platform.processor() or platform.machine(),
-            "info": trak_fast.info(),
-        }
-        arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    save(arguments.output, {"rows": rows})
 
 
 if __name__ == "__main__":

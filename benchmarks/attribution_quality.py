@@ -20,20 +20,17 @@ same command goes on after a stop. Needs traker: `pip install --no-deps traker==
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from record import make_parser, save
 from scipy.stats import rankdata
 from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
@@ -395,13 +392,12 @@ def table(results: list[Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one small scenario, 2 sizes, 30 subsets")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="NAME")
     parser.add_argument("--checkpoints", nargs="+", type=int, default=[1, 5], metavar="C")
     parser.add_argument("--confirm", action="store_true", help="also run all of traker, with its BasicProjector")
     parser.add_argument("--work", type=Path, default=Path("build/attribution_quality"), help="folder for what is done")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     subsets, per_subset, proj_dims = (30, 1, [128, 512]) if arguments.quick else (100, 3, PROJ_DIMS)
     names = ["cnn200"] if arguments.quick else arguments.scenarios
@@ -417,16 +413,12 @@ def main() -> None:
             temporary.replace(done)
         results.append(json.loads(done.read_text()))
     confirmed = confirm(names[0], arguments.work, subsets, per_subset) if arguments.confirm else None
-    if arguments.output:
-        summary = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python", "benchmarks/attribution_quality.py", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-            "traker": "score code of 0.3.2, float16, lambda 0, on features of trak_fast's projection",
-            "traker_with_basic_projector": confirmed,
-            "results": results,
-        }
-        arguments.output.write_text(json.dumps(summary, indent=1) + "\n")
+    summary = {
+        "traker": "score code of 0.3.2, float16, lambda 0, on features of trak_fast's projection",
+        "traker_with_basic_projector": confirmed,
+        "results": results,
+    }
+    save(arguments.output, summary)
     print(table(results))
     if confirmed:
         print(f"all of traker with BasicProjector, {confirmed['scenario']}, k = 256: {confirmed['lds']}")

@@ -9,26 +9,23 @@ is the linear datamodeling score over 60 nets retrained on random halves. A libr
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
-import json
 import logging
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from record import make_parser, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import trak_fast
 from trak_fast import retraining
 from trak_fast.demo import digits
 from trak_fast.demo.run import retrain
@@ -135,8 +132,7 @@ def compare(name: str, run: Callable[[Problem], Any], problem: Problem, rounds: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # the libraries' own
@@ -155,9 +151,7 @@ def main() -> None:
         own, ours = (float(np.median(row["seconds"][which])) for which in ("own", "ours"))
         quality = "  LDS {own:.3f} and {ours:.3f}".format(**row["lds"]) if row["lds"] else ""
         print(f"{row['library']:8} own {own:8.2f} s   ours {ours:8.2f} s   {own / ours:6.1f} x{quality}")
-    if arguments.output:
-        machine = {"date": date.today().isoformat(), "info": trak_fast.info()}
-        arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    save(arguments.output, {"rows": rows})
 
 
 if __name__ == "__main__":

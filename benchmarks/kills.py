@@ -9,21 +9,17 @@ the next one resumes. Exits with 1 if a run's scores differ.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import random
 import signal
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from record import make_parser, save
 from torch import nn
 from tqdm import tqdm
 
@@ -85,10 +81,9 @@ def attempt(save_dir: Path, half: bool, seconds: float | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     # loads what torch loads late before the forks, so that moments fall into the run
     torch.set_num_threads(1)
@@ -117,15 +112,15 @@ def main() -> None:
             worst, runs = max(worst, difference), runs + 1
             equal += difference < 1e-5  # float32 rounding: a resumed batch may be cut elsewhere
             same_bits += bool((scores == expected[half]).all())
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
-        "processor": platform.processor() or platform.machine(),
-        **{"kills": kills, "killed_while": stages, "runs": runs, "runs_with_equal_scores": equal},
-        **{"runs_with_the_same_bits": same_bits, "largest_relative_difference": worst},
+    result = {
+        "kills": kills,
+        "killed_while": stages,
+        "runs": runs,
+        "runs_with_equal_scores": equal,
+        "runs_with_the_same_bits": same_bits,
+        "largest_relative_difference": worst,
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.output, result)
     print(
         f"{kills} kills ({stages['featurizing']} while featurizing, {stages['scoring']} while scoring) in {runs} runs: "
         f"{equal} of {runs} end with equal scores, {same_bits} of them bit for bit; largest difference {worst:.1e}"

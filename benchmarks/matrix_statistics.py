@@ -7,18 +7,15 @@ Each figure comes with what an ideal matrix gives. bergson is left out where it 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
+from record import make_parser, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -88,8 +85,7 @@ def gradients() -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser = make_parser(__doc__)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     makers: dict[str, Make] = {"trak_fast": ours, "torch": torch_s}
@@ -114,9 +110,7 @@ def main() -> None:
         seconds[name] = time.perf_counter() - start
     results["seconds to project (32, 100000) to 4096, rademacher"] = seconds
     print(f"\n{'seconds, B = 32, D = 10^5, k = 4096':40}" + "".join(f"{seconds[name]:12.3f}" for name in makers))
-    if arguments.output:
-        machine = {"date": date.today().isoformat(), "info": trak_fast.info()}
-        arguments.output.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+    save(arguments.output, results)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import make_parser, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -102,14 +101,13 @@ def measure(what: str, folder: Path, samples: int, targets: int, proj_dim: int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--targets", type=int, default=1000)
     parser.add_argument("--proj-dim", type=int, default=4096)
     parser.add_argument("--top", type=int, default=100)
     parser.add_argument("--full", action="store_true", help="also write the file of all scores")
     parser.add_argument("--folder", type=Path, help="where to make the store, on the disk to measure")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     size = (arguments.samples, arguments.targets, arguments.proj_dim)
@@ -134,15 +132,7 @@ def main() -> None:
     for what, result in results.items():
         cost = f"{result['seconds']:8.1f} s ({result['processor_seconds']:.1f} of processors)"
         print(f"  {labels[what]:50} {cost}   peak memory {result['peak_mib']:6.0f} MiB")
-    if arguments.output:
-        machine = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python", "benchmarks/scores.py", *sys.argv[1:]]),
-            "processor": platform.processor() or platform.machine(),
-            "info": trak_fast.info(),
-        }
-        row = {"n": samples, "m": targets, "k": proj_dim, "top": arguments.top, "results": results}
-        arguments.output.write_text(json.dumps({"machine": machine, **row}, indent=1) + "\n")
+    save(arguments.output, {"n": samples, "m": targets, "k": proj_dim, "top": arguments.top, "results": results})
 
 
 if __name__ == "__main__":
