@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ PROJ_DIMS = [128, 256, 512, 1024, 2048, 4096]
 FACTORS = np.geomspace(0.1, 100, 13)
 SINGLES = 5
 AUTO, AUTO_RAW, AUTO_PLAIN = "auto", "auto, Q as it is", "auto, X'X and Q as it is"
-SHRUNK = (AUTO,)
 BY_DEFAULT, PLAIN = "ridge ", "fixed "
 TARGETS = 300
 
@@ -239,90 +238,166 @@ def traker_scores(train: NDArray[np.float32], targets: NDArray[np.float32], grad
     return scores.numpy()
 
 
-def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: list[int], counts: list[int]) -> Any:
-    """All LDS of a scenario."""
-    scenario = SCENARIOS[name]
-    images, labels, test_images, test_labels = load(scenario)
-    n = len(labels)
-    masks, outputs = truth(name, work, subsets, per_subset)
-    most = max(*counts, SINGLES)
-    everything = np.ones((most, n), bool)
-    models = retraining.train(scenario.build, (images, labels), everything, scenario.recipe, 3, title="checkpoints")
-    train, weights = features_of(scenario, models, most, images, labels, max(proj_dims))
-    targets, _ = features_of(scenario, models, most, test_images, test_labels, max(proj_dims))
-    grad_dim = sum(p.numel() for p in scenario.build().parameters())
-    real = ranks(outputs)
+@dataclass(frozen=True)
+class Problem:
+    """A scenario's features and weightings at each checkpoint, and what retrained networks answered.
 
-    def lds(scores: NDArray[Any], model_ids: list[int], kind: str) -> float | None:
+    Attributes:
+        train: Features of the training samples, (C, n, k).
+        targets: Features of the test samples, (C, m, k).
+        weights: Weightings Q of the training samples, (C, n).
+        masks: Subsets that networks were retrained on, (S, n).
+        answers: Ranks of the retrained networks' margins, (S, m).
+        grad_dim: D.
+    """
+
+    train: NDArray[np.float32]
+    targets: NDArray[np.float32]
+    weights: NDArray[np.float64]
+    masks: NDArray[np.bool_]
+    answers: NDArray[np.float64]
+    grad_dim: int
+
+    def lds(self, scores: NDArray[Any], model_ids: list[int], method: str) -> float | None:
+        """Returns the LDS of scores (n, m) of some checkpoints, or None where they are not finite."""
         if not np.isfinite(scores).all():
             return None
-        mean = torch.from_numpy(weights[model_ids].mean(0))
-        mean = shrunk_weights(mean) if kind in SHRUNK or kind.startswith(BY_DEFAULT) else mean
-        predicted = masks.astype(np.float64) @ (mean.numpy()[:, None] * scores)
-        return float((ranks(predicted) * real).sum(axis=0).mean())
+        mean = torch.from_numpy(self.weights[model_ids].mean(0))
+        if method == AUTO or method.startswith(BY_DEFAULT):
+            mean = shrunk_weights(mean)
+        predicted = self.masks.astype(np.float64) @ (mean.numpy()[:, None] * scores)
+        return float((ranks(predicted) * self.answers).sum(axis=0).mean())
 
+
+def prepare(name: str, work: Path, subsets: int, per_subset: int, proj_dim: int, count: int) -> Problem:
+    """Trains `count` checkpoints of a scenario and the networks on its subsets, and computes features of size k."""
+    scenario = SCENARIOS[name]
+    images, labels, test_images, test_labels = load(scenario)
+    masks, outputs = truth(name, work, subsets, per_subset)
+    everything = np.ones((count, len(labels)), bool)
+    models = retraining.train(scenario.build, (images, labels), everything, scenario.recipe, 3, title="checkpoints")
+    train, weights = features_of(scenario, models, count, images, labels, proj_dim)
+    targets, _ = features_of(scenario, models, count, test_images, test_labels, proj_dim)
+    grad_dim = sum(p.numel() for p in scenario.build().parameters())
+    return Problem(train, targets, weights, masks, ranks(outputs), grad_dim)
+
+
+class Tally:
+    """The scores of one number of checkpoints, by method, as they are added checkpoint by checkpoint.
+
+    Attributes:
+        count: C, the number of checkpoints. With 1, the LDS is the mean over `SINGLES` checkpoints by themselves.
+        disagreement: ρ, the distance between the kernels of the checkpoints.
+        factors: The automatic ridges, in units of the mean squared norm of the features.
+    """
+
+    def __init__(self, problem: Problem, count: int, disagreement: float) -> None:
+        self.count = count
+        self.disagreement = disagreement
+        self.factors: list[float] = []
+        self._problem = problem
+        self._singles: dict[str, list[float | None]] = {}
+        self._totals: dict[str, Any] = {}
+
+    def takes(self, model_id: int) -> bool:
+        """Tells whether a checkpoint is among those of this tally."""
+        return model_id < (SINGLES if self.count == 1 else self.count)
+
+    def add(self, method: str, model_id: int, scores: NDArray[Any]) -> None:
+        """Adds a method's scores (n, m) of a checkpoint."""
+        if self.count == 1:
+            self._singles.setdefault(method, []).append(self._problem.lds(scores, [model_id], method))
+        else:
+            self._totals[method] = self._totals.get(method, 0) + scores
+
+    def lds(self) -> dict[str, float | None]:
+        """Returns the LDS of each method; None where scores are not finite."""
+        if self.count == 1:
+            return {
+                method: None if None in found else float(np.mean(found))  # type: ignore[arg-type]
+                for method, found in self._singles.items()
+            }
+        model_ids = list(range(self.count))
+        return {
+            method: self._problem.lds(total / self.count, model_ids, method) for method, total in self._totals.items()
+        }
+
+
+def scores_over_ridges(
+    train: NDArray[np.float32], targets: NDArray[np.float32], gram: Tensor, curvature: NDArray[np.float64] | None
+) -> Iterator[tuple[float, NDArray[np.float64]]]:
+    """Yields each factor of `FACTORS` and the scores (n, m) with that ridge, all from one decomposition."""
+    n, k = train.shape
+    left = torch.from_numpy(np.array(train, np.float64))
+    right = torch.from_numpy(np.array(targets, np.float64))
+    values, vectors = torch.linalg.eigh(gram)
+    if k <= n:
+        u = left @ vectors
+        w = vectors.mT @ right.mT
+    else:
+        roots = torch.ones(n, 1).double() if curvature is None else torch.from_numpy(curvature).sqrt().unsqueeze(1)
+        u = vectors / roots
+        w = vectors.mT @ (roots * (left @ right.mT))
+    for factor in FACTORS:
+        yield factor, ((u / (values.clamp(min=0) + factor * gram.trace() / n)) @ w).numpy()
+
+
+def add_checkpoint(problem: Problem, model_id: int, proj_dim: int, tallies: list[Tally]) -> None:
+    """Adds the scores of one checkpoint, by every method, to the tallies that take it."""
+    train = problem.train[model_id, :, :proj_dim]  # a row of the matrix does not depend on k
+    targets = problem.targets[model_id, :, :proj_dim]
+    n = len(train)
+    q = problem.weights[model_id]
+    for curvature in (curvature_weights(q * (1 - q)), None):
+        gram = gram_matrix(train, torch.device("cpu"), curvature)
+        for tally in tallies:
+            ridge = auto_ridge(gram, n, proj_dim, tally.count, tally.disagreement)
+            scores = dense(Solver(train, gram, ridge, curvature), train, targets)
+            for method in (AUTO_PLAIN,) if curvature is None else (AUTO, AUTO_RAW):
+                tally.add(method, model_id, scores)
+            if curvature is not None:
+                tally.factors.append(ridge * n / gram.trace().item())
+        for factor, scores in scores_over_ridges(train, targets, gram, curvature):
+            for tally in tallies:
+                tally.add(f"{PLAIN if curvature is None else BY_DEFAULT}{factor:.4g}", model_id, scores)
+    scores = traker_scores(train, targets, problem.grad_dim)
+    for tally in tallies:
+        tally.add("traker", model_id, scores)
+
+
+def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: list[int], counts: list[int]) -> Any:
+    """Measures all LDS of a scenario, as a dictionary for JSON with one cell for each k and number of checkpoints."""
+    scenario = SCENARIOS[name]
+    problem = prepare(name, work, subsets, per_subset, max(proj_dims), max(*counts, SINGLES))
     cells: list[Any] = []
     for k in tqdm(proj_dims, desc=f"{name}: k"):
-        x, phi = train[:, :, :k], targets[:, :, :k]  # a row of the matrix does not depend on k
-        rho = {c: disagreement(list(x[:c])) for c in counts}
-        singles: dict[str, list[float | None]] = {}
-        totals = {c: dict[str, Any]() for c in counts if c > 1}
-        factors: dict[int, list[float]] = {c: [] for c in counts}
-
-        def note(kind: str, c: int, model_id: int, scores: Any, singles: Any = singles, totals: Any = totals) -> None:
-            if c == 1:
-                singles.setdefault(kind, []).append(lds(scores, [model_id], kind))
-            elif model_id < c:
-                totals[c][kind] = totals[c].get(kind, 0) + scores
-
-        for model_id in range(most):
-            one, phi_one = x[model_id], phi[model_id]
-            q = weights[model_id]
-            used = [c for c in counts if (model_id < SINGLES if c == 1 else model_id < c)]
-            for r in (curvature_weights(q * (1 - q)), None):
-                gram = gram_matrix(one, torch.device("cpu"), r)
-                for c in used:
-                    ridge = auto_ridge(gram, n, k, c, rho[c])
-                    scores = dense(Solver(one, gram, ridge, r), one, phi_one)
-                    for kind in (AUTO, AUTO_RAW) if r is not None else (AUTO_PLAIN,):
-                        note(kind, c, model_id, scores)
-                    if r is not None:
-                        factors[c].append(ridge * n / gram.trace().item())
-                # the whole path from one decomposition
-                left = torch.from_numpy(np.array(one, np.float64))
-                right = torch.from_numpy(np.array(phi_one, np.float64))
-                roots = torch.ones(n, 1).double() if r is None else torch.from_numpy(r).sqrt().unsqueeze(1)
-                values, vectors = torch.linalg.eigh(gram)
-                if k <= n:
-                    u, w = left @ vectors, vectors.mT @ right.mT
-                else:
-                    u, w = vectors / roots, vectors.mT @ (roots * (left @ right.mT))
-                for factor in FACTORS:
-                    scores = ((u / (values.clamp(min=0) + factor * gram.trace() / n)) @ w).numpy()
-                    for c in used:
-                        note(f"{PLAIN if r is None else BY_DEFAULT}{factor:.4g}", c, model_id, scores)
-            scores = traker_scores(one, phi_one, grad_dim)
-            for c in used:
-                note("traker", c, model_id, scores)
-        for c in counts:
-            if c == 1:
-                found = {kind: None if None in v else float(np.mean(v)) for kind, v in singles.items()}  # type: ignore[arg-type]
-            else:
-                found = {kind: lds(total / c, list(range(c)), kind) for kind, total in totals[c].items()}
-            cells.append(
-                {
-                    "k": k,
-                    "checkpoints": c,
-                    "disagreement": rho[c],
-                    "lds": found,
-                    "auto_factor": float(np.exp(np.mean(np.log(factors[c])))),
-                }
-            )
+        tallies = [Tally(problem, c, disagreement(list(problem.train[:c, :, :k]))) for c in counts]
+        for model_id in range(len(problem.train)):
+            add_checkpoint(problem, model_id, k, [tally for tally in tallies if tally.takes(model_id)])
+        cells += [
+            {
+                "k": k,
+                "checkpoints": tally.count,
+                "disagreement": tally.disagreement,
+                "lds": tally.lds(),
+                "auto_factor": float(np.exp(np.mean(np.log(tally.factors)))),
+            }
+            for tally in tallies
+        ]
     return {
-        "scenario": name, "held_out": scenario.held_out, "network": scenario.build.__name__, "train_size": n,
-        "grad_dim": grad_dim, "flipped": scenario.flipped, "noise": scenario.noise, "recipe": asdict(scenario.recipe),
-        "subsets": subsets, "models_per_subset": per_subset, "mean_weighting": float(weights.mean()), "cells": cells,
-    }  # fmt: skip
+        "scenario": name,
+        "held_out": scenario.held_out,
+        "network": scenario.build.__name__,
+        "train_size": problem.train.shape[1],
+        "grad_dim": problem.grad_dim,
+        "flipped": scenario.flipped,
+        "noise": scenario.noise,
+        "recipe": asdict(scenario.recipe),
+        "subsets": subsets,
+        "models_per_subset": per_subset,
+        "mean_weighting": float(problem.weights.mean()),
+        "cells": cells,
+    }
 
 
 def confirm(name: str, work: Path, subsets: int, per_subset: int) -> dict[str, Any]:
