@@ -17,26 +17,27 @@ from ..projection.functions import matrix
 from ..projection.projector import Projector
 
 __all__ = ["FusedRandomProjection"]
-_DENSE = 1 << 24  # elements of a sparse matrix that are made dense at a time
+_DENSE = 1 << 24
+"""The largest number of elements of a sparse matrix that are made dense at a time."""
 
 
 class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Reduces features by a random matrix that is made inside the multiplication and never stored.
 
-    Distances are kept: results are scaled by 1/√n_components. Whatever the number of features, the transformer itself
-    holds a seed.
+    Distances are kept: results are scaled by 1/√n_components. For any number of features, the transformer stores a seed
+    and no matrix.
 
     Parameters:
         n_components: Number of components, or "auto": as many as `eps` needs (Johnson-Lindenstrauss).
-        eps: Distortion of distances that "auto" aims at, in (0, 1).
+        eps: Distortion of distances that "auto" allows, in (0, 1).
         proj_type: "normal" (each entry standard normal) or "rademacher" (±1).
         random_state: An int, a `numpy.random.RandomState`, or None for a new matrix at each `fit`.
 
     Attributes:
         n_components_: Number of components.
         n_features_in_: Number of features seen by `fit`.
-        feature_names_in_: Their names, where they have any.
-        seed_: What determines the matrix, with `proj_type`.
+        feature_names_in_: Names of the features seen by `fit`, if they have any.
+        seed_: The seed of the matrix, drawn by `fit`.
         components_: The scaled matrix (n_components, n_features), made anew at each access.
     """
 
@@ -58,7 +59,7 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> FusedRandomProjection:
-        """Takes the number of features, and draws the seed.
+        """Notes the number of features, and draws the seed.
 
         Args:
             X: (n_samples, n_features), dense or sparse; only its shape counts.
@@ -84,10 +85,10 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return self
 
     def transform(self, X: Any) -> NDArray[Any]:
-        """Projects.
+        """Projects samples.
 
         Args:
-            X: (n_samples, n_features), dense or sparse; sparse ones are made dense in blocks of rows.
+            X: (n_samples, n_features), dense or sparse; a sparse X is made dense in blocks of rows.
 
         Returns:
             (n_samples, n_components), float32 for float32 input, otherwise float64.
@@ -129,9 +130,11 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return components
 
     def _projector(self) -> Projector:
+        """Makes the projector of the fitted transformer."""
         return Projector(self.n_features_in_, self.n_components_, self.seed_, self.proj_type, precision="highest")
 
     def _validated(self, X: Any, reset: bool) -> Any:
+        """Checks X as scikit-learn does. If `reset` is True, notes its features, which else must be those of `fit`."""
         return validate_data(self, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
 
     @property
