@@ -2,7 +2,8 @@
 
     python benchmarks/adjoint.py [--output benchmarks/results/NAME.json]
 
-float32, k = 4096, D = 2^17, interleaved rounds, medians. The stored matrix takes 2 GB.
+Gradients are float32, k = 4096, D = 2^17. Rounds are interleaved, and figures are medians. The stored matrix takes
+2 GB of memory.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def main() -> None:
     stored = torch.randn(K, COLUMNS)
     rows = [row for batch in (1, 8, 32, 128) for row in measure(batch, stored, arguments.repeats)]
     for row in rows:
-        work = 2 * row["B"] * K * COLUMNS / 1e9
+        gigaflop = 2 * row["B"] * K * COLUMNS / 1e9
         print(
-            f"B = {row['B']:3}  {row['isa']:12} {row['kind']:10}  P'y {work / row['adjoint']:6.0f} GFLOP/s   "
+            f"B = {row['B']:3}  {row['isa']:12} {row['kind']:10}  P'y {gigaflop / row['adjoint']:6.0f} GFLOP/s   "
             f"{row['project'] / row['adjoint']:5.2f} x as fast as P g   "
             f"{row['stored'] / row['adjoint']:5.2f} x as fast as a stored matrix"
         )
