@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import datetime
 import importlib
-import importlib.machinery
 import importlib.util
 import itertools
 import json
@@ -35,6 +34,7 @@ from pathlib import Path
 import torch
 from gpu_measure import KERNELS, Clock, Gpu, Imagined, Results, all_cases, measure, table
 from gpu_smoke import ADJOINT
+from prebuild import find_module
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST_JL_TRIAL = """
@@ -79,46 +79,27 @@ def run(command: list[str], seconds: float, log: str = "", **environment: str) -
     return verdict, output[-3000:]
 
 
-def find_prebuilt(folder: Path) -> tuple[str, str]:
-    """Looks for a folder's module for this Python; says its path or what is wrong."""
-    module = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    if module.is_file():
-        return "passed", str(module)
-    there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return "FAILED", f"{module.name} is not there, but {there}; prebuild.py --python python{version} makes it"
-
-
 def use_prebuilt(folder: Path) -> tuple[str, str]:
     """Copies the module that prebuild.py made for this Python into the package."""
-    verdict, found = find_prebuilt(folder)
-    if verdict != "passed":
-        return verdict, found
-    shutil.copy(found, ROOT / "trak_fast")
+    try:
+        shutil.copy(find_module(folder), ROOT / "trak_fast")
+    except ValueError as error:
+        return "FAILED", str(error)
     return "passed", ""
 
 
 def build(architecture: str, clock: Clock) -> tuple[str, str]:
-    """As users do, by pip; where that is not possible (no setuptools, a read-only environment), by CMake alone."""
+    """Builds by pip, as users do, or else by prebuild.py: pip may lack setuptools or the right to write."""
     settings = {"TRAK_FAST_CUDA": "ON", "TRAK_FAST_CUDA_ARCHITECTURES": architecture}
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--disable-pip-version-check"]
     verdict, output = run([*command, "--no-build-isolation", "--no-deps", "-e", "."], 240, **settings)
     if verdict == "passed" or verdict.startswith("not finished"):
         return verdict, output
-    print(f"pip install: {verdict}, so CMake builds\n{output[-1000:]}", flush=True)
-    folder = str(ROOT / "build" / (sys.implementation.cache_tag or "python"))  # setup.py's
-    (Path(folder) / "CMakeCache.txt").unlink(missing_ok=True)
-    variables = {**settings, "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(ROOT / "trak_fast")}
-    variables["Python_EXECUTABLE"] = sys.executable
-    if (nvcc := find_tool("nvcc")) is not None:
-        variables["CMAKE_CUDA_COMPILER"] = nvcc
-    _, pybind11 = run([sys.executable, "-m", "pybind11", "--cmakedir"], 30)
-    variables["pybind11_DIR"] = pybind11.strip()
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", folder, *(f"-D{k}={v}" for k, v in variables.items())]
-    if shutil.which("cmake") is None:
-        return "FAILED: cmake is not there", output
-    verdict, output = run(configure, 60)
-    return run(["cmake", "--build", folder], min(200, clock.left - 60)) if verdict == "passed" else (verdict, output)
+    print(f"pip install: {verdict}, so prebuild.py builds\n{output[-1000:]}", flush=True)
+    script = [sys.executable, str(ROOT / "benchmarks" / "prebuild.py"), "--normal"]
+    target = ["--python", sys.executable, "--architecture", architecture, str(ROOT / "trak_fast")]
+    nvcc = find_tool("nvcc")
+    return run([*script, *target], min(260, clock.left - 60), **({"CUDACXX": nvcc} if nvcc else {}))
 
 
 def find_tool(name: str) -> str | None:
@@ -361,9 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
         call_profiled()
         return 0
     if options.prebuilt:
-        verdict, output = find_prebuilt(options.prebuilt)
-        if verdict != "passed":
-            parser.error(f"--prebuilt {options.prebuilt}: {output}")
+        try:
+            find_module(options.prebuilt)
+        except ValueError as error:
+            parser.error(f"--prebuilt: {error}")
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device (--dry-run does without)")
     clock, checks, results = Clock(options.minutes), Checks(), Results()

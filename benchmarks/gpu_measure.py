@@ -7,6 +7,7 @@ columns: cuBLAS, torch and fast_jl then take time in proportion to the columns, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import os
@@ -188,6 +189,18 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def event_ms(call: Callable[[], object], flush: torch.Tensor | None = None) -> float:
+    """Times a call by CUDA events, in milliseconds; `flush`, if given, is written before, to empty the L2 cache."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if flush is not None:
+        flush.zero_()
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
 class Clock:
     def __init__(self, minutes: float) -> None:
         self.end = time.monotonic() + 60 * minutes
@@ -228,13 +241,7 @@ class Gpu:
         times: list[float] = []
         begin = time.monotonic()
         while len(times) < 3 or (len(times) < 30 and time.monotonic() - begin < seconds):
-            self.flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
+            times.append(event_ms(call, self.flush))
         return statistics.median(times)
 
     def fits(self, case: Case) -> bool:
@@ -316,15 +323,8 @@ class Gpu:
         for kernel, kind, B in itertools.product(kernels, ("rademacher", "normal"), (8, 16, 32, 64, 128, 256)):
             os.environ["TRAK_FAST_CUDA_KERNEL"] = kernel
             grads = self.gradients(Case(kind, "bf16", B, k, D))
-            times = []
-            for _ in range(4):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                self.project(grads, k, proj_type=kind)
-                stop.record()
-                stop.synchronize()
-                times.append(start.elapsed_time(stop))
-            ms = min(times[1:])
+            call = functools.partial(self.project, grads, k, proj_type=kind)
+            ms = min([event_ms(call) for _ in range(4)][1:])
             yield f"{kernel:10} {kind:10} B={B:3} {ms:9.3f} ms {2 * B * k * D / ms / 1e9:6.0f} TFLOP/s"
 
     def launch_us(self) -> float:

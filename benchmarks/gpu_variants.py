@@ -10,8 +10,8 @@ module.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import importlib.machinery
 import importlib.util
 import itertools
 import os
@@ -21,7 +21,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from gpu_measure import event_ms
 from gpu_smoke import BOUND, relative_errors
+from prebuild import find_module
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
@@ -33,9 +35,7 @@ def load_module(folder: Path) -> ModuleType:
     Raises:
         ValueError: The folder has no module for this Python.
     """
-    path = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {path.name}: prebuild.py makes it, for this Python")
+    path = find_module(folder)
     spec = importlib.util.spec_from_file_location(f"{path.resolve().parent}._C", path)
     assert spec is not None
     assert spec.loader is not None
@@ -98,14 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
         times: dict[str, list[float]] = {name: [] for name in modules}
         for turn, (name, module) in itertools.product(range(ROUNDS + 1), modules.items()):
             kernels._C = module
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            trak_fast.project(grads, k, proj_type=kind)
-            stop.record()
-            stop.synchronize()
+            ms = event_ms(functools.partial(trak_fast.project, grads, k, proj_type=kind), flush)
             if turn > 0:  # the first round warms up
-                times[name].append(start.elapsed_time(stop))
+                times[name].append(ms)
         medians = {name: statistics.median(found) for name, found in times.items()}
         speeds = (
             f"{name} {2 * B * k * D / ms / 1e9:.0f} ({medians['installed'] / ms:.2f})" for name, ms in medians.items()
