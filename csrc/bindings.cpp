@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "project.h"
+#include "trak_fast.h"
 
 namespace py = pybind11;
 using namespace trak_fast;

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "../normal_table.h"
-#include "../project.h"
+#include "../trak_fast.h"
 #include "choose.h"
 #include "columns.h"
 #include "team.h"

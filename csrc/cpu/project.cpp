@@ -4,12 +4,10 @@
 // packs the next ones, its tasks handed out by a counter. How the sum is cut depends on the shape alone and each piece
 // is summed by one thread in a fixed order, so the result has the same bits on any number of threads. With few rows
 // there would be few tasks: then several chunks go side by side into sums of their own, added in order at the end.
-#include "../project.h"
-
 #include <algorithm>
-#include <cstring>
 
 #include "../normal_table.h"
+#include "../trak_fast.h"
 #include "choose.h"
 #include "columns.h"
 #include "team.h"
@@ -161,22 +159,6 @@ bool project_cpu(const Projection& projection, const std::string& instruction_se
     }
   }
   return true;
-}
-
-void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* rows, int64_t row_count,
-                    const uint64_t* columns, int64_t column_count, float* out) {
-  const uint16_t* half = kind == Kind::normal ? normal_half_table() : nullptr;
-  for (int64_t r = 0; r < row_count; ++r) {
-    for (int64_t c = 0; c < column_count; ++c, ++out) {
-      if (kind == Kind::rademacher) {
-        *out = rademacher_entry(seed, stream, rows[r], columns[c]);
-      } else {
-        const uint32_t bits = static_cast<uint32_t>(normal_bits(half, normal_index(seed, stream, rows[r], columns[c])))
-                              << 16;
-        std::memcpy(out, &bits, sizeof bits);
-      }
-    }
-  }
 }
 
 }  // namespace trak_fast

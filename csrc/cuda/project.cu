@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "../normal_table.h"
-#include "../project.h"
+#include "../trak_fast.h"
 #include "launch.cuh"
 #include "panel.h"
 #include "tile.cuh"
