@@ -1,6 +1,5 @@
 // Entries of P one by one, as the definition says: for tests, and for whoever wants to look at the matrix.
-#include <cstring>
-
+#include "floats.h"
 #include "normal_table.h"
 #include "trak_fast.h"
 
@@ -14,9 +13,7 @@ void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* r
       if (kind == Kind::rademacher) {
         *out = rademacher_entry(seed, stream, rows[r], columns[c]);
       } else {
-        const uint32_t bits = static_cast<uint32_t>(normal_bits(half, normal_index(seed, stream, rows[r], columns[c])))
-                              << 16;
-        std::memcpy(out, &bits, sizeof bits);
+        *out = bf16_to_float(normal_bits(half, normal_index(seed, stream, rows[r], columns[c])));
       }
     }
   }

@@ -13,12 +13,12 @@
 #include <thread>
 #include <vector>
 
+#include "../floats.h"
+
 namespace trak_fast {
 namespace {
 
 constexpr double kWorkForThreads = 4e6;  // multiply-adds below which starting threads costs more than it gains
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 struct FreeMemory {

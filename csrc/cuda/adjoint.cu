@@ -6,6 +6,7 @@
 // columns of a ±1 row, so the warps make the words of 16 rows each and share them.
 #include <algorithm>
 
+#include "../floats.h"
 #include "launch.cuh"
 #include "panel.h"
 #include "tile.cuh"
@@ -172,12 +173,12 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
 template <Kind kind, int width, int terms>
 void launch_adjoint(const Job& job, void* stream) {
   constexpr int64_t most_blocks = int64_t{1} << 30;
-  const int64_t units = (job.offset + job.columns + kUnit - 1) / kUnit - job.offset / kUnit;
+  const int64_t units = divide_up(job.offset + job.columns, kUnit) - job.offset / kUnit;
   Job part = job;
   for (int64_t u = 0; u < units; u += most_blocks) {
     part.first_unit = job.offset / kUnit + u;
     const dim3 grid(static_cast<unsigned>(std::min(most_blocks, units - u)),
-                    static_cast<unsigned>((job.batch + width - 1) / width));
+                    static_cast<unsigned>(divide_up(job.batch, width)));
     launch(adjoint<kind, width, terms>, grid, kThreads, Config<kind, width, terms>::shared_bytes, stream, part);
   }
 }
@@ -189,9 +190,7 @@ void launch_terms(int terms, const Job& job, void* stream) {
 
 // Samples of a pass, and the rows of P of a launch, rounded up to what a stage holds.
 constexpr int64_t kPassSamples = 256;
-int64_t launch_rows(const Adjoint& a) {
-  return (std::min(a.y.columns, kLaunchRows) + kStageRows - 1) / kStageRows * kStageRows;
-}
+int64_t launch_rows(const Adjoint& a) { return divide_up(std::min(a.y.columns, kLaunchRows), kStageRows) * kStageRows; }
 
 // bf16 terms that hold all bits of bf16, or of any other type up to float32.
 int terms_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? 1 : 3; }

@@ -6,6 +6,7 @@
 // The cut depends on the shapes and the device alone, so the same call gives the same bits.
 #include <algorithm>
 
+#include "../floats.h"
 #include "../normal_table.h"
 #include "../trak_fast.h"
 #include "launch.cuh"
@@ -21,8 +22,6 @@ constexpr int64_t kSpanColumns = 1 << 30;  // of one launch: TMA's coordinates, 
 // A tensor that has fewer columns or elements is packed with its neighbours: a launch of its own would cost more.
 constexpr int64_t kDirectColumns = 1 << 16, kDirectElements = 1 << 22;
 constexpr int kLeastUnits = 4;  // that a split is worth starting for
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Family { sm80, sm90, sm90_wide };
 
