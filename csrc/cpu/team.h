@@ -38,6 +38,12 @@ Aligned<T> allocate(int64_t count) {
   return Aligned<T>(p);
 }
 
+// The share of one pass: some samples and some rows of P, with all columns.
+struct Piece {
+  int64_t first_sample, samples;
+  int64_t first_row, rows;
+};
+
 // The default floating-point environment: a caller's flush-to-zero mode must not change the result. Threads started
 // within inherit it.
 class DefaultFloats {

@@ -216,7 +216,15 @@ void project_adjoint_cuda(const Adjoint& a, const void* half_table, const Alloca
     job.out = a.out + b * a.out_batch_stride;
     for (int64_t row = 0; row < a.y.columns; row += panel_columns) {
       job.first_row = static_cast<uint32_t>(row);
-      launch_pack({PanelType::bf16_terms, terms, b, job.batch, row, panel_columns, 0, panel}, {a.y}, stream);
+      launch_pack({.type = PanelType::bf16_terms,
+                   .terms = terms,
+                   .first_sample = b,
+                   .samples = job.batch,
+                   .first_column = row,
+                   .columns = panel_columns,
+                   .offset = 0,
+                   .panel = panel},
+                  {a.y}, stream);
       if (a.kind == Kind::rademacher) {
         job.batch <= 8 ? launch_terms<Kind::rademacher, 8>(terms, job, stream)
                        : launch_terms<Kind::rademacher, 32>(terms, job, stream);

@@ -275,8 +275,11 @@ bool add_part(Pack& job, int& shape_count, const Part& part, int64_t end) {
     std::copy(part.sizes.begin(), part.sizes.end(), shape.sizes);
     std::copy(part.strides.begin(), part.strides.end(), shape.strides);
   }
-  job.parts[job.part_count++] = {static_cast<const char*>(part.data), end, part.batch_stride,
-                                 static_cast<int32_t>(part.dtype), side_by_side ? -1 : shape_count++};
+  job.parts[job.part_count++] = {.data = static_cast<const char*>(part.data),
+                                 .end = end,
+                                 .batch_stride = part.batch_stride,
+                                 .dtype = static_cast<int32_t>(part.dtype),
+                                 .shape = side_by_side ? -1 : shape_count++};
   return true;
 }
 

@@ -169,7 +169,8 @@ void launch_width(const Tile& tile, void* stream) {
 
 template <Kind kind, int width>
 TileShape shape() {
-  return {width, Config<kind, width>::rows, Config<kind, width>::blocks_per_multiprocessor};
+  using C = Config<kind, width>;
+  return {.width = width, .rows = C::rows, .blocks_per_multiprocessor = C::blocks_per_multiprocessor};
 }
 
 }  // namespace

@@ -292,7 +292,7 @@ TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
   // Making normal entries costs more than reading the panel twice as often, so they always serve 256 rows at once.
   const int widest = wide || kind == Kind::normal ? 256 : 128;
   while (width < panel_rows && width < widest) width *= 2;
-  return {width, count_rows(kind, width), 1};
+  return {.width = width, .rows = count_rows(kind, width), .blocks_per_multiprocessor = 1};
 }
 
 void launch_tile_sm90(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {
