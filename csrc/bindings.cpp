@@ -6,7 +6,7 @@
 
 #include <utility>
 
-#include "project.h"
+#include "trak_fast.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "../normal_table.h"
-#include "../project.h"
+#include "../trak_fast.h"
 #include "choose.h"
 #include "columns.h"
 #include "team.h"
@@ -23,16 +23,15 @@ constexpr int64_t kColumnsPerTask = 2048;  // of whole groups
 // A pass: some samples and rows of P, all columns.
 class AdjointPass {
  public:
-  AdjointPass(const Adjoint& adjoint, const Columns& y, const AdjointKernel& kernel, int64_t first_sample,
-              int64_t samples, int64_t first_row, int64_t rows)
+  AdjointPass(const Adjoint& adjoint, const Columns& y, const AdjointKernel& kernel, const Piece& piece)
       : a_(adjoint),
         y_(y),
         kernel_(kernel),
-        first_sample_(first_sample),
-        samples_(samples),
-        first_row_(first_row),
-        rows_(rows),
-        units_(divide_up(rows, kUnit)),
+        first_sample_(piece.first_sample),
+        samples_(piece.samples),
+        first_row_(piece.first_row),
+        rows_(piece.rows),
+        units_(divide_up(rows_, kUnit)),
         first_group_(static_cast<int64_t>(adjoint.offset) / kernel.group_columns),
         end_group_(divide_up(static_cast<int64_t>(adjoint.offset) + adjoint.columns, kernel.group_columns)),
         groups_per_task_(kColumnsPerTask / kernel.group_columns),
@@ -69,13 +68,26 @@ class AdjointPass {
     alignas(64) char buffer[kUnit * 4];
     const int64_t first = first_row_ + unit * kUnit;
     const void* values = y_.read(first_sample_ + sample, first, kUnit, buffer);
-    kernel_.pack({values, y_.all_bf16(), 1, sample, unit, samples_, units_, panel_.get()});
+    kernel_.pack({.columns = values,
+                  .raw_bf16 = y_.all_bf16(),
+                  .terms = 1,
+                  .row = sample,
+                  .unit = unit,
+                  .batch = samples_,
+                  .panel_units = units_,
+                  .panel = panel_.get()});
   }
 
   void multiply(int64_t group, float* acc) const {
     std::memset(acc, 0, static_cast<size_t>(kernel_.group_columns * samples_) * sizeof(float));
-    kernel_.multiply({a_.seed, a_.stream, static_cast<uint32_t>(first_row_), divide_up(rows_, kStep),
-                      static_cast<uint64_t>(group), samples_, panel_.get(), acc});
+    kernel_.multiply({.seed = a_.seed,
+                      .stream = a_.stream,
+                      .row = static_cast<uint32_t>(first_row_),
+                      .steps = divide_up(rows_, kStep),
+                      .group = static_cast<uint64_t>(group),
+                      .batch = samples_,
+                      .panel = panel_.get(),
+                      .acc = acc});
     const int64_t first = group * kernel_.group_columns - static_cast<int64_t>(a_.offset);
     const int64_t begin = std::max<int64_t>(-first, 0), end = std::min(kernel_.group_columns, a_.columns - first);
     alignas(64) float ordered[kColumnsPerTask];
@@ -113,7 +125,8 @@ bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_
     const int64_t samples = std::min(samples_per_pass, adjoint.batch - b);
     for (int64_t i = 0; i < y.count(); i += rows_per_pass) {
       const int64_t rows = std::min(rows_per_pass, y.count() - i);
-      if (!AdjointPass(adjoint, y, kernel, b, samples, i, rows).run(threads, keep_going)) return false;
+      const Piece piece = {.first_sample = b, .samples = samples, .first_row = i, .rows = rows};
+      if (!AdjointPass(adjoint, y, kernel, piece).run(threads, keep_going)) return false;
     }
   }
   return true;

@@ -40,7 +40,7 @@ void pack(const Pack& p) {
   pack_terms(p, [&](const uint16_t* columns, int64_t row) {
     const Group group = group_of<kind>(row / kTileRows, p.batch / kTileRows);
     auto* out = static_cast<uint8_t*>(p.panel) +
-                (group.first * p.units + group.size * p.unit) * kTilesPerUnit * kTileBytes +
+                (group.first * p.panel_units + group.size * p.unit) * kTilesPerUnit * kTileBytes +
                 (row - group.first * kTileRows) * 64;
     const int64_t tile_stride = group.size * kTileBytes;
     const auto* pairs = reinterpret_cast<const uint8_t*>(columns);

@@ -21,7 +21,7 @@ struct Pack {
   bool raw_bf16;
   int terms;  // bf16 terms that a float is split into (1 when raw, or when the panel holds floats)
   int64_t row, unit;
-  int64_t batch, units;  // the panel's size
+  int64_t batch, panel_units;  // the panel's size
   void* panel;
 };
 

@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "../project.h"
+#include "../trak_fast.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

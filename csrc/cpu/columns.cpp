@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../floats.h"
+
 namespace trak_fast {
 namespace {
 
@@ -15,19 +17,6 @@ T load(const char* p) {
   T x;
   std::memcpy(&x, p, sizeof x);
   return x;
-}
-
-// With selects only, so that it vectorises; exact for subnormal numbers whatever the processor's rounding flags say.
-float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7FFF;
-  const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24F;
-  uint32_t small_bits;
-  std::memcpy(&small_bits, &small, sizeof small_bits);
-  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7C00 ? 0x70000000U : 0x38000000U);
-  const uint32_t bits = sign | (magnitude < 0x400 ? small_bits : normal);
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
 }
 
 // Converts elements at a stride (in bytes); specialised for stride 1, where it vectorises.
@@ -57,12 +46,7 @@ void read_run(Dtype dtype, const char* from, int64_t stride, int64_t count, bool
       convert_run<uint16_t>(from, stride, count, to, half_to_float);
       break;
     case Dtype::bfloat16:
-      convert_run<uint16_t>(from, stride, count, to, [](uint16_t x) {
-        const uint32_t bits = static_cast<uint32_t>(x) << 16;
-        float f;
-        std::memcpy(&f, &bits, sizeof f);
-        return f;
-      });
+      convert_run<uint16_t>(from, stride, count, to, bf16_to_float);
       break;
   }
 }

@@ -1,6 +1,6 @@
 // Reads 512 columns of one sample, whatever tensors they stand in, as floats or as raw bf16.
 #pragma once
-#include "../project.h"
+#include "../trak_fast.h"
 
 namespace trak_fast {
 

@@ -4,19 +4,13 @@
 #pragma once
 #include <cstring>
 
+#include "../floats.h"
 #include "backend.h"
 
 namespace trak_fast {
 namespace {
 
 constexpr int64_t kPanelRow = kUnit + 16;
-
-inline float bf16_to_float(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
 
 // Where column j of a unit goes. Rademacher: (t, word, bit), so that a word's bits are in order; normal: as it is.
 template <Kind kind>

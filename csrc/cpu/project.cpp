@@ -4,12 +4,10 @@
 // packs the next ones, its tasks handed out by a counter. How the sum is cut depends on the shape alone and each piece
 // is summed by one thread in a fixed order, so the result has the same bits on any number of threads. With few rows
 // there would be few tasks: then several chunks go side by side into sums of their own, added in order at the end.
-#include "../project.h"
-
 #include <algorithm>
-#include <cstring>
 
 #include "../normal_table.h"
+#include "../trak_fast.h"
 #include "choose.h"
 #include "columns.h"
 #include "team.h"
@@ -28,18 +26,17 @@ constexpr int64_t kPackUnits = 4;  // one packing task: this many units of one s
 // A pass: at most kMaxPanelRows panel rows and kRowsPerPass rows of P, all columns.
 class Pass {
  public:
-  Pass(const Projection& projection, const Columns& columns, const Kernel& kernel, int terms, int64_t first_sample,
-       int64_t samples, int64_t first_row, int64_t rows)
+  Pass(const Projection& projection, const Columns& columns, const Kernel& kernel, int terms, const Piece& piece)
       : p_(projection),
         columns_(columns),
         kernel_(kernel),
         terms_(terms),
-        first_sample_(first_sample),
-        samples_(samples),
-        first_row_(first_row),
-        rows_(rows),
-        batch_(divide_up(samples * terms, kernel.batch_multiple) * kernel.batch_multiple),
-        row_blocks_(divide_up(rows, kRowBlock)),
+        first_sample_(piece.first_sample),
+        samples_(piece.samples),
+        first_row_(piece.first_row),
+        rows_(piece.rows),
+        batch_(divide_up(samples_ * terms, kernel.batch_multiple) * kernel.batch_multiple),
+        row_blocks_(divide_up(rows_, kRowBlock)),
         row_tasks_(divide_up(row_blocks_, kernel.row_blocks)) {
     const auto start = static_cast<int64_t>(p_.offset);
     first_unit_ = start / kUnit;
@@ -91,8 +88,10 @@ class Pass {
     const int64_t index = round * segments_ + segment;
     const int64_t begin = std::max((first_chunk_ + index) * chunk_units_, first_unit_);
     const int64_t end = std::min((first_chunk_ + index + 1) * chunk_units_, end_unit_);
-    return {begin, index < chunks_ ? end - begin : 0, segment,
-            panels_.get() + (round % 2 * segments_ + segment) * panel_bytes_};
+    return {.unit = begin,
+            .units = index < chunks_ ? end - begin : 0,
+            .segment = segment,
+            .panel = panels_.get() + (round % 2 * segments_ + segment) * panel_bytes_};
   }
 
   void pack(int64_t round, int64_t task) const {
@@ -102,7 +101,14 @@ class Pass {
     for (int64_t u = first; u < std::min(first + kPackUnits, c.units); ++u) {
       const int64_t column = (c.unit + u) * kUnit - static_cast<int64_t>(p_.offset);
       const void* columns = columns_.read(first_sample_ + sample, column, kUnit, buffer);
-      kernel_.pack({columns, columns_.all_bf16(), terms_, sample * terms_, u, batch_, chunk_units_, c.panel});
+      kernel_.pack({.columns = columns,
+                    .raw_bf16 = columns_.all_bf16(),
+                    .terms = terms_,
+                    .row = sample * terms_,
+                    .unit = u,
+                    .batch = batch_,
+                    .panel_units = chunk_units_,
+                    .panel = c.panel});
     }
   }
 
@@ -110,9 +116,16 @@ class Pass {
     const Chunk c = chunk(round, task / row_tasks_);
     if (c.units == 0) return;
     const int64_t block = task % row_tasks_ * kernel_.row_blocks;
-    kernel_.multiply({p_.seed, p_.stream, static_cast<uint32_t>(first_row_ + block * kRowBlock),
-                      std::min(kernel_.row_blocks, row_blocks_ - block), static_cast<uint64_t>(c.unit), c.units, batch_,
-                      chunk_units_, c.panel, acc_.get() + c.segment * acc_size_ + block * kRowBlock * batch_});
+    kernel_.multiply({.seed = p_.seed,
+                      .stream = p_.stream,
+                      .row = static_cast<uint32_t>(first_row_ + block * kRowBlock),
+                      .row_blocks = std::min(kernel_.row_blocks, row_blocks_ - block),
+                      .unit = static_cast<uint64_t>(c.unit),
+                      .units = c.units,
+                      .batch = batch_,
+                      .panel_units = chunk_units_,
+                      .panel = c.panel,
+                      .acc = acc_.get() + c.segment * acc_size_ + block * kRowBlock * batch_});
   }
 
   // Adds segments and terms, always in the same order, into the output.
@@ -157,26 +170,11 @@ bool project_cpu(const Projection& projection, const std::string& instruction_se
     const int64_t samples = std::min(samples_per_pass, projection.batch - b);
     for (int64_t i = 0; i < projection.rows; i += kRowsPerPass) {
       const int64_t rows = std::min(kRowsPerPass, projection.rows - i);
-      if (!Pass(projection, columns, kernel, terms, b, samples, i, rows).run(threads, keep_going)) return false;
+      const Piece piece = {.first_sample = b, .samples = samples, .first_row = i, .rows = rows};
+      if (!Pass(projection, columns, kernel, terms, piece).run(threads, keep_going)) return false;
     }
   }
   return true;
-}
-
-void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* rows, int64_t row_count,
-                    const uint64_t* columns, int64_t column_count, float* out) {
-  const uint16_t* half = kind == Kind::normal ? normal_half_table() : nullptr;
-  for (int64_t r = 0; r < row_count; ++r) {
-    for (int64_t c = 0; c < column_count; ++c, ++out) {
-      if (kind == Kind::rademacher) {
-        *out = rademacher_entry(seed, stream, rows[r], columns[c]);
-      } else {
-        const uint32_t bits = static_cast<uint32_t>(normal_bits(half, normal_index(seed, stream, rows[r], columns[c])))
-                              << 16;
-        std::memcpy(out, &bits, sizeof bits);
-      }
-    }
-  }
 }
 
 }  // namespace trak_fast

@@ -13,12 +13,12 @@
 #include <thread>
 #include <vector>
 
+#include "../floats.h"
+
 namespace trak_fast {
 namespace {
 
 constexpr double kWorkForThreads = 4e6;  // multiply-adds below which starting threads costs more than it gains
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 struct FreeMemory {
@@ -37,6 +37,12 @@ Aligned<T> allocate(int64_t count) {
   std::memset(p, 0, bytes);
   return Aligned<T>(p);
 }
+
+// The share of one pass: some samples and some rows of P, with all columns.
+struct Piece {
+  int64_t first_sample, samples;
+  int64_t first_row, rows;
+};
 
 // The default floating-point environment: a caller's flush-to-zero mode must not change the result. Threads started
 // within inherit it.

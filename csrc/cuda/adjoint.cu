@@ -6,6 +6,7 @@
 // columns of a ±1 row, so the warps make the words of 16 rows each and share them.
 #include <algorithm>
 
+#include "../floats.h"
 #include "launch.cuh"
 #include "panel.h"
 #include "tile.cuh"
@@ -172,12 +173,12 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
 template <Kind kind, int width, int terms>
 void launch_adjoint(const Job& job, void* stream) {
   constexpr int64_t most_blocks = int64_t{1} << 30;
-  const int64_t units = (job.offset + job.columns + kUnit - 1) / kUnit - job.offset / kUnit;
+  const int64_t units = divide_up(job.offset + job.columns, kUnit) - job.offset / kUnit;
   Job part = job;
   for (int64_t u = 0; u < units; u += most_blocks) {
     part.first_unit = job.offset / kUnit + u;
     const dim3 grid(static_cast<unsigned>(std::min(most_blocks, units - u)),
-                    static_cast<unsigned>((job.batch + width - 1) / width));
+                    static_cast<unsigned>(divide_up(job.batch, width)));
     launch(adjoint<kind, width, terms>, grid, kThreads, Config<kind, width, terms>::shared_bytes, stream, part);
   }
 }
@@ -189,9 +190,7 @@ void launch_terms(int terms, const Job& job, void* stream) {
 
 // Samples of a pass, and the rows of P of a launch, rounded up to what a stage holds.
 constexpr int64_t kPassSamples = 256;
-int64_t launch_rows(const Adjoint& a) {
-  return (std::min(a.y.columns, kLaunchRows) + kStageRows - 1) / kStageRows * kStageRows;
-}
+int64_t launch_rows(const Adjoint& a) { return divide_up(std::min(a.y.columns, kLaunchRows), kStageRows) * kStageRows; }
 
 // bf16 terms that hold all bits of bf16, or of any other type up to float32.
 int terms_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? 1 : 3; }
@@ -217,7 +216,15 @@ void project_adjoint_cuda(const Adjoint& a, const void* half_table, const Alloca
     job.out = a.out + b * a.out_batch_stride;
     for (int64_t row = 0; row < a.y.columns; row += panel_columns) {
       job.first_row = static_cast<uint32_t>(row);
-      launch_pack({PanelType::bf16_terms, terms, b, job.batch, row, panel_columns, 0, panel}, {a.y}, stream);
+      launch_pack({.type = PanelType::bf16_terms,
+                   .terms = terms,
+                   .first_sample = b,
+                   .samples = job.batch,
+                   .first_column = row,
+                   .columns = panel_columns,
+                   .offset = 0,
+                   .panel = panel},
+                  {a.y}, stream);
       if (a.kind == Kind::rademacher) {
         job.batch <= 8 ? launch_terms<Kind::rademacher, 8>(terms, job, stream)
                        : launch_terms<Kind::rademacher, 32>(terms, job, stream);

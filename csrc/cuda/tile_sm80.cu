@@ -3,6 +3,7 @@
 // Eight warps stand one above the other: each makes its own 16 or 32 rows of P and multiplies them with the same panel
 // columns, which arrive in shared memory by cp.async, a few stages of 128 columns ahead. The panel is the B operand, so
 // that a small batch fills an instruction whose smaller side is 8. P exists in registers alone.
+#include "../floats.h"
 #include "launch.cuh"
 #include "tile.cuh"
 
@@ -161,14 +162,15 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
 template <Kind kind, bool bf16, int width>
 void launch_width(const Tile& tile, void* stream) {
   using C = Config<kind, width>;
-  const dim3 grid(static_cast<unsigned>((tile.rows + C::rows - 1) / C::rows), static_cast<unsigned>(tile.batch_tiles),
+  const dim3 grid(static_cast<unsigned>(divide_up(tile.rows, C::rows)), static_cast<unsigned>(tile.batch_tiles),
                   static_cast<unsigned>(tile.splits));
   launch(tile_sm80<kind, bf16, width>, grid, kThreads, C::shared_bytes, stream, tile);
 }
 
 template <Kind kind, int width>
 TileShape shape() {
-  return {width, Config<kind, width>::rows, Config<kind, width>::blocks_per_multiprocessor};
+  using C = Config<kind, width>;
+  return {.width = width, .rows = C::rows, .blocks_per_multiprocessor = C::blocks_per_multiprocessor};
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 // compiler. What an H100 made of other choices stands in benchmarks/results/NOTES.md.
 #include <utility>
 
+#include "../floats.h"
 #include "launch.cuh"
 #include "tensor_map.cuh"
 #include "tile.cuh"
@@ -250,8 +251,7 @@ __global__ void __launch_bounds__(Config<kind, width>::threads, 1)
   const Block<kind, bf16, width> block(tile);
   // Warpgroups whose rows are all beyond P's leave the multiprocessor to the others.
   const int64_t rows_left = tile.rows - int64_t{blockIdx.x} * C::rows;
-  const int busy =
-      rows_left >= C::rows ? C::consumers : static_cast<int>((rows_left + 64 * C::tiles - 1) / (64 * C::tiles));
+  const int busy = rows_left >= C::rows ? C::consumers : static_cast<int>(divide_up(rows_left, 64 * C::tiles));
   if constexpr (kind == Kind::normal) copy_half_table(block.table, tile.half_table);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(Config<kind, width>::threads, 1)
 template <Kind kind, bool bf16, int width>
 void launch_width(const Tile& tile, void* stream) {
   using C = Config<kind, width>;
-  const dim3 grid(static_cast<unsigned>((tile.rows + C::rows - 1) / C::rows), static_cast<unsigned>(tile.batch_tiles),
+  const dim3 grid(static_cast<unsigned>(divide_up(tile.rows, C::rows)), static_cast<unsigned>(tile.batch_tiles),
                   static_cast<unsigned>(tile.splits));
   const ptx::TensorMap map = make_tensor_map(tile.panel, bf16, kBoxColumns, width);
   launch(tile_sm90<kind, bf16, width>, grid, C::threads, C::shared_bytes, stream, tile, map);
@@ -292,7 +292,7 @@ TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
   // Making normal entries costs more than reading the panel twice as often, so they always serve 256 rows at once.
   const int widest = wide || kind == Kind::normal ? 256 : 128;
   while (width < panel_rows && width < widest) width *= 2;
-  return {width, count_rows(kind, width), 1};
+  return {.width = width, .rows = count_rows(kind, width), .blocks_per_multiprocessor = 1};
 }
 
 void launch_tile_sm90(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {
