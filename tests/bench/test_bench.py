@@ -303,21 +303,17 @@ def test_a_broken_gpu_ends_the_process(gpu: list[str], monkeypatch: pytest.Monke
     assert answers == [{"error": "RuntimeError: misaligned"}]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--budget", "0"], "budget must be above 0, not 0.0"),
-        (["--batches", "0"], "batches must be at least 1, not 0"),
-        (["--dtypes", "int8"], "dtypes has int8, allowed are float32, bfloat16, float16"),
-        (["--proj-types", "uniform"], "uniform"),
-        (["--device", "tpu"], "invalid choice: 'tpu'"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["bench", *arguments])
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+def test_a_refused_run_writes_nothing_and_keeps_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("earlier")
+    for budget, only, message in (
+        (30.0, ("zzz", "yyy"), r"only must be part of one of 'good', .* not 'zzz' or 'yyy'"),
+        (0.0, ("good",), r"budget must be in \(0, 1e\+07\], not 0"),
+    ):
+        for folder in (tmp_path, tmp_path / "new"):
+            with pytest.raises(ValueError, match=message):
+                run(folder, budget, only=only)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert (tmp_path / "results.json").read_text() == "earlier"
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,7 +343,8 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
 IMPORT_THE_BENCH = """
 import sys, torch
 torch.cuda._lazy_init = None  # calling it now fails
-from trak_fast.bench import candidates, page, plan, rates, runner, worker
+from trak_fast.bench import candidates, page, runner, worker
+from trak_fast.plan import predict
 print(sorted({name.split(".")[0] for name in sys.modules} & {"trak", "dattri", "bergson", "matplotlib", "sjlt"}))
 """
 

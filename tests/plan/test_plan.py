@@ -191,7 +191,7 @@ def test_rates_from_results_are_the_nearest() -> None:
 
 def test_calibration_measures_every_rate() -> None:
     found = rates.calibrate(Job(3000, 64, 100, batch=4, dtype="bfloat16"))
-    names = set(rates.Rates.__dataclass_fields__) - {"source", "sync", "gradient"}
+    names = {field.name for field in dataclasses.fields(rates.Rates)} - {"source", "sync", "gradient"}
     assert all(1e5 < getattr(found, name) < 1e18 for name in names)
     assert 0 < found.sync < 60
 
@@ -211,19 +211,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     assert main([*options[:-1], str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--params", "1.5"], "--params: invalid count value: '1.5'"),
-        (["--samples", "0"], "samples must be at least 1, not 0"),
-        (["--tokens", "-1"], "tokens must be at least 1, not -1"),
-        (["--gradient-seconds", "nan"], "gradient_seconds must be at least 0, not nan"),
-    ],
-)
-def test_wrong_arguments_are_named(change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["plan", "--params", "10", "--proj-dim", "8", "--samples", "9", "--device", "cpu", *change])
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err

@@ -18,15 +18,12 @@ from torch import Tensor
 
 from .. import projection
 from ..projection.kernels import ISA_VARIABLE, KERNEL_VARIABLE
-from .case import Case
+from .case import DEVICES, DTYPES, PROJ_TYPES, Case
 
 Project = Callable[[Tensor], Tensor]
 
 CHUNK = 1 << 24
 """Entries of the matrix that "torch, in chunks" draws at a time."""
-
-DENSE = ("rademacher", "normal")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,8 @@ class Candidate:
     module: str
     make: Callable[[Case], Project]
     package: str = ""
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    kinds: tuple[str, ...] = DENSE
+    devices: tuple[str, ...] = DEVICES
+    kinds: tuple[str, ...] = PROJ_TYPES
     dtypes: tuple[str, ...] = DTYPES
     environment: Mapping[str, str] = field(default_factory=dict)
     divisor: Callable[[int], float] = lambda proj_dim: 1.0

@@ -19,7 +19,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT or "timings" not in results:
         raise ValueError(f"{path} holds no results of trak-fast bench (format {FORMAT})")

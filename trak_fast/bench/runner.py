@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from itertools import zip_longest
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..arguments import real
 from ..features import memory
 from ..store.files import atomic_file
 from .budget import PATIENCE, Budget, Task
@@ -43,6 +44,10 @@ OPEN_SECONDS = 120.0
 """For a library to be imported in, whatever the budget."""
 
 
+MOST_SECONDS = 1e7
+"""Seconds of the longest budget."""
+
+
 class Run:
     """A benchmark, from wherever an interrupted one ended."""
 
@@ -55,9 +60,19 @@ class Run:
                 with; any other one is kept under a name with its date.
             budget: Seconds after which nothing new is begun, once all libraries are imported.
             module: Where candidates come from.
+
+        Raises:
+            TypeError: `budget` is no number.
+            ValueError: `budget` is out of range, or no candidate has a name that the settings ask for.
+            OSError: The results cannot be written.
         """
-        self.settings, self.path, self.budget, self.module = settings, path, budget, module
+        self.settings = settings
+        self.path = path
+        self.budget = real("budget", budget, 0.0, MOST_SECONDS, above=True)
+        self.module = module
         self.candidates = {candidate.name: candidate for candidate in import_module(module).everything(settings.device)}
+        self._wanted = chosen(self.candidates, settings.only)
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._workers: dict[str, Worker] = {}
         self.results = self._resumed() or {
             "format": FORMAT,
@@ -75,6 +90,7 @@ class Run:
         self.resumed = bool(self.results["timings"] or self.results["checks"])
         self._spent_before = self.results["seconds"]
         self._start = self._deadline = time.monotonic()
+        self._save()
 
     def run(self) -> dict[str, Any]:
         """Measures until all is done or the budget is used up.
@@ -142,7 +158,6 @@ class Run:
         names = {name: i for i, name in enumerate(self.candidates)}
         for kind in ("timings", "checks"):  # in the order of the grid, whatever had to wait
             self.results[kind].sort(key=lambda entry: (cases[case_of(entry)], names.get(entry["candidate"], 0)))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path) as temporary:
             temporary.write_text(json.dumps(self.results, indent=1) + "\n")
 
@@ -152,18 +167,9 @@ class Run:
 
     def _look_around(self) -> None:
         """Which candidates there are, and what the machine does at best."""
-        wanted = [
-            name
-            for name in self.candidates
-            if not self.settings.only or any(part.lower() in name.lower() for part in self.settings.only)
-        ]
-        if not wanted:
-            raise ValueError(
-                f"no candidate's name has {' or '.join(self.settings.only)} in it: {list(self.candidates)}"
-            )
         known: dict[str, dict[str, Any]] = {}
         opening = []
-        for name in wanted:
+        for name in self._wanted:
             candidate = self.candidates[name]
             if self.settings.device not in candidate.devices:
                 known[name] = {"status": "missing", "error": f"runs on {', '.join(candidate.devices)} only"}
@@ -278,6 +284,20 @@ class Run:
             start = time.monotonic()
             if (found := self._ask("check", task)) is not None:
                 self._enter(task, status="ok", error=None, seconds=round(time.monotonic() - start, 3), found=found)
+
+
+def chosen(names: Collection[str], parts: Sequence[str]) -> list[str]:
+    """Returns the names that have one of the parts in them, upper or lower case; all where there are no parts.
+
+    Raises:
+        ValueError: No name has.
+    """
+    found = [name for name in names if not parts or any(part.lower() in name.lower() for part in parts)]
+    if not found:
+        raise ValueError(
+            f"only must be part of one of {', '.join(map(repr, names))}, not {' or '.join(map(repr, parts))}"
+        )
+    return found
 
 
 def describe(case: Case) -> str:

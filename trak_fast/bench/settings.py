@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .. import projection
-from ..projection.checks import kind_of
-from .case import Case, dtype_of
+from ..arguments import choice, integer
+from ..projection.checks import MAX_COLUMNS
+from .case import DEVICES, DTYPES, MOST_GRADIENTS, PROJ_TYPES, Case
 
 
 @dataclass(frozen=True)
@@ -44,29 +45,27 @@ class Settings:
     threads: int
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
+        """Checks the values.
 
         Raises:
+            TypeError: A setting has a wrong type.
             ValueError: A setting is out of its range.
         """
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, not {self.device}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch finds no CUDA device")
-        for name in ("batches", "grad_dims", "proj_dims", "check_dims"):
-            if any(value < 1 for value in getattr(self, name)):
-                raise ValueError(f"{name} must be at least 1, not {min(getattr(self, name))}")
+        choice("device", self.device, DEVICES)
+        for name, high in (
+            ("batches", MOST_GRADIENTS), ("grad_dims", MAX_COLUMNS), ("proj_dims", 2**32), ("check_dims", MAX_COLUMNS),
+        ):  # fmt: skip
+            for size in getattr(self, name):
+                integer(name, size, 1, high)
+        for dtype in self.dtypes:
+            choice("dtypes", dtype, DTYPES)
+        for proj_type in self.proj_types:
+            choice("proj_types", proj_type, PROJ_TYPES)
         for name in ("batches", "grad_dims", "proj_dims", "dtypes", "proj_types"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is empty")
-        if min(self.check_proj_dim, self.threads) < 1:
-            raise ValueError("check_proj_dim and threads must be at least 1")
-        for kind in self.proj_types:
-            kind_of(kind)
-        for dtype in self.dtypes:
-            if dtype not in ("float32", "bfloat16", "float16"):
-                raise ValueError(f"dtypes has {dtype}, allowed are float32, bfloat16, float16")
-            dtype_of(dtype)
+                raise ValueError(f"{name} must be one or more values, not {getattr(self, name)}")
+        integer("check_proj_dim", self.check_proj_dim, 1, 2**32)
+        integer("threads", self.threads, 1)
 
     def cases(self) -> list[Case]:
         """What to time, what matters most first."""
@@ -95,6 +94,18 @@ class Settings:
         ]
 
 
+def check_device(device: str) -> None:
+    """Checks that a device is there.
+
+    Raises:
+        TypeError: `device` is no string.
+        ValueError: There is no such device.
+    """
+    choice("device", device, DEVICES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' where torch finds no CUDA device, not 'cuda'")
+
+
 def defaults(device: str | None = None) -> Settings:
     """What a run without arguments measures: in four and a half minutes on two cores.
 
@@ -102,7 +113,9 @@ def defaults(device: str | None = None) -> Settings:
         device: By default a CUDA device where there is one that trak_fast has kernels for.
     """
     if device is None:
-        device = "cuda" if any(found["kernels"] for found in projection.info()["cuda_devices"]) else "cpu"
+        known = any(found["kernels"] for found in projection.info()["cuda_devices"])
+        device = "cuda" if known and torch.cuda.is_available() else "cpu"
+    check_device(device)
     gpu = device == "cuda"
     return Settings(
         device=device,

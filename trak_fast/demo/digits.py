@@ -13,9 +13,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arguments import integer, real
 from ..retraining import Models, forward
 from ..tasks.classification import margin
 
+IMAGES = 1797
+"""Images of scikit-learn's digits."""
 CLASSES = 10
 BATCH_SIZE = 64
 EXAMPLES = 6
@@ -49,21 +52,20 @@ class Settings:
     test_size: int
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
+        """Checks the values.
 
         Raises:
+            TypeError: A setting is no number.
             ValueError: A setting is out of its range.
         """
         limits = {
             "seed": (0, 2**32 - 1), "proj_dim": (1, 2**32), "checkpoints": (1, 1000), "subsets": (2, 100_000),
-            "nets_per_subset": (1, 1000), "epochs": (1, 10_000), "train_size": (4 * BATCH_SIZE, 1797 - CLASSES),
-            "test_size": (2 * EXAMPLES, 1797 - self.train_size),
+            "nets_per_subset": (1, 1000), "epochs": (1, 10_000), "train_size": (4 * BATCH_SIZE, IMAGES - 2 * EXAMPLES),
         }  # fmt: skip
         for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be in [{low}, {high}], not {getattr(self, name)}")
-        if not 1 / self.train_size <= self.flipped <= 0.5:
-            raise ValueError(f"flipped must be in [1/{self.train_size}, 0.5], not {self.flipped}")
+            integer(name, getattr(self, name), low, high)
+        integer("test_size", self.test_size, 2 * EXAMPLES, IMAGES - self.train_size)
+        real("flipped", self.flipped, 1 / self.train_size, 0.5)
 
 
 class Data(NamedTuple):
