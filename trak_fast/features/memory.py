@@ -56,7 +56,7 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def in_parts(count: int, size: int, compute: Callable[[slice], object]) -> int:
+def halving_on_oom(count: int, size: int, compute: Callable[[slice], object]) -> int:
     """Calls `compute` for slices of up to `size` of `count` samples, and for smaller ones where memory runs out.
 
     Returns:

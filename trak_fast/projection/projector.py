@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,25 @@ from ..arguments import integer
 from . import checks, kernels, operators
 from .checks import Gradients
 from .functions import project_adjoint
+
+
+class ProjectorLike(Protocol):
+    """The projectors that `TRAKer` takes; those of traker are such ones.
+
+    One that has `grad_dim` is refused for gradients of another size. `proj_type`, `seed` and `definition` go into the
+    manifest of the features.
+
+    Attributes:
+        proj_dim: Size of a projected gradient, k; 0: that of the gradient.
+    """
+
+    proj_dim: int
+
+    def project(self, grads: Mapping[str, Tensor] | Tensor, model_id: int) -> Tensor:
+        """Projects gradients, (B, D) or (B, ...) by parameter, to (B, k), by the matrix of `model_id`."""
+
+    def free_memory(self) -> None:
+        """Frees the memory that is not needed until the next projection."""
 
 
 class NoProjection:
