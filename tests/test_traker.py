@@ -292,7 +292,10 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
         ({"saver": object}, "saver and score_computer are not supported"),
         ({"score_computer": object}, "saver and score_computer are not supported"),
         ({"grad_wrt": ["head"]}, "no parameter head"),
-        ({"projector": type("P", (), {"grad_dim": 130, "proj_dim": 8})()}, "projector.grad_dim must be 131, .*, not 130"),
+        (
+            {"projector": type("P", (), {"grad_dim": 130, "proj_dim": 8})()},
+            "projector.grad_dim must be 131, .*, not 130",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_a_folder_is_made(tmp_path: Path, options: dict[str, Any], message: str) -> None:
