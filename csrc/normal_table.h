@@ -20,4 +20,9 @@ TRAK_FAST_DEFINE uint16_t normal_bits(const uint16_t* half, uint32_t u) {
   return u >= kNormalHalf ? half[u - kNormalHalf] : half[kNormalHalf - 1 - u] | 0x8000;
 }
 
+// The table if the kind needs one, else null.
+static inline const uint16_t* half_table_for(Kind kind) {
+  return with_kind(kind, [](auto k) { return KindTraits<k>::needs_table ? normal_half_table() : nullptr; });
+}
+
 }  // namespace trak_fast

@@ -114,11 +114,11 @@ class AdjointPass {
 bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_set, int threads,
                          bool (*keep_going)()) {
   const DefaultFloats floats;
-  const AdjointKernel& kernel = choose_backend(instruction_set).adjoint[static_cast<int>(adjoint.kind)];
+  const AdjointKernel& kernel = kernel_for(adjoint.kind, choose_backend(instruction_set).adjoint);
   const std::vector<Part> parts{adjoint.y};
   const Columns y(parts);
   if (adjoint.columns == 0 || adjoint.batch == 0) return true;
-  if (adjoint.kind == Kind::normal) normal_half_table();  // built before threads ask for it
+  half_table_for(adjoint.kind);  // built before threads ask for it
   const int64_t samples_per_pass = std::min({kAccSize / kernel.group_columns, kMaxSamples, adjoint.batch});
   const int64_t rows_per_pass = kPanelSize / samples_per_pass / kUnit * kUnit;
   for (int64_t b = 0; b < adjoint.batch; b += samples_per_pass) {

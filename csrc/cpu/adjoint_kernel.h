@@ -14,9 +14,9 @@ namespace {
 // Vectors of sums in a group, and where the lanes stand: vector n, lane l is column column(n, l) of the group.
 template <class L, Kind kind>
 struct AdjointGroup {
-  static constexpr int64_t kBlockColumns = kind == Kind::rademacher ? kRademacherBlock : kNormalBlock;
+  static constexpr int64_t kBlockColumns = KindTraits<kind>::block_columns;
   static constexpr int64_t kColumns = kBlockColumns * PhiloxColumns<L>::kBlocks;
-  static constexpr int kPerWord = kind == Kind::rademacher ? 32 : 2;  // vectors
+  static constexpr int kPerWord = KindTraits<kind>::entries_per_word;  // vectors
 
   static int64_t column(int64_t vector, int64_t lane) {
     const int64_t word = vector / kPerWord, i = vector % kPerWord, block = lane / 4 * kBlockColumns, t = lane % 4;
@@ -40,7 +40,7 @@ void adjoint_by_fma(const AdjointMultiply& m) {
   using Fma = FmaKernel<L, kind>;
   constexpr int kPerWord = AdjointGroup<L, kind>::kPerWord, kPerBlock = kRowBlock / L::kLanes;
   const PhiloxColumns<L> philox = philox_of<L, kind>(m);
-  const uint16_t* half = kind == Kind::normal ? normal_half_table() : nullptr;
+  const uint16_t* half = half_table_for(kind);
   typename L::Words words[kStep][4];
   alignas(64) float p[kStep][kRowBlock];  // 32 columns, in the lanes' order
   for (int64_t step = 0; step < m.steps; ++step) {
@@ -95,12 +95,6 @@ void adjoint_by_tables(const AdjointMultiply& m) {
     }
     Tables::add_vectors(panel_rows(m, step), m.batch, words, m.acc);
   }
-}
-
-template <class L, Kind kind>
-constexpr AdjointKernel make_adjoint(void (*multiply)(const AdjointMultiply&)) {
-  using Group = AdjointGroup<L, kind>;
-  return {L::kLanes, Group::kColumns, kPanelRow * 4, pack_f32<Kind::normal>, multiply, Group::column};
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 // tile costs less than the products of 32 gradient rows with it, so for bigger batches it is simply made again for
 // every group of rows, whose sums then never leave the tile registers; a normal tile costs ten times that, so it is
 // used for up to 96 rows at once, and beyond that the sums of all groups come and go.
-#include "adjoint_kernel.h"
+#include "float_backend.h"
 #include "lanes_avx512.h"
 #include "pack_bf16.h"
 #include "philox_rows.h"
@@ -125,7 +125,7 @@ class NormalTiles {
   // rows: 0 or 1, for rows 0-15 or 16-31 of the row block.
   NormalTiles(const Multiply& m, const PhiloxRows<Avx512>& philox, int rows)
       : philox_(philox),
-        block_(static_cast<uint32_t>(first_block(Kind::normal, m.unit))),
+        block_(static_cast<uint32_t>(first_block<Kind::normal>(m.unit))),
         rows_(rows),
         half_(normal_half_table()) {
     for (uint32_t t = 0; t < 2; ++t) philox_.words(block_, t, rows_, words_ + 4 * t);
@@ -172,7 +172,10 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
   TileConfig() {
-    for (int i = 0; i < 8; ++i) row_bytes[i] = 64, rows[i] = 16;
+    for (int i = 0; i < 8; ++i) {
+      row_bytes[i] = 64;
+      rows[i] = 16;
+    }
   }
 };
 
@@ -334,7 +337,7 @@ void multiply_normal(const Multiply& m, uint32_t row, float* sums) {
                                                          multiply_strip_step<3>, multiply_strip_step<4>,
                                                          multiply_strip_step<5>, multiply_strip_step<6>};
   const int64_t tiles = m.batch / kTileRows;
-  const PhiloxRows<Avx512> philox(Kind::normal, m.seed, m.stream, row, first_block(Kind::normal, m.unit));
+  const PhiloxRows<Avx512> philox(Kind::normal, m.seed, m.stream, row, first_block<Kind::normal>(m.unit));
   for (int rows = 0; rows < 2; ++rows, sums += m.batch * 16) {
     NormalTiles p(m, philox, rows);
     if (tiles <= 6) {
@@ -374,21 +377,24 @@ void multiply(const Multiply& m) {
 }
 
 template <Kind kind>
-constexpr Kernel make_kernel() {
-  return {true, kTileRows, kUnit * 2, 16, kind == Kind::rademacher ? 4 : 1, pack<kind>, multiply<kind>};
+constexpr Kernel make_kernel(int64_t row_blocks) {
+  return {.bf16 = true,
+          .batch_multiple = kTileRows,
+          .row_bytes = kUnit * 2,
+          .lanes = 16,
+          .row_blocks = row_blocks,
+          .pack = pack<kind>,
+          .multiply = multiply<kind>};
 }
 
-const Kernel kernels[2] = {make_kernel<Kind::rademacher>(), make_kernel<Kind::normal>()};
-
-const AdjointKernel adjoint_kernels[2] = {
-    make_adjoint<Avx512, Kind::rademacher>(adjoint_by_tables<Avx512, TableKernel<Avx512>>),
-    make_adjoint<Avx512, Kind::normal>(adjoint_by_fma<Avx512, Kind::normal>)};
-
-const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
+constexpr Kernels kernels = {.rademacher = make_kernel<Kind::rademacher>(4), .normal = make_kernel<Kind::normal>(1)};
 
 }  // namespace
 
 extern const Backend amx_backend;
-const Backend amx_backend = {"amx", kernel, adjoint_kernels};
+constexpr Backend amx_backend = {.name = "amx",
+                                 .kernels = kernels,
+                                 .kernels_of_one_term = kernels,
+                                 .adjoint = float_adjoints<Avx512, TableKernel<Avx512>>()};
 
 }  // namespace trak_fast

@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "../normal_table.h"
-#include "adjoint_kernel.h"
+#include "float_backend.h"
 #include "table_kernel.h"
 
 namespace trak_fast {
@@ -74,19 +74,9 @@ struct Avx2 {
   }
 };
 
-const Kernel kernels[2] = {
-    {false, 1, kPanelRow * 4, 8, 16, pack_f32<Kind::rademacher>, TableKernel<Avx2>::multiply},
-    {false, 1, kPanelRow * 4, 8, 1, pack_f32<Kind::normal>, FmaKernel<Avx2, Kind::normal>::multiply}};
-
-const AdjointKernel adjoint_kernels[2] = {
-    make_adjoint<Avx2, Kind::rademacher>(adjoint_by_tables<Avx2, TableKernel<Avx2>>),
-    make_adjoint<Avx2, Kind::normal>(adjoint_by_fma<Avx2, Kind::normal>)};
-
-const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
-
 }  // namespace
 
 extern const Backend avx2_backend;
-const Backend avx2_backend = {"avx2", kernel, adjoint_kernels};
+constexpr Backend avx2_backend = float_backend<Avx2, TableKernel<Avx2>>("avx2");
 
 }  // namespace trak_fast

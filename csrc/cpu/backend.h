@@ -70,11 +70,19 @@ struct AdjointKernel {
   int64_t (*column)(int64_t vector, int64_t lane);  // within the group
 };
 
+struct Kernels {
+  Kernel rademacher, normal;
+};
+
+struct AdjointKernels {
+  AdjointKernel rademacher, normal;
+};
+
 struct Backend {
   const char* name;
-  // terms: how many bf16 terms the input takes (1 for bf16 itself).
-  const Kernel& (*kernel)(Kind kind, int terms);
-  const AdjointKernel* adjoint;  // by kind
+  Kernels kernels;
+  Kernels kernels_of_one_term;  // for gradients that one bf16 term holds, as bf16 itself
+  AdjointKernels adjoint;
 };
 
 }  // namespace trak_fast

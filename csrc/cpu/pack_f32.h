@@ -23,14 +23,14 @@ void pack_f32(const Pack& p) {
     for (int64_t j = 0; j < kUnit; ++j) floats[j] = bf16_to_float(raw[j]);
     x = floats;
   }
-  if (kind == Kind::normal) {
+  if constexpr (kind == Kind::normal) {
     std::memcpy(out, x, kUnit * sizeof(float));
-    return;
-  }
-  for (int64_t v = 0; v < 4; ++v) {
-    for (int64_t t = 0; t < 4; ++t) {
-      for (int64_t e = 0; e < 2; ++e) {
-        for (int64_t n = 0; n < 16; ++n) out[128 * t + 32 * v + 16 * e + n] = x[128 * v + 8 * n + 2 * t + e];
+  } else {
+    for (int64_t v = 0; v < 4; ++v) {
+      for (int64_t t = 0; t < 4; ++t) {
+        for (int64_t e = 0; e < 2; ++e) {
+          for (int64_t n = 0; n < 16; ++n) out[128 * t + 32 * v + 16 * e + n] = x[128 * v + 8 * n + 2 * t + e];
+        }
       }
     }
   }

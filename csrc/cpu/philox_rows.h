@@ -18,7 +18,10 @@ class PhiloxRounds {
 
   explicit PhiloxRounds(uint64_t seed) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int r = 0; r < kPhiloxRounds; ++r, k0 += kPhiloxW0, k1 += kPhiloxW1) key0_[r] = k0, key1_[r] = k1;
+    for (int r = 0; r < kPhiloxRounds; ++r, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+      key0_[r] = k0;
+      key1_[r] = k1;
+    }
   }
 
   // Calls on their way: the counter's words after some rounds, in the low halves of 64-bit lanes.
@@ -104,8 +107,9 @@ class PhiloxRows : public PhiloxRounds<L> {
 };
 
 // The first Philox block of a unit of columns.
-static inline constexpr uint64_t first_block(Kind kind, uint64_t unit) {
-  return kind == Kind::rademacher ? unit : unit * static_cast<uint64_t>(kUnit / kNormalBlock);
+template <Kind kind>
+constexpr uint64_t first_block(uint64_t unit) {
+  return unit * static_cast<uint64_t>(kUnit / KindTraits<kind>::block_columns);
 }
 
 }  // namespace

@@ -162,9 +162,9 @@ bool project_cpu(const Projection& projection, const std::string& instruction_se
   const Columns columns(projection.parts);
   if (columns.count() == 0 || projection.batch == 0) return true;
   const int input_terms = columns.all_bf16() ? 1 : projection.terms;
-  const Kernel& kernel = backend.kernel(projection.kind, input_terms);
+  const Kernel& kernel = kernel_for(projection.kind, input_terms == 1 ? backend.kernels_of_one_term : backend.kernels);
   const int terms = kernel.bf16 ? input_terms : 1;
-  if (projection.kind == Kind::normal) normal_half_table();  // built before threads ask for it
+  half_table_for(projection.kind);  // built before threads ask for it
   const int64_t samples_per_pass = kMaxPanelRows / terms;
   for (int64_t b = 0; b < projection.batch; b += samples_per_pass) {
     const int64_t samples = std::min(samples_per_pass, projection.batch - b);

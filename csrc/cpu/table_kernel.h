@@ -14,6 +14,9 @@ namespace {
 template <class L>
 class TableKernel {
  public:
+  static constexpr bool kUsesTables = true;
+  static constexpr int64_t kRowBlocks = 16;
+
   static void multiply(const Multiply& m) {
     int64_t b = 0;
     for (; b + L::kTableBatch <= m.batch; b += L::kTableBatch) multiply_rows<L::kTableBatch>(m, b);
