@@ -1,4 +1,5 @@
-// Entries of P one by one, as the definition says: for tests, and for whoever wants to look at the matrix.
+// Entries of P one by one, straight from the definition. Slow, and therefore independent of all kernels: tests compare
+// these with them, and users look at the matrix.
 #include "floats.h"
 #include "normal_table.h"
 #include "trak_fast.h"

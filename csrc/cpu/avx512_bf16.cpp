@@ -1,6 +1,6 @@
-// AVX-512 with the bf16 dot product: AVX-512's kernels, but normal entries and bf16 gradients are multiplied two
-// columns at a time. (Rademacher tables do more per instruction; floats would need two or three bf16 terms.) AMD's
-// processors do a dot product in the time of an FMA, Intel's take twice as long.
+// AVX-512 with the bf16 dot product: the kernels of AVX-512, but bf16 gradients meet normal entries two columns at a
+// time. (Rademacher tables do more per instruction; floats would need two or three bf16 terms.) AMD's processors do a
+// dot product in the time of an FMA, Intel's take twice as long.
 #include "float_backend.h"
 #include "lanes_avx512.h"
 #include "pack_bf16.h"

@@ -1,5 +1,5 @@
-// The kernel that multiplies: 128 columns of P for a row block are written as floats to the first-level cache, then
-// used for the whole batch, a few registers of rows times L::kFmaBatch gradients at a time.
+// The kernel that multiplies, for any kind: it writes 128 columns of P for a row block as floats to the first-level
+// cache and uses them for the whole batch, a few registers of rows times L::kFmaBatch gradients at a time.
 #pragma once
 #include "../normal_table.h"
 #include "pack_f32.h"
@@ -31,7 +31,7 @@ class FmaKernel {
     }
   }
 
-  // acc[i] += the sum over j of p[j][i] x[j], for the whole batch; x: rows of a panel, from the step's first column on.
+  // Adds the sum over j of p[j][i] x[j] to acc[i], for the whole batch. x: the panel, from the step's first column on.
   static TRAK_FAST_INLINE void multiply_batch(const float* x, int64_t batch, const float (*p)[kRowBlock], float* acc) {
     int64_t b = 0;
     for (; b + L::kFmaBatch <= batch; b += L::kFmaBatch) multiply_rows<L::kFmaBatch>(x, batch, b, p, acc);
@@ -40,16 +40,16 @@ class FmaKernel {
 
  private:
   using Floats = typename L::Floats;
-  static constexpr int kCalls = kStep / (4 * KindTraits<kind>::entries_per_word);  // of Philox, for a step
+  static constexpr int kCalls = kStep / (4 * KindTraits<kind>::entries_per_word);  // Philox calls for a row and step
   static constexpr int kVectors = kRowBlock / L::kLanes;
   // Registers of rows: more where they are narrow, to share each gradient's load.
   static constexpr int kFmaVectors = L::kLanes < 8 ? 4 : 2;
 
-  // One step's entries, p[column in the panel's order][row].
+  // Writes one step's entries as p[column in the panel's order][row].
   static void make(const PhiloxRows<L>& philox, uint64_t block, int step, const uint16_t* half, float (*p)[kRowBlock]) {
     for (int v = 0; v < kVectors; ++v) {
       for (int part = 0; part < kCalls; ++part) {
-        const int call = kCalls * step + part;  // of the unit: its blocks one after the other, four values of t in each
+        const int call = kCalls * step + part;  // within the unit: block after block, with four values of t in each
         typename L::Words words[4];
         philox.words(static_cast<uint32_t>(block) + static_cast<uint32_t>(call / 4), static_cast<uint32_t>(call % 4), v,
                      words);

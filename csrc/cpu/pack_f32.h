@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kPanelRow = kUnit + 16;
 
-// Where column j of a unit goes. Rademacher: (t, word, bit), so that a word's bits are in order; normal: as it is.
+// Writes one unit's columns to a panel row. Rademacher: in the order (t, word, bit), so that a word's bits meet them
+// one after the other. Normal: in their natural order.
 template <Kind kind>
 void pack_f32(const Pack& p) {
   float* out = static_cast<float*>(p.panel) + (p.unit * p.batch + p.row) * kPanelRow;

@@ -1,5 +1,5 @@
-// Any processor: vectors of four floats as GCC and Clang offer them everywhere (NEON on arm64, SSE2 on x86-64), and
-// multiplication for both kinds.
+// The backend for any processor: vectors of four floats, which GCC and Clang offer everywhere (NEON on arm64, SSE2 on
+// x86-64), and multiplication for both kinds.
 #include "../normal_table.h"
 #include "float_backend.h"
 
@@ -47,7 +47,7 @@ struct Portable {
   static TRAK_FAST_INLINE Floats sign_of_bit(Words words, int bit) {
     return reinterpret_cast<Floats>((words << (31 - bit) & 0x80000000) ^ 0x3F800000);
   }
-  // Without a branch on the sign, which no processor could predict.
+  // Takes no branch on the sign, which no processor could predict.
   static TRAK_FAST_INLINE void normal(Words words, const uint16_t* half, Floats& even, Floats& odd) {
     using Halves = uint16_t __attribute__((vector_size(16)));
     const Halves u = reinterpret_cast<Halves>(words);
