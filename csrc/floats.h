@@ -14,6 +14,7 @@
 
 namespace trak_fast {
 
+// a / b, rounded up.
 TRAK_FAST_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 TRAK_FAST_HOST_DEVICE float float_from_bits(uint32_t bits) {
@@ -30,7 +31,8 @@ TRAK_FAST_HOST_DEVICE uint32_t bits_of_float(float x) {
 
 TRAK_FAST_HOST_DEVICE float bf16_to_float(uint16_t x) { return float_from_bits(static_cast<uint32_t>(x) << 16); }
 
-// With selects only, so that it vectorises; exact for subnormal numbers whatever the processor's rounding flags say.
+// Converts fp16. Selects instead of branches let it vectorise; it is exact for subnormal numbers whatever the
+// processor's rounding flags say.
 TRAK_FAST_HOST_DEVICE float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7FFF;
   const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24F;
@@ -38,7 +40,7 @@ TRAK_FAST_HOST_DEVICE float half_to_float(uint16_t h) {
   return float_from_bits(sign | (magnitude < 0x400 ? bits_of_float(small) : normal));
 }
 
-// The nearest bf16, ties to even; NaN stays NaN, and a finite value never becomes infinite.
+// Returns the nearest bf16, ties to even; NaN stays NaN, and a finite value never becomes infinite.
 TRAK_FAST_HOST_DEVICE uint16_t nearest_bf16(float x) {
   const uint32_t bits = bits_of_float(x), magnitude = bits & 0x7FFFFFFF;
   if (magnitude > 0x7F800000) return 0x7FC0;

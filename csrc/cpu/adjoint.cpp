@@ -1,9 +1,9 @@
-// The adjoint on the CPU: y is packed once, then each task makes the matrix for some columns, sums over all rows in
-// sums of its own, and adds them to the output.
+// The adjoint on the CPU: packs y once; then each task makes the matrix for some columns, sums over all rows in memory
+// of its thread, and adds the result to the output.
 //
 // Columns are cut into tasks at absolute positions, and one thread sums a task in a fixed order, so the result has the
-// same bits on any number of threads. The kernels' lanes hold columns in an order of their own, which is undone on the
-// way out.
+// same bits on any number of threads. The kernels' lanes hold columns in an order of their own, which is undone when
+// the sums are added to the output.
 #include <algorithm>
 
 #include "../normal_table.h"
@@ -15,16 +15,16 @@
 namespace trak_fast {
 namespace {
 
-constexpr int64_t kAccSize = 1 << 17;    // floats in one thread's sums, to stay in a second-level cache
-constexpr int64_t kPanelSize = 1 << 20;  // floats of packed y in a pass
-constexpr int64_t kMaxSamples = 256;
-constexpr int64_t kColumnsPerTask = 2048;  // of whole groups
+constexpr int64_t kAccSize = 1 << 17;      // most floats in one thread's sums, to stay in a second-level cache
+constexpr int64_t kPanelSize = 1 << 20;    // most floats of packed y in a pass
+constexpr int64_t kMaxSamples = 256;       // of a pass
+constexpr int64_t kColumnsPerTask = 2048;  // a multiple of every kernel's group
 
-// A pass: some samples and rows of P, all columns.
+// One pass: some samples and rows of P, with all columns.
 class AdjointPass {
  public:
   AdjointPass(const Adjoint& adjoint, const Columns& y, const AdjointKernel& kernel, const Piece& piece)
-      : a_(adjoint),
+      : adjoint_(adjoint),
         y_(y),
         kernel_(kernel),
         first_sample_(piece.first_sample),
@@ -46,7 +46,7 @@ class AdjointPass {
     const int64_t packs = units_ * samples_;
     const int64_t first_task = first_group_ / groups_per_task_;
     const int64_t tasks = divide_up(end_group_, groups_per_task_) - first_task;
-    const double work = static_cast<double>(a_.columns) * static_cast<double>(rows_ * samples_);
+    const double work = static_cast<double>(adjoint_.columns) * static_cast<double>(rows_ * samples_);
     if (work < kWorkForThreads) threads = 1;
     threads = static_cast<int>(std::min<int64_t>(threads, tasks));
     panel_ = allocate<float>(units_ * samples_ * kernel_.row_bytes / 4);
@@ -80,32 +80,33 @@ class AdjointPass {
 
   void multiply(int64_t group, float* acc) const {
     std::memset(acc, 0, static_cast<size_t>(kernel_.group_columns * samples_) * sizeof(float));
-    kernel_.multiply({.seed = a_.seed,
-                      .stream = a_.stream,
+    kernel_.multiply({.seed = adjoint_.seed,
+                      .stream = adjoint_.stream,
                       .row = static_cast<uint32_t>(first_row_),
                       .steps = divide_up(rows_, kStep),
                       .group = static_cast<uint64_t>(group),
                       .batch = samples_,
                       .panel = panel_.get(),
                       .acc = acc});
-    const int64_t first = group * kernel_.group_columns - static_cast<int64_t>(a_.offset);
-    const int64_t begin = std::max<int64_t>(-first, 0), end = std::min(kernel_.group_columns, a_.columns - first);
+    const int64_t first = group * kernel_.group_columns - static_cast<int64_t>(adjoint_.offset);
+    const int64_t begin = std::max<int64_t>(-first, 0), end = std::min(kernel_.group_columns, adjoint_.columns - first);
     alignas(64) float ordered[kColumnsPerTask];
     for (int64_t b = 0; b < samples_; ++b) {
       for (int64_t i = 0; i < kernel_.group_columns; ++i) {
         const int64_t vector = i / kernel_.lanes, lane = i % kernel_.lanes;
         ordered[columns_of_group_[static_cast<size_t>(i)]] = acc[(vector * samples_ + b) * kernel_.lanes + lane];
       }
-      float* out = a_.out + (first_sample_ + b) * a_.out_batch_stride + (first + begin) * a_.out_column_stride;
-      for (int64_t c = begin; c < end; ++c, out += a_.out_column_stride) *out += ordered[c];
+      float* out =
+          adjoint_.out + (first_sample_ + b) * adjoint_.out_batch_stride + (first + begin) * adjoint_.out_column_stride;
+      for (int64_t c = begin; c < end; ++c, out += adjoint_.out_column_stride) *out += ordered[c];
     }
   }
 
-  const Adjoint& a_;
+  const Adjoint& adjoint_;
   const Columns& y_;
   const AdjointKernel& kernel_;
   const int64_t first_sample_, samples_, first_row_, rows_, units_, first_group_, end_group_, groups_per_task_;
-  std::vector<int32_t> columns_of_group_;  // in the order of the sums
+  std::vector<int32_t> columns_of_group_;  // the column of each sum of a group
   Aligned<float> panel_, acc_;
 };
 
@@ -114,11 +115,11 @@ class AdjointPass {
 bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_set, int threads,
                          bool (*keep_going)()) {
   const DefaultFloats floats;
-  const AdjointKernel& kernel = choose_backend(instruction_set).adjoint[static_cast<int>(adjoint.kind)];
+  const AdjointKernel& kernel = kernel_for(adjoint.kind, choose_backend(instruction_set).adjoint);
   const std::vector<Part> parts{adjoint.y};
   const Columns y(parts);
   if (adjoint.columns == 0 || adjoint.batch == 0) return true;
-  if (adjoint.kind == Kind::normal) normal_half_table();  // built before threads ask for it
+  half_table_for(adjoint.kind);  // built before threads ask for it
   const int64_t samples_per_pass = std::min({kAccSize / kernel.group_columns, kMaxSamples, adjoint.batch});
   const int64_t rows_per_pass = kPanelSize / samples_per_pass / kUnit * kUnit;
   for (int64_t b = 0; b < adjoint.batch; b += samples_per_pass) {

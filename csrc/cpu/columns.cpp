@@ -1,5 +1,5 @@
-// Strides, dtypes and lists of tensors are dealt with here and nowhere else: a run of elements at one stride is copied
-// or converted to floats, run after run, until the wanted columns are there.
+// Strides, dtypes and lists of tensors end here, so that the kernels know none of them: runs of elements at one stride
+// are copied or converted to floats, one after the other, until all wanted columns are there.
 #include "columns.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@ T load(const char* p) {
   return x;
 }
 
-// Converts elements at a stride (in bytes); specialised for stride 1, where it vectorises.
+// Converts elements that are `stride` bytes apart. Neighbours have a loop of their own, which vectorises.
 template <class T, class Out, class Convert>
 void convert_run(const char* from, int64_t stride, int64_t count, Out* to, Convert convert) {
   if (stride == static_cast<int64_t>(sizeof(T))) {
@@ -29,6 +29,7 @@ void convert_run(const char* from, int64_t stride, int64_t count, Out* to, Conve
   }
 }
 
+// Reads `count` elements to place `at` of the buffer: as raw bf16, or else as floats.
 void read_run(Dtype dtype, const char* from, int64_t stride, int64_t count, bool raw, char* buffer, int64_t at) {
   if (raw) {
     convert_run<uint16_t>(from, stride, count, reinterpret_cast<uint16_t*>(buffer) + at, [](uint16_t x) { return x; });
@@ -51,7 +52,7 @@ void read_run(Dtype dtype, const char* from, int64_t stride, int64_t count, bool
   }
 }
 
-// Columns first .. first + count - 1 of one part.
+// Reads columns first .. first + count - 1 of one part's sample b to place `at` of the buffer.
 void read_part(const Part& part, int64_t b, int64_t first, int64_t count, bool raw, char* buffer, int64_t at) {
   const int64_t size = element_size(part.dtype), inner = static_cast<int64_t>(part.sizes.size()) - 1;
   while (count > 0) {

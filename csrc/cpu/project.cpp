@@ -1,9 +1,10 @@
 // The CPU projection: pack, multiply, reduce, on threads.
 //
-// Columns are cut into chunks at absolute positions, rows of P into blocks, and a phase multiplies some chunks while it
-// packs the next ones, its tasks handed out by a counter. How the sum is cut depends on the shape alone and each piece
-// is summed by one thread in a fixed order, so the result has the same bits on any number of threads. With few rows
-// there would be few tasks: then several chunks go side by side into sums of their own, added in order at the end.
+// Columns are cut into chunks at absolute positions, and rows of P into blocks. A phase multiplies some chunks and
+// packs the next ones; a counter hands its tasks out to the threads. The cut depends on the shape alone and one thread
+// sums each piece in a fixed order, so the result has the same bits on any number of threads. Few rows would make few
+// tasks: then several chunks are multiplied side by side, each into sums of its own, which are added in order at the
+// end.
 #include <algorithm>
 
 #include "../normal_table.h"
@@ -15,19 +16,19 @@
 namespace trak_fast {
 namespace {
 
-constexpr int64_t kChunkBytes = 1 << 20;   // one chunk's panel, to stay in a second-level cache
-constexpr int64_t kPanelsBytes = 8 << 20;  // all chunks of a phase
-constexpr int64_t kAccBytes = 16 << 20;    // all sums
+constexpr int64_t kChunkBytes = 1 << 20;   // most bytes of one chunk's panel, to stay in a second-level cache
+constexpr int64_t kPanelsBytes = 8 << 20;  // most bytes of the panels of a phase
+constexpr int64_t kAccBytes = 16 << 20;    // most bytes of all sums
 constexpr int64_t kMaxChunkUnits = 16;     // a power of two: then no chunk spans two values of the high block bits
-constexpr int64_t kTasksWanted = 32;       // enough for this many threads
-constexpr int64_t kRowsPerPass = 16384;
-constexpr int64_t kPackUnits = 4;  // one packing task: this many units of one sample
+constexpr int64_t kTasksWanted = 32;       // tasks of a phase that keep so many threads busy
+constexpr int64_t kRowsPerPass = 16384;    // most rows of P in a pass
+constexpr int64_t kPackUnits = 4;          // units of one sample in a packing task
 
-// A pass: at most kMaxPanelRows panel rows and kRowsPerPass rows of P, all columns.
+// One pass: at most kMaxPanelRows panel rows and kRowsPerPass rows of P, with all columns.
 class Pass {
  public:
   Pass(const Projection& projection, const Columns& columns, const Kernel& kernel, int terms, const Piece& piece)
-      : p_(projection),
+      : projection_(projection),
         columns_(columns),
         kernel_(kernel),
         terms_(terms),
@@ -38,7 +39,7 @@ class Pass {
         batch_(divide_up(samples_ * terms, kernel.batch_multiple) * kernel.batch_multiple),
         row_blocks_(divide_up(rows_, kRowBlock)),
         row_tasks_(divide_up(row_blocks_, kernel.row_blocks)) {
-    const auto start = static_cast<int64_t>(p_.offset);
+    const auto start = static_cast<int64_t>(projection_.offset);
     first_unit_ = start / kUnit;
     end_unit_ = divide_up(start + columns.count(), kUnit);
     const int64_t unit_bytes = batch_ * kernel.row_bytes, acc_bytes = row_blocks_ * kRowBlock * batch_ * 4;
@@ -80,7 +81,8 @@ class Pass {
 
  private:
   struct Chunk {
-    int64_t unit, units, segment;  // unit: absolute; units: 0 past the end
+    int64_t unit, units;  // the first one's absolute number; 0 units past the end
+    int64_t segment;
     char* panel;
   };
 
@@ -99,7 +101,7 @@ class Pass {
     const int64_t sample = task / sample_packs_ % samples_, first = task % sample_packs_ * kPackUnits;
     alignas(64) char buffer[kUnit * 4];
     for (int64_t u = first; u < std::min(first + kPackUnits, c.units); ++u) {
-      const int64_t column = (c.unit + u) * kUnit - static_cast<int64_t>(p_.offset);
+      const int64_t column = (c.unit + u) * kUnit - static_cast<int64_t>(projection_.offset);
       const void* columns = columns_.read(first_sample_ + sample, column, kUnit, buffer);
       kernel_.pack({.columns = columns,
                     .raw_bf16 = columns_.all_bf16(),
@@ -116,8 +118,8 @@ class Pass {
     const Chunk c = chunk(round, task / row_tasks_);
     if (c.units == 0) return;
     const int64_t block = task % row_tasks_ * kernel_.row_blocks;
-    kernel_.multiply({.seed = p_.seed,
-                      .stream = p_.stream,
+    kernel_.multiply({.seed = projection_.seed,
+                      .stream = projection_.stream,
                       .row = static_cast<uint32_t>(first_row_ + block * kRowBlock),
                       .row_blocks = std::min(kernel_.row_blocks, row_blocks_ - block),
                       .unit = static_cast<uint64_t>(c.unit),
@@ -128,22 +130,23 @@ class Pass {
                       .acc = acc_.get() + c.segment * acc_size_ + block * kRowBlock * batch_});
   }
 
-  // Adds segments and terms, always in the same order, into the output.
+  // Adds the sums of all segments and terms, always in the same order, to the output.
   void reduce() const {
     for (int64_t b = 0; b < samples_; ++b) {
-      float* out = p_.out + (first_sample_ + b) * p_.out_batch_stride + first_row_ * p_.out_row_stride;
+      float* out = projection_.out + (first_sample_ + b) * projection_.out_batch_stride +
+                   first_row_ * projection_.out_row_stride;
       for (int64_t i = 0; i < rows_; ++i) {
         const float* acc = acc_.get() + (i / kernel_.lanes * batch_ + b * terms_) * kernel_.lanes + i % kernel_.lanes;
         float sum = 0;
         for (int64_t s = 0; s < segments_; ++s) {
           for (int t = terms_ - 1; t >= 0; --t) sum += acc[s * acc_size_ + t * kernel_.lanes];
         }
-        out[i * p_.out_row_stride] += sum;
+        out[i * projection_.out_row_stride] += sum;
       }
     }
   }
 
-  const Projection& p_;
+  const Projection& projection_;
   const Columns& columns_;
   const Kernel& kernel_;
   const int terms_;
@@ -162,9 +165,9 @@ bool project_cpu(const Projection& projection, const std::string& instruction_se
   const Columns columns(projection.parts);
   if (columns.count() == 0 || projection.batch == 0) return true;
   const int input_terms = columns.all_bf16() ? 1 : projection.terms;
-  const Kernel& kernel = backend.kernel(projection.kind, input_terms);
+  const Kernel& kernel = kernel_for(projection.kind, input_terms == 1 ? backend.kernels_of_one_term : backend.kernels);
   const int terms = kernel.bf16 ? input_terms : 1;
-  if (projection.kind == Kind::normal) normal_half_table();  // built before threads ask for it
+  half_table_for(projection.kind);  // built before threads ask for it
   const int64_t samples_per_pass = kMaxPanelRows / terms;
   for (int64_t b = 0; b < projection.batch; b += samples_per_pass) {
     const int64_t samples = std::min(samples_per_pass, projection.batch - b);
