@@ -150,6 +150,8 @@ def test_a_device_that_is_not_there(
         (b"[" * 100_000, "cannot read"),
         (b"[1]", "holds no results of trak-fast bench"),
         (b'{"format": 2, "timings": []}', "holds no results of trak-fast bench"),
+        (b'{"format": 1, "timings": 5}', "holds no results of trak-fast bench"),
+        (b'{"format": 1, "timings": [], "checks": []}', "holds no results of trak-fast bench"),
     ],
 )
 def test_files_that_hold_no_results(

@@ -6,11 +6,15 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .failure import Failure, checking_arguments
 from .numbers import number
+
+if TYPE_CHECKING:
+    from ..plan.predict import Prediction
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -68,4 +72,16 @@ def run(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise Failure(f"cannot time the disk of this folder: {error}") from error
     found = predict.predict(job, known)
-    print(json.dumps(found, indent=1) if arguments.json else predict.text(job, found))
+    print(json.dumps(_content(found), indent=1) if arguments.json else predict.text(job, found))
+
+
+def _content(found: Prediction) -> dict[str, Any]:
+    """Arranges a prediction for JSON."""
+    distortion = found.distortion
+    return {
+        "seconds": found.seconds.rows(),
+        "memory_bytes": found.memory.rows(),
+        "disk_bytes": found.disk.rows(),
+        "distortion": {"norm": distortion.norm, "cosine": distortion.cosine, "all": distortion.every_distance},
+        "rates": dataclasses.asdict(found.rates),
+    }
