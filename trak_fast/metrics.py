@@ -160,7 +160,7 @@ def counterfactuals(
     Args:
         scores: (n, m), the scores of n training samples for m targets.
         retrain: Maps masks (S, n) bool, with the same number of samples in each, to the outputs (S, m) of models
-            trained on them: `trak_fast.retraining.retrained_outputs` with everything but the masks fixed, say.
+            trained on them, such as `trak_fast.retraining.retrained_outputs` with everything but the masks fixed.
         num_removed: Samples to leave out, in [1, n).
         random_sets: Random sets of samples to leave out.
         seed: Seed of the random sets.

@@ -17,6 +17,7 @@ Gradients = dict[str, Tensor]
 
 
 def _covers_all(layer: nn.Module) -> bool:
+    """The predicate of rules that hold whatever the layer's options."""
     return True
 
 
@@ -49,6 +50,7 @@ def _transposed_linear(layer: nn.Module, inputs: Tensor, output_grads: Tensor) -
 
 
 def _embedding(layer: nn.Embedding, inputs: Tensor, output_grads: Tensor) -> Gradients:
+    """Adds the gradient of each output to the row of its word, in a matrix of all samples' rows one after the other."""
     count = len(inputs)
     size, width = layer.weight.shape
     first_rows = size * torch.arange(count, device=inputs.device).view(-1, *[1] * (inputs.ndim - 1))
@@ -61,6 +63,7 @@ def _embedding(layer: nn.Embedding, inputs: Tensor, output_grads: Tensor) -> Gra
 
 
 def _is_plain_embedding(layer: nn.Embedding) -> bool:
+    """Tells if rows are looked up as they are, and their gradients neither rescaled nor sparse."""
     return not (layer.max_norm or layer.scale_grad_by_freq or layer.sparse)
 
 
