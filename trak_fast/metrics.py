@@ -132,7 +132,7 @@ class Counterfactuals(NamedTuple):
 
     Attributes:
         without_top: (m,) each target's output without the training samples that score highest for it.
-        without_random: (m,) each target's mean output without as many random samples.
+        without_random: (m,) each target's mean output without equally many random samples.
     """
 
     without_top: NDArray[np.float64]
@@ -155,7 +155,7 @@ def counterfactuals(
     """Retrains without the samples that score highest for each target, to see the target's output fall.
 
     The output falls the more, the better the scores name the samples that it rests on. It is compared with that of
-    models without as many random samples, so that the mere loss of data does not count.
+    models without equally many random samples, so that the mere loss of data does not count.
 
     Args:
         scores: (n, m), the scores of n training samples for m targets.
