@@ -49,7 +49,7 @@ def wide(folder: Path, scale: float = 1.0, **options: Any) -> tuple[TRAKer, np.n
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_half_precision_changes_no_ranking(tmp_path: Path, scale: float) -> None:
-    """With magnitudes at which float16 features would be zero, and at which they and X'X would overflow."""
+    """At these scales float16 features would be zero, or they and X'X would overflow."""
     whole, expected = wide(tmp_path / "float32", scale)
     half, scores = wide(tmp_path / "float16", scale, use_half_precision=True)
     assert np.isfinite(scores).all()

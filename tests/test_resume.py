@@ -1,4 +1,4 @@
-"""TRAK in several runs: killed, repeated, spread over processes."""
+"""TRAK in several runs, which are killed, repeated, or spread over processes."""
 
 import os
 import subprocess
@@ -65,7 +65,7 @@ print(moment - 1)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    """Killed before each call that changes the disk, and in the middle of each write."""
+    """Runs are killed before each call that changes the disk, and in the middle of each write."""
     torch.save(CHECKPOINTS[0], tmp_path / "state.pt")
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent / "helpers"), str(tmp_path)]
     moments = int(subprocess.run(command, check=True, timeout=240, stdout=subprocess.PIPE).stdout)
@@ -108,7 +108,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_scores() -> None:
-    """A few of the kills of the benchmark that makes a hundred."""
+    """The benchmark does this a hundred times; here are a few of them."""
     command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "kills.py"), "--kills", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

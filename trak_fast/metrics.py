@@ -132,7 +132,7 @@ class Counterfactuals(NamedTuple):
 
     Attributes:
         without_top: (m,) each target's output without the training samples that score highest for it.
-        without_random: (m,) each target's mean output without as many random samples.
+        without_random: (m,) each target's mean output without equally many random samples.
     """
 
     without_top: NDArray[np.float64]
@@ -155,12 +155,12 @@ def counterfactuals(
     """Retrains without the samples that score highest for each target, to see the target's output fall.
 
     The output falls the more, the better the scores name the samples that it rests on. It is compared with that of
-    models without as many random samples, so that the mere loss of data does not count.
+    models without equally many random samples, so that the mere loss of data does not count.
 
     Args:
         scores: (n, m), the scores of n training samples for m targets.
         retrain: Maps masks (S, n) bool, with the same number of samples in each, to the outputs (S, m) of models
-            trained on them: `trak_fast.retraining.retrained_outputs` with everything but the masks fixed, say.
+            trained on them, such as `trak_fast.retraining.retrained_outputs` with everything but the masks fixed.
         num_removed: Samples to leave out, in [1, n).
         random_sets: Random sets of samples to leave out.
         seed: Seed of the random sets.

@@ -48,7 +48,7 @@ class Attention(nn.Module):
 
 
 def loop(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """∇f of each sample, with f written out as log p/(1 − p) and autograd's own graph."""
+    """Computes ∇f of each sample, with f written out as log p/(1 − p) and autograd's own graph."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     rows = []
     for image, label in zip(images, labels, strict=True):

@@ -181,7 +181,7 @@ def test_regression_of_several_numbers_is_refused() -> None:
 
 
 def test_a_function_is_a_task(tmp_path: Path) -> None:
-    """The classification's f as a plain function, with the loss written in terms of it."""
+    """The function is classification's f, with the loss written in terms of f."""
     model, batch = linear()
     named = ImageClassification()
 

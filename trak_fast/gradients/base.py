@@ -31,10 +31,10 @@ class GradientComputer(Protocol):
         Args:
             model: The module to differentiate.
             task: The model output function.
-            grad_dim: Parameters to differentiate with respect to, D.
-            dtype: The dtype of the first of them.
-            device: Where they are.
-            grad_wrt: Names or patterns of them (`select_parameters`); None: all.
+            grad_dim: Size of a sample's gradient, D.
+            dtype: The dtype of the first parameter to differentiate with respect to.
+            device: The device of the parameters.
+            grad_wrt: Names or patterns of the parameters to differentiate with respect to; None: all.
         """
 
     def load_model_params(self, model: nn.Module) -> None:

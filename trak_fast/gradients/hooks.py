@@ -153,7 +153,7 @@ class HookGradientComputer:
         """Computes the gradients by one forward and one backward pass, and those that no layer explains by autograd.
 
         Raises:
-            _Broken: Some that layers should explain cannot be told apart by sample.
+            _Broken: Gradients that layers should explain cannot be told apart by sample.
         """
         count = len(batch[0])
         weights = self._requiring_grad(self._per_sample if self._checked else self.selected)

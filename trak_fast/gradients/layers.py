@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-Gradients = dict[str, Tensor]
+LayerGradients = dict[str, Tensor]
 """Per-sample gradients (B, *shape) by the parameters' names in their layer."""
 
 
 def _covers_all(layer: nn.Module) -> bool:
+    """The predicate of rules that hold whatever the layer's options."""
     return True
 
 
@@ -31,24 +32,25 @@ class Rule:
         least_dims: Fewest dimensions of an input whose first one is the batch.
     """
 
-    gradients: Callable[[Any, Tensor, Tensor], Gradients]
+    gradients: Callable[[Any, Tensor, Tensor], LayerGradients]
     covers: Callable[[Any], bool] = _covers_all
     least_dims: int = 2
 
 
-def _linear(layer: nn.Module, inputs: Tensor, output_grads: Tensor) -> Gradients:
+def _linear(layer: nn.Module, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     output_grads = output_grads.reshape(len(output_grads), -1, output_grads.shape[-1])
     return {"weight": output_grads.mT @ inputs, "bias": output_grads.sum(1)}
 
 
-def _transposed_linear(layer: nn.Module, inputs: Tensor, output_grads: Tensor) -> Gradients:
+def _transposed_linear(layer: nn.Module, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     """Differentiates what transformers calls Conv1D: a linear layer whose weight is (in, out)."""
     grads = _linear(layer, inputs, output_grads)
     return {"weight": grads["weight"].mT, "bias": grads["bias"]}
 
 
-def _embedding(layer: nn.Embedding, inputs: Tensor, output_grads: Tensor) -> Gradients:
+def _embedding(layer: nn.Embedding, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
+    """Adds the gradient of each output to the row of its word, in a matrix of all samples' rows one after the other."""
     count = len(inputs)
     size, width = layer.weight.shape
     first_rows = size * torch.arange(count, device=inputs.device).view(-1, *[1] * (inputs.ndim - 1))
@@ -61,10 +63,11 @@ def _embedding(layer: nn.Embedding, inputs: Tensor, output_grads: Tensor) -> Gra
 
 
 def _is_plain_embedding(layer: nn.Embedding) -> bool:
+    """Tells if rows are looked up as they are, and their gradients neither rescaled nor sparse."""
     return not (layer.max_norm or layer.scale_grad_by_freq or layer.sparse)
 
 
-def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output_grads: Tensor) -> Gradients:
+def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     """Takes the samples for groups of channels of one sample, so that one convolution keeps them apart."""
     function = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}[inputs.ndim - 2]
     count = len(inputs)
@@ -86,7 +89,7 @@ def _is_padded_by_zeros(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     return layer.padding_mode == "zeros" and layer.padding != "same"
 
 
-def _scale_and_shift(normalised: Tensor, output_grads: Tensor, axes: range) -> Gradients:
+def _scale_and_shift(normalised: Tensor, output_grads: Tensor, axes: range) -> LayerGradients:
     """Differentiates weight · normalised + bias, where both are the same along `axes`."""
     product = normalised * output_grads
     dims = tuple(axes)
@@ -96,18 +99,18 @@ def _scale_and_shift(normalised: Tensor, output_grads: Tensor, axes: range) -> G
     }
 
 
-def _layer_norm(layer: nn.LayerNorm, inputs: Tensor, output_grads: Tensor) -> Gradients:
+def _layer_norm(layer: nn.LayerNorm, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     shape = layer.normalized_shape
     normalised = F.layer_norm(inputs, shape, None, None, layer.eps)
     return _scale_and_shift(normalised, output_grads, range(1, inputs.ndim - len(shape)))
 
 
-def _group_norm(layer: nn.GroupNorm, inputs: Tensor, output_grads: Tensor) -> Gradients:
+def _group_norm(layer: nn.GroupNorm, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     normalised = F.group_norm(inputs, layer.num_groups, None, None, layer.eps)
     return _scale_and_shift(normalised, output_grads, range(2, inputs.ndim))
 
 
-def _batch_norm(layer: Any, inputs: Tensor, output_grads: Tensor) -> Gradients:
+def _batch_norm(layer: Any, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     """Differentiates a batch norm in evaluation mode."""
     normalised = F.batch_norm(inputs, layer.running_mean, layer.running_var, None, None, False, 0.0, layer.eps)
     return _scale_and_shift(normalised, output_grads, range(2, inputs.ndim))
@@ -117,7 +120,7 @@ def _has_running_statistics(layer: Any) -> bool:
     return layer.running_mean is not None
 
 
-def _rms_norm(layer: Any, inputs: Tensor, output_grads: Tensor) -> Gradients:
+def _rms_norm(layer: Any, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     eps = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
     eps = torch.finfo(inputs.dtype).eps if eps is None else eps
     product = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps) * output_grads
@@ -162,7 +165,7 @@ def rule_of(layer: nn.Module) -> Rule | None:
     Returns:
         The rule; None where there is none, or the one found does not cover the layer's options.
     """
-    kind = type(layer)
-    found = [RULES[base] for base in kind.__mro__ if base in RULES]
-    found += [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(kind.__name__, pattern)]
+    layer_type = type(layer)
+    found = [RULES[base] for base in layer_type.__mro__ if base in RULES]
+    found += [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(layer_type.__name__, pattern)]
     return found[0] if found and found[0].covers(layer) else None

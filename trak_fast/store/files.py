@@ -32,7 +32,7 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
 
 @contextmanager
 def advising_on_full_disk(path: Path) -> Iterator[None]:
-    """On a full disk, says that stored rows are safe and how to go on."""
+    """Adds to the error of a full disk that everything stored is safe, and the way to go on."""
     try:
         yield
     except OSError as error:

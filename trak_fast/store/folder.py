@@ -114,6 +114,7 @@ class Store:
 
     @property
     def _train_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The columns of training rows, by the shape of one row."""
         return {"features": (self.width,), "weights": ()}
 
     def train(self, model_id: int) -> Rows:
