@@ -187,8 +187,8 @@ def run_tests(checks: Checks, seconds: float, works: list[str]) -> None:
         checks.note("gpu tests", f"{' and '.join(missing)} not there" if missing else "no time left", "")
         return
     # Warnings of another torch version are no errors here.
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
-    pytest += ["--maxfail=5", "--continue-on-collection-errors", *tests]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "filterwarnings=", "-o", "addopts="]
+    pytest += ["-p", "no:cacheprovider", "--maxfail=5", "--continue-on-collection-errors", *tests]
     if importlib.util.find_spec("pytest_timeout") is not None:
         pytest += ["--timeout", "30", "--timeout-method", "thread"]
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") is not None else []

@@ -1,6 +1,10 @@
 """Fixtures that several test files use: golden values, instruction sets, thread counts."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # pytest's workers, and what they start, share the cores
+
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +21,7 @@ FORCED = os.environ.get("TRAK_FAST_ISA")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a CUDA device where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -43,6 +48,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
+    """Restores the number of threads after a test that changes it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from attribution import CHECKPOINTS, M, N, build, run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,7 +52,7 @@ np.save(save_dir / f"influence_{rank}.npy", traker.self_influence())
 def torchrun(ranks: int, folder: Path, proj_dim: int = 8, mode: str = "whole") -> subprocess.CompletedProcess[str]:
     script = folder.parent / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [warm.python(), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
         [*command, str(script), str(Path(__file__).parent / "helpers"), str(folder), str(proj_dim), mode],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -16,8 +17,10 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-def execute(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+def execute(command: list[str], folder: Path, python: str = sys.executable) -> str:
+    """Runs a command that finds this `python`, and what is installed beside the usual one; returns what it printed."""
+    path = os.pathsep.join([*(str(Path(program).parent) for program in (python, sys.executable)), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -47,7 +50,7 @@ def test_the_page_about_clusters(tmp_path: Path) -> None:
                 file.write(content)
         else:
             assert language == "bash"
-            printed = execute(["bash", "-euc", content], tmp_path)
+            printed = execute(["bash", "-euc", content], tmp_path, warm.python())
             answers += re.findall(r"best training sample of the first target: (\d+)", printed)
     assert len(answers) == 4  # of two ranks, and of three times one process
     assert len(set(answers)) == 1

@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import warm
 from attribution import CHECKPOINTS, TARGETS, TRAIN, M, N, build, by_hand, data, from_gradients, projected, run
 from numpy.typing import NDArray
 from torch import Tensor
@@ -67,7 +67,7 @@ print(moment - 1)
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """Runs are killed before each call that changes the disk, and in the middle of each write."""
     torch.save(CHECKPOINTS[0], tmp_path / "state.pt")
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent / "helpers"), str(tmp_path)]
+    command = [warm.python(), "-c", KILLED, str(Path(__file__).parent / "helpers"), str(tmp_path)]
     moments = int(subprocess.run(command, check=True, timeout=240, stdout=subprocess.PIPE).stdout)
     assert moments > 40
     computed: list[int] = []
@@ -108,8 +108,13 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_scores() -> None:
+<<<<<<< HEAD
     """The benchmark does this a hundred times; here are a few of them."""
     command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "kills.py"), "--kills", "5"]
+=======
+    """A few of the kills of the benchmark that makes a hundred."""
+    command = [warm.python(), str(Path(__file__).parents[1] / "benchmarks" / "kills.py"), "--kills", "5"]
+>>>>>>> tests
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("5 kills")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 
 from trak_fast import info
 from trak_fast.bench import candidates, runner, tables, worker
@@ -35,7 +36,9 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(path: Path, budget: float = 30.0, **changes: Any) -> Results:
     settings = dataclasses.replace(SETTINGS, **changes)
-    return runner.Run(settings, path / "results.json", budget, "bench_candidates").run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm.python())
+        return runner.Run(settings, path / "results.json", budget, "bench_candidates").run()
 
 
 def statuses(entries: Sequence[Timing | Check | Omission]) -> dict[str, set[tuple[str, str | None]]]:

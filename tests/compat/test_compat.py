@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from torch import Tensor, nn
 
 import trak_fast
@@ -180,7 +181,7 @@ def test_a_folder_in_the_environment_is_enough(tmp_path: Path) -> None:
 
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "trak_fast.compat"], capture_output=True, text=True, cwd=tmp_path, check=False
+        [warm.python(), "-m", "trak_fast.compat"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 2
     assert "which program?" in done.stderr

@@ -8,6 +8,8 @@ from test_adjoint import test_high_columns, test_odd_shapes  # noqa: F401
 
 from trak_fast.projection import kernels
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope="module", autouse=True)
 def device() -> Iterator[Device]:

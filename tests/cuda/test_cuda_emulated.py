@@ -25,6 +25,8 @@ from test_projection import (  # noqa: F401
 
 from trak_fast.projection import checks, kernels, reference
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture(scope="module", params=KERNELS, autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:

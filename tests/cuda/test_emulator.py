@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from emulated import ROOT, build
 
+pytestmark = pytest.mark.compiles
 CASES = re.findall(r'^ +\{"(\w+)",', (ROOT / "tests" / "emulator" / "self_test.cpp").read_text(), re.MULTILINE)
 
 

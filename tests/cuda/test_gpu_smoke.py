@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 
 import trak_fast
 
@@ -43,6 +44,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch, restore_threads: None) -> None:
     """Computes small cases without threads, which would wait for each other where processors are busy."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts workers from a Python that has imported torch already."""
+    monkeypatch.setattr(sys, "executable", warm.python())
 
 
 @pytest.fixture
@@ -91,6 +98,7 @@ def plant_faults() -> None:
     trak_fast.project = project
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_each_fault_is_named_and_other_cases_go_on(
     gpu_smoke: ModuleType,
     plant: Callable[[Callable], None],
@@ -142,6 +150,7 @@ def test_each_fault_is_named_and_other_cases_go_on(
     assert table["portable", "rademacher", "float16"] == "1 wrong, 1 crashed, 2 skipped"
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_all_is_right(
     gpu_smoke: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +177,7 @@ def plant_missing_library() -> None:
     raise ImportError("libcudart.so.13 is not there")
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_without_a_worker_it_says_so(
     gpu_smoke: ModuleType, plant: Callable[[Callable], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

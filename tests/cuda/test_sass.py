@@ -140,6 +140,7 @@ def test_hopper_tiles_leave_registers_in_flight_alone() -> None:
         assert not hazards, (kernel, hazards)
 
 
+@pytest.mark.compiles
 def test_the_compiler_does_not_complain_of_hopper_tiles(tmp_path: Path) -> None:
     said = compile_for_hopper(ROOT / "csrc/cuda/tile_sm90.cu", tmp_path / "tile_sm90.cubin")
     # C7508, C7509, C7510, C7513: wgmmas serialised for one reason or another, or setmaxnreg ignored.

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -43,10 +44,13 @@ def build() -> Path:
     }
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
-    for command in ([*configure, *(f"-D{k}={v}" for k, v in variables.items())], ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.fail(f"{' '.join(command)}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}", pytrace=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of pytest's workers, one builds and the others wait
+        for command in ([*configure, *(f"-D{k}={v}" for k, v in variables.items())], ["cmake", "--build", str(folder)]):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode != 0:
+                pytest.fail(f"{' '.join(command)}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}", pytrace=False)
     return folder
 
 

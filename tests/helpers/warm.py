@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ("torch.distributed.run", "torch._functorch.eager_transforms", "scipy.stats", "trak_fast.bench.runner")
+IMPORTED = ("torch.distributed.run", "scipy.stats", "trak_fast", "trak_fast.bench.runner")
 
 CLIENT = """#!{python} -ISE
 import json, os, signal, socket, sys
@@ -68,8 +68,7 @@ def python() -> str:
 
     @atexit.register
     def end() -> None:
-        server.kill()
-        server.wait()
+        server.communicate()
         shutil.rmtree(folder)
 
     return str(program)
@@ -79,19 +78,23 @@ def serve(address: str) -> dict[str, Any]:
     """Forks for each request, and returns it in the fork; ends when the process that started the server has ended."""
     for name in IMPORTED:
         importlib.import_module(name)
+    torch = sys.modules["torch"]
+    torch.func.vmap(torch.func.grad(torch.sum))(torch.ones(1, 1))  # imports as much again
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
     gc.freeze()  # or each fork's collections would copy what it shares with the others
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)
     while True:
-        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
+        over = sys.stdin in select.select([listener, sys.stdin], [], [])[0]
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if over:
             os._exit(0)
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             return answer(connection)
         connection.close()
 

@@ -20,8 +20,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch, restore_threads: None) -> None:
+    """Lets a second thread help, here and in processes, whatever the number of processors."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+
+
 @pytest.mark.parametrize("proj_type", KINDS)
-def test_same_bits_for_any_thread_count(isa: str, proj_type: str, restore_threads: None) -> None:
+def test_same_bits_for_any_thread_count(isa: str, proj_type: str) -> None:
     for shape, k in [((33, 70001), 40), ((70, 1000), 1000)]:
         grads = random(*shape)
         results = []
@@ -96,7 +103,7 @@ def test_control_c_stops_a_long_projection(tmp_path: Path) -> None:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1)
             process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=5)  # hours are left to do
+            output, _ = process.communicate(timeout=30)  # hours are left to do
         finally:
             process.kill()
     assert output == "interrupted 2.0\n"

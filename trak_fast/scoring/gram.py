@@ -45,7 +45,8 @@ class GramAccumulator:
         """Starts from no rows.
 
         Args:
-            proj_dim: Size of a feature, k. The sum takes 8 k² bytes; where n < k, `gram_matrix` of the whole X is smaller.
+            proj_dim: Size of a feature, k. The sum takes 8 k² bytes; where n < k, `gram_matrix` of the whole X takes
+                fewer.
             device: The device to compute on; the CPU by default.
             normalize: Divides each row by its norm, for cosine scores.
         """

@@ -57,14 +57,15 @@ def auto_ridge(gram: Tensor, num_rows: int, proj_dim: int, num_checkpoints: int 
     """Chooses λ = 2 ‖XX'‖_F/√n · √(max(0, 0.2² − ρ²) + ρ²/C) + tr(XX')/(k √C): the noise floor of the kernel XX'.
 
     Networks agree on the large eigenvalues of the kernel. Below some level its directions are peculiar to one network
-    and one projection, and inverting them adds noise to scores. The two terms are the levels up to which
-    random-matrix theory expects eigenvalues of such noise. A symmetric matrix with independent entries of standard
-    deviation s has eigenvalues up to 2s√n (Wigner); the part that is peculiar to a network is the share ρ of the kernel,
-    so that s = ρ ‖XX'‖_F/n. A projection to k rows turns directions that samples do not share into eigenvalues about their
-    squared norms times n/k (Marchenko and Pastur), that is tr(XX')/k. Noise that is independent between C checkpoints
-    falls with √C. ρ is measured between the checkpoints; the difference to 0.2, where it is smaller, is taken to be noise
-    that they have in common: one checkpoint shows nothing of ρ, and moments of one training show too little of it. (Networks trained from different
-    random weights showed 0.1 to 0.6, docs/choosing.md. The 0.2 is the one number here that is not from theory.)
+    and one projection, and inverting them adds noise to scores. The two terms are the levels up to which random-matrix
+    theory expects eigenvalues of such noise. A symmetric matrix with independent entries of standard deviation s has
+    eigenvalues up to 2s√n (Wigner); the part that is peculiar to a network is the share ρ of the kernel, so that s = ρ
+    ‖XX'‖_F/n. A projection to k rows turns directions that samples do not share into eigenvalues about their squared
+    norms times n/k (Marchenko and Pastur), that is tr(XX')/k. Noise that is independent between C checkpoints falls
+    with √C. ρ is measured between the checkpoints; the difference to 0.2, where it is smaller, is taken to be noise
+    that they have in common: one checkpoint shows nothing of ρ, and moments of one training show too little of it.
+    (Networks trained from different random weights showed 0.1 to 0.6, docs/choosing.md. The 0.2 is the one number here
+    that is not from theory.)
 
     λ has the unit of X'X, so scores do not depend on the scale of gradients and projection.
 

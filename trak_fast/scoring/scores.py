@@ -1,7 +1,8 @@
 """Scores of many training samples for many targets, a block of rows at a time: all of them, or the extreme ones.
 
 The features of each checkpoint are read once, from first to last, the next block while the present one is multiplied.
-All n × m scores are never in memory at once: they go to a file, or only the highest (or lowest) of each target are kept.
+All n × m scores are never in memory at once: they go to a file, or only the highest (or lowest) of each target are
+kept.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def _cholesky_solve(lower: Tensor, right: Tensor) -> Tensor:
 
 
 def _norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """Estimates the largest eigenvalue of a symmetric operator by 20 power iterations: from below, mostly within 20 %."""
+    """Estimates the largest eigenvalue of a symmetric operator by 20 power iterations, from below within some 20 %."""
     vector = torch.randn(len(like), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like)
     size = 1.0
     for _ in range(20):
