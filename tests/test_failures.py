@@ -4,11 +4,7 @@ import os
 import resource
 import shutil
 import subprocess
-<<<<<<< HEAD
-import sys
 import time
-=======
->>>>>>> tests
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +22,11 @@ from trak_fast.store.files import write_at
 HELPERS = str(Path(__file__).parent / "helpers")
 
 
-<<<<<<< HEAD
 def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Runs a script that may import the helpers."""
     path = f"import sys; sys.path.insert(0, {HELPERS!r})\n"
-    command = [sys.executable, "-c", path + script, *map(str, arguments)]
+    command = [warm.python(), "-c", path + script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-=======
-def python(script: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [warm.python(), "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + script, *map(str, arguments)],
-        capture_output=True, text=True, timeout=240, check=False, **options,
-    )  # fmt: skip
->>>>>>> tests
 
 
 def wide(folder: Path, scale: float = 1.0, **options: Any) -> tuple[TRAKer, np.ndarray]:
@@ -103,16 +91,9 @@ except ValueError as error:
 
 
 def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_wrote(tmp_path: Path) -> None:
-<<<<<<< HEAD
-    moment = time.time() + 12
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + OPENING, str(tmp_path)]
-=======
-    import time
-
     warm.python()
     moment = time.time() + 4
     command = [warm.python(), "-c", f"import sys; sys.path.insert(0, {HELPERS!r})\n" + OPENING, str(tmp_path)]
->>>>>>> tests
     children = [
         subprocess.Popen([*command, str(seed), str(moment)], stdout=subprocess.PIPE, text=True) for seed in (1, 2, 1, 2)
     ]

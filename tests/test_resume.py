@@ -108,13 +108,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_scores() -> None:
-<<<<<<< HEAD
     """The benchmark does this a hundred times; here are a few of them."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "kills.py"), "--kills", "5"]
-=======
-    """A few of the kills of the benchmark that makes a hundred."""
     command = [warm.python(), str(Path(__file__).parents[1] / "benchmarks" / "kills.py"), "--kills", "5"]
->>>>>>> tests
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("5 kills")
