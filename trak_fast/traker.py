@@ -1,4 +1,4 @@
-"""TRAK, the driver: gradients, projection, features on disk and scores, with the methods of traker's TRAKer."""
+"""TRAK's driver: gradients, projection, features on disk and scores, with the methods of traker's TRAKer."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class TRAKer:
 
     Attributes:
         proj_dim: Size of a feature, k.
-        grad_dim: Parameters that gradients are taken of, D.
+        grad_dim: Size of a gradient, D.
         store: The features on disk.
-        scores: What `finalize_scores` returned last.
+        scores: The last result of `finalize_scores`.
     """
 
     def __init__(
@@ -87,36 +87,36 @@ class TRAKer:
                 that is minus the training loss (`FunctionTask` takes another loss).
             train_set_size: Training samples, n.
             save_dir: Folder for features and scores.
-            load_from_save_dir: If False, what is stored for a checkpoint is deleted when it is first loaded, and
+            load_from_save_dir: If False, the stored features of a checkpoint are deleted when it is first loaded, and
                 other checkpoints in the folder are ignored.
-            device: Where to compute; the model is moved there. By default, where the model is.
+            device: The device to compute on; the model is moved there. By default, the model's.
             gradient_computer: A class with the constructor and methods of `FunctionalGradientComputer`.
             projector: An object with `proj_dim` (0: as many as parameters), `proj_type`, `project(grads, model_id)`
                 and `free_memory()`. By default `trak_fast.Projector` with the arguments below.
             saver: Not supported; features are stored by `trak_fast.store`.
-            score_computer: Not supported; scores are computed by `trak_fast.solver`.
+            score_computer: Not supported; scores are computed by `trak_fast.scoring`.
             proj_dim: Size of the projection, k; 0 for none.
-            logging_level: Of the logger "trak_fast".
+            logging_level: Level of the logger "trak_fast".
             use_half_precision: Stores training features in float16 with a factor for each sample, which halves the
                 folder and changes features by up to 2^-11. X'X is summed and solved in float64 all the same.
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
             grad_wrt: Names or patterns ("head.*") of the parameters to differentiate; all of them by default.
             lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features and from how far
-                those of the others differ (`solver.auto_ridge`). 0: plain TRAK, with the least-norm solution where X'X
-                is singular. With these, scores do not depend on the scale of P. Another number means what it means in
-                traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
+                those of the others differ (`scoring.ridge.auto_ridge`). 0: plain TRAK, with the least-norm solution
+                where X'X is singular. With these, scores do not depend on the scale of P. Another number means what it
+                means in traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
             proj_type: "rademacher" or "normal".
             chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
-            memory_budget: Bytes for gradients and what computing them keeps; by default a quarter of the memory that is
-                free, or half of it on a CUDA device. One sample is taken at a time where it is less than that needs.
-            distributed: Whether to share the work with the other processes of torch.distributed; by default if there
-                are any.
-            curvature: With lambda_reg="auto", whether the training samples weigh in X'X by the curvature of their
-                loss, where the task says it (`get_loss_curvature`; classification does). X'RX is then the Hessian of
-                the linearised model, which the paper's X'X approximates. With another `lambda_reg` it is X'X.
-            shrink_weights: With lambda_reg="auto", whether the weights Q of samples, where none is negative, are moved
-                a third of the way to their mean (`solver.shrunk_weights`). With another `lambda_reg` they stay.
+            memory_budget: Bytes for gradients and for the results that computing them keeps; by default a quarter of
+                the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
+                than that needs.
+            distributed: Shares the work with the other processes of torch.distributed; by default if there are any.
+            curvature: With lambda_reg="auto", weighs the training samples in X'X by the curvature of their loss, where
+                the task knows it (`get_loss_curvature`; classification does). X'RX is then the Hessian of the
+                linearised model, which the paper's X'X approximates. With another `lambda_reg` it is X'X.
+            shrink_weights: With lambda_reg="auto", moves the weights Q of samples, where none is negative, a third of
+                the way to their mean (`scoring.ridge.shrunk_weights`). With another `lambda_reg` they stay.
             normalize: Divides each feature, of training samples and targets, by its norm: cosine scores.
 
         Raises:
@@ -187,7 +187,7 @@ class TRAKer:
         self._seen: set[int] = set()  # checkpoints loaded by this object
 
     def rows(self, total: int | None = None) -> range:
-        """The training samples, or those of another `total`, that this process computes; the others it passes over.
+        """Returns the training samples, or those of another `total`, that this process computes; it passes over the rest.
 
         Under torchrun a loader of these alone (with `inds` in `featurize`) saves the reading of the rest.
         """
@@ -291,7 +291,7 @@ class TRAKer:
     def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
 
-        What is stored for these targets is replaced, so that an experiment can be repeated with other targets.
+        Features that are stored for these targets are replaced, so that an experiment can be repeated with others.
 
         Args:
             batch: The tensors that the task asks for, (B, ...) each.
@@ -300,7 +300,8 @@ class TRAKer:
 
         Raises:
             RuntimeError: No checkpoint was opened for scoring.
-            ValueError, TypeError: as in `featurize`.
+            ValueError: As in `featurize`.
+            TypeError: As in `featurize`.
         """
         self._recorder.record_targets(batch, inds, num_samples)
 
@@ -354,7 +355,7 @@ class TRAKer:
             exp_name: The experiment.
             k: Scores for each target.
             model_ids: Checkpoints; all by default.
-            largest: Whether the highest.
+            largest: Computes the highest if True, the lowest if False.
             allow_skip: As in `finalize_scores`.
 
         Raises:
@@ -395,7 +396,7 @@ class TRAKer:
         return self._estimator.score_matrix(used)
 
     def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[np.float32]:
-        """The score of each training sample for itself; high values point to wrong labels and outliers.
+        """Computes the score of each training sample for itself; high values point to wrong labels and outliers.
 
         This is the diagonal of the scores with the training set as targets, without computing the rest, and with the
         weights Q as they are (`shrink_weights` is for scores): how badly a sample is fitted says much about its label.

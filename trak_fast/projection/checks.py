@@ -220,7 +220,7 @@ def _check_out(
     Args:
         out: The tensor.
         shape: The shape that it must have.
-        size: That shape in words.
+        size: The same shape in words.
         name: The argument that `tensors` are.
         tensors: Tensors that it must be on one device with, and share no memory with.
         memory: If False, tensors may be stand-ins; the operator that is called with the real ones looks again.

@@ -49,13 +49,13 @@ def project(
         model_id: 0 to 2**32 - 1. Each has its own independent P.
         offset: Column of P that belongs to the first column of ``grads``, for gradients that come in slices: the
             slices' results add up to the whole's (up to fp32 rounding).
-        precision: How float32 and float64 gradients enter where the processor multiplies bfloat16 (AMX; elsewhere they
-            are multiplied as float32): as 1 (``"medium"``), 2 (``"high"``) or 3 (``"highest"``) bfloat16 terms. The
-            first changes an element by at most 2**-8 of itself, the second by 2**-17, the third not at all (float64:
-            2**-24, from float32); elements below 1e-33 by at most 2**-126, where bfloat16 products end. Default:
-            ``"high"`` for float32 (some 2.5e-6 of the result, where the projection itself distorts by 1/√k), and
-            ``"highest"`` for float64. bfloat16 and float16 are always exact. On CUDA, tensor cores round sums toward
-            zero besides: a result shrinks by up to 1e-5 of itself at any precision (8.4e-6 measured on an H100).
+        precision: The form in which float32 and float64 gradients enter where the processor multiplies bfloat16 (AMX;
+            elsewhere they are multiplied as float32): as 1 (``"medium"``), 2 (``"high"``) or 3 (``"highest"``) bfloat16
+            terms. The first changes an element by at most 2**-8 of itself, the second by 2**-17, the third not at all
+            (float64: 2**-24, from float32); elements below 1e-33 by at most 2**-126, where bfloat16 products end.
+            Default: ``"high"`` for float32 (some 2.5e-6 of the result, where the projection itself distorts by 1/√k),
+            and ``"highest"`` for float64. bfloat16 and float16 are always exact. On CUDA, tensor cores round sums
+            toward zero besides: a result shrinks by up to 1e-5 of itself at any precision (8.4e-6 measured on an H100).
         out: Float32 tensor (B, k) on the gradients' device that the projection is added to, in place.
         differentiable: Records the projection for autograd (torch 2.4 or newer; P'y is its derivative, see
             :func:`project_adjoint`; torch.func transforms are not supported). By default nothing is recorded, even if
@@ -99,9 +99,9 @@ def project_adjoint(
     out: Tensor | None = None,
     differentiable: bool = False,
 ) -> Tensor:
-    """The adjoint (transpose) of :func:`project`: ``result[b, j] = Σ_i P[i, offset + j] · y[b, i]``, unscaled.
+    """Computes the adjoint (transpose) of :func:`project`: ``result[b, j] = Σ_i P[i, offset + j] · y[b, i]``, unscaled.
 
-    It is what carries derivatives back through a projection, and 1/k times it is an unbiased estimate of the gradient
+    The adjoint carries derivatives back through a projection, and 1/k times it is an unbiased estimate of the gradient
     that was projected. Products and sums are in fp32, and the same call gives the same bits every time.
 
     Args:
@@ -146,7 +146,7 @@ def matrix(
     rows: Sequence[int] | npt.NDArray[Any] | Tensor,
     cols: Sequence[int] | npt.NDArray[Any] | Tensor,
 ) -> Tensor:
-    """Entries of P, one by one as the definition has them.
+    """Computes entries of P, one by one as the definition has them.
 
     Args:
         proj_type: ``"rademacher"`` or ``"normal"``.

@@ -58,7 +58,7 @@ class Projector:
         proj_dim: k.
         seed: See :func:`project`.
         proj_type: See :func:`project`.
-        device: Where the gradients will be; None: wherever they are.
+        device: The device that the gradients must be on; None: any.
         precision: See :func:`project`.
 
     Raises:
@@ -104,7 +104,7 @@ class Projector:
         return operators.project(projection, None, False) if compiling else kernels.project(projection)
 
     def adjoint(self, y: Tensor, model_id: int = 0) -> Tensor:
-        """P'y: takes (B, k) back to a new float32 tensor (B, grad_dim), see :func:`project_adjoint`.
+        """Takes y (B, k) back to P'y, a new float32 tensor (B, grad_dim); see :func:`project_adjoint`.
 
         Raises:
             ValueError: ``y`` does not have ``proj_dim`` columns; otherwise as :func:`project_adjoint`.
@@ -115,7 +115,7 @@ class Projector:
         return project_adjoint(y, self.grad_dim, proj_type=self.proj_type, seed=self.seed, model_id=model_id)
 
     def accumulator(self, batch_size: int, model_id: int = 0) -> Accumulator:
-        """A sum over slices of gradients of ``batch_size`` samples, for gradients that are never whole."""
+        """Makes a sum over slices of gradients of ``batch_size`` samples, for gradients that are never whole."""
         return Accumulator(self, batch_size, model_id)
 
     def free_memory(self) -> None:
@@ -190,7 +190,7 @@ class Accumulator:
             kernels.project(projection, self._sum)
 
     def result(self) -> Tensor:
-        """The sum so far: a new float32 tensor (batch_size, k)."""
+        """Returns the sum so far: a new float32 tensor (batch_size, k)."""
         if self._sum is None:
             return self._zeros(self._projector.device)
         return self._sum.clone()
