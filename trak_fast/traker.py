@@ -187,9 +187,10 @@ class TRAKer:
         self._seen: set[int] = set()  # checkpoints loaded by this object
 
     def rows(self, total: int | None = None) -> range:
-        """Returns the training samples, or those of another `total`, that this process computes; it passes over the rest.
+        """Returns the training samples, or the rows of another `total`, that this process computes.
 
-        Under torchrun a loader of these alone (with `inds` in `featurize`) saves the reading of the rest.
+        It passes over the others. Under torchrun a loader of these alone (with `inds` in `featurize`) saves the
+        reading of the rest.
         """
         share = self._ranks.rows(self.train_set_size if total is None else total)
         return range(share.start, share.stop)
