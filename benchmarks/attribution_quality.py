@@ -500,7 +500,9 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="NAME")
     parser.add_argument("--checkpoints", nargs="+", type=int, default=[1, 5], metavar="C")
     parser.add_argument("--confirm", action="store_true", help="also run all of traker, with its BasicProjector")
-    parser.add_argument("--work", type=Path, default=Path("build/attribution_quality"), help="folder for finished scenarios")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/attribution_quality"), help="folder for finished scenarios"
+    )
     arguments = parser.parse_args()
     subsets, per_subset, proj_dims = (30, 1, [128, 512]) if arguments.quick else (100, 3, PROJ_DIMS)
     names = ["cnn200"] if arguments.quick else arguments.scenarios
