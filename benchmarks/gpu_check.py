@@ -361,7 +361,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--prebuilt: {error}")
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device (--dry-run does without)")
-    clock, checks, results = Clock(options.minutes), Checks(), Results()
+    clock = Clock(options.minutes)
+    checks = Checks()
+    results = Results()
     device = "imagined" if options.dry_run else torch.cuda.get_device_name(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat()
     results_folder = Path(tempfile.gettempdir()) if options.dry_run else ROOT / "benchmarks" / "results"

@@ -20,7 +20,12 @@ import torch
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OURS, CUBLAS, CHUNKED, FAST_JL = "trak_fast", "cublas", "torch_chunks", "fast_jl"
+# Methods, by their names in results.
+OURS = "trak_fast"
+CUBLAS = "cublas"
+CHUNKED = "torch_chunks"
+FAST_JL = "fast_jl"
+
 KERNELS = ["sm90", "sm90_wide", "sm80"]
 
 
@@ -317,7 +322,8 @@ class Gpu:
         """Times cuBLAS with P as (k, D) and as (D, k), and returns the better time."""
         grads = torch.randn(case.B, columns, device="cuda", dtype=dtype)
         P = torch.randint(0, 2, (columns * case.k,), device="cuda", dtype=torch.int8).mul_(2).sub_(1).to(dtype)
-        as_rows, as_columns = P.view(case.k, columns).T, P.view(columns, case.k)
+        as_rows = P.view(case.k, columns).T
+        as_columns = P.view(columns, case.k)
         return min(self.median_ms(lambda: grads @ as_rows), self.median_ms(lambda: grads @ as_columns))
 
     def chunks_ms(self, case: Case, dtype: torch.dtype, columns: int) -> float:
@@ -345,7 +351,8 @@ class Gpu:
 
     def quick_times(self, kernels: Iterable[str]) -> Iterator[str]:
         """Yields a line for each kernel, kind and batch size: the best of three calls, bf16, D = 2^22, k = 4096."""
-        k, D = 4096, 1 << 22
+        k = 4096
+        D = 1 << 22
         for kernel, kind, B in itertools.product(kernels, ("rademacher", "normal"), (8, 16, 32, 64, 128, 256)):
             os.environ["TRAK_FAST_CUDA_KERNEL"] = kernel
             grads = self.gradients(Case(kind, "bf16", B, k, D))

@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         *(("normal", torch.bfloat16, B) for B in (8, 32, 64, 128, 256)),
         *(("rademacher", torch.float32, B) for B in (8, 32, 128)),
     ]:
-        k, D = 4096, 1 << 21 if kind == "normal" else 1 << 22
+        k = 4096
+        D = 1 << 21 if kind == "normal" else 1 << 22
         grads = torch.randn(B, D, device="cuda").to(dtype)
         times: dict[str, list[float]] = {name: [] for name in modules}
         for turn, (name, module) in itertools.product(range(ROUNDS + 1), modules.items()):

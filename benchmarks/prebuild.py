@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--python", default="python3.12", help="the Python that will load it, with headers (default python3.12)"
     )
     parser.add_argument(
-        "--architecture", default="90a", help="of the GPU, such as 80, 86, 89 (default 90a: H100, H200)"
+        "--architecture", default="90a", help="architecture of the GPU, such as 80, 86, 89 (default 90a: H100, H200)"
     )
     parser.add_argument("--flags", default="", help="further flags for nvcc, for variants of the kernels")
     parser.add_argument("--normal", action="store_true", help="waits without a bound, as in the build of users")
