@@ -268,7 +268,7 @@ def traker_scores(train: NDArray[np.float32], targets: NDArray[np.float32], grad
 
 @dataclass(frozen=True)
 class Problem:
-    """A scenario's features and weightings at each checkpoint, and what retrained networks answered.
+    """A scenario's features and weightings at each checkpoint, and the answers of retrained networks.
 
     Attributes:
         train: Features of the training samples, (C, n, k).
@@ -500,7 +500,9 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="NAME")
     parser.add_argument("--checkpoints", nargs="+", type=int, default=[1, 5], metavar="C")
     parser.add_argument("--confirm", action="store_true", help="also run all of traker, with its BasicProjector")
-    parser.add_argument("--work", type=Path, default=Path("build/attribution_quality"), help="folder for what is done")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/attribution_quality"), help="folder for finished scenarios"
+    )
     arguments = parser.parse_args()
     subsets, per_subset, proj_dims = (30, 1, [128, 512]) if arguments.quick else (100, 3, PROJ_DIMS)
     names = ["cnn200"] if arguments.quick else arguments.scenarios

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_variants.py FOLDER [FOLDER ...]
 
-Folders are prebuild.py's, such as those of kernels compiled with other flags. In a round every module runs once, so
-that heat and clocks are the same for all; times are medians of the rounds, as TFLOP/s and relative to the installed
-module.
+The folders are made by prebuild.py, such as for kernels compiled with other flags. In a round every module runs once,
+so that heat and clocks are the same for all. Speeds are medians over the rounds, printed as TFLOP/s and relative to the
+installed module.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROUNDS = 5
 
 
 def load_module(folder: Path) -> ModuleType:
-    """Loads a folder's module under a name of its own: of two modules of one name, pybind11 gives the first twice.
+    """Loads a folder's module under a name of its own: pybind11 gives the first of two modules of one name twice.
 
     Raises:
         ValueError: The folder has no module for this Python.
@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         *(("normal", torch.bfloat16, B) for B in (8, 32, 64, 128, 256)),
         *(("rademacher", torch.float32, B) for B in (8, 32, 128)),
     ]:
-        k, D = 4096, 1 << 21 if kind == "normal" else 1 << 22
+        k = 4096
+        D = 1 << 21 if kind == "normal" else 1 << 22
         grads = torch.randn(B, D, device="cuda").to(dtype)
         times: dict[str, list[float]] = {name: [] for name in modules}
         for turn, (name, module) in itertools.product(range(ROUNDS + 1), modules.items()):

@@ -50,7 +50,8 @@ def run(save_dir: Path, half: bool) -> None:
     traker = trak_fast.TRAKer(
         model, "image_classification", TRAIN, save_dir, proj_dim=PROJ_DIM, use_half_precision=half
     )
-    samples, targets = data(TRAIN, 10), data(TARGETS, 11)
+    samples = data(TRAIN, 10)
+    targets = data(TARGETS, 11)
     for model_id, checkpoint in enumerate(checkpoints):
         traker.load_checkpoint(checkpoint, model_id)
         for start in range(0, TRAIN, BATCH):

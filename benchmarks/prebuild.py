@@ -2,10 +2,11 @@
 
     python benchmarks/prebuild.py --python python3.12 --architecture 90a prebuilt
 
-For a machine with a GPU but without network, compiler or time: copy this project and the folder there, and run
-`python benchmarks/gpu_check.py --prebuilt prebuilt`. Here it takes nvcc and that Python with its headers (no packages
-of it); cmake, ninja and pybind11 come from the Python that runs this. A Hopper kernel that waits in vain for two
-seconds ends with an error, so that a mistake cannot hang the device (TRAK_FAST_BOUNDED_WAIT).
+It is for a machine with a GPU but without network, compiler or time: copy this project and the folder there, and run
+`python benchmarks/gpu_check.py --prebuilt prebuilt`. The build needs nvcc and the other Python with its headers, but
+none of its packages; cmake, ninja and pybind11 come from the Python that runs this. Unless --normal is given, a Hopper
+kernel that waits in vain for two seconds ends with an error, so that a mistake cannot hang the device
+(TRAK_FAST_BOUNDED_WAIT).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def build_module(python: str, architecture: str, folder: Path, flags: str = "", 
     Args:
         python: Path or name of the Python that the module is for.
         architecture: As in CMakeLists.txt, such as "90a".
-        folder: Made where it is missing; a module of the same Python in it is replaced.
+        folder: Made if it is missing; a module for the same Python in it is replaced.
         flags: Further flags for nvcc.
         bounded_wait: If True, a Hopper kernel that waits in vain for two seconds ends with an error.
 
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--python", default="python3.12", help="the Python that will load it, with headers (default python3.12)"
     )
     parser.add_argument(
-        "--architecture", default="90a", help="of the GPU, such as 80, 86, 89 (default 90a: H100, H200)"
+        "--architecture", default="90a", help="architecture of the GPU, such as 80, 86, 89 (default 90a: H100, H200)"
     )
     parser.add_argument("--flags", default="", help="further flags for nvcc, for variants of the kernels")
     parser.add_argument("--normal", action="store_true", help="waits without a bound, as in the build of users")

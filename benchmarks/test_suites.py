@@ -149,7 +149,9 @@ def test_top_scores(benchmark: Any, tmp_path: Path) -> None:
     """Computes the 100 highest scores of each target, without the score matrix."""
     benchmark.group = "top-k"
     torch.manual_seed(0)
-    model, samples, targets = nn.Linear(32, 10).eval(), 4096, 64
+    model = nn.Linear(32, 10).eval()
+    samples = 4096
+    targets = 64
     traker = trak_fast.TRAKer(model, "image_classification", samples, tmp_path, proj_dim=256, logging_level=40)
     traker.load_checkpoint(model.state_dict(), model_id=0)
     traker.featurize([torch.randn(samples, 32), torch.randint(10, (samples,))], num_samples=samples)
