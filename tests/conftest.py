@@ -12,12 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import trak_fast
-
 pytest.register_assert_rewrite("attribution", "emulated", "projections")
 
-AVAILABLE = trak_fast.info()["instruction_sets"]
-FORCED = os.environ.get("TRAK_FAST_ISA")
+from projections import ISAS  # noqa: E402 (its assertions explain themselves when they fail)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,7 +36,7 @@ def golden() -> dict[str, list[list[str]]]:
     return facts
 
 
-@pytest.fixture(params=[FORCED] if FORCED else AVAILABLE)
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set of this machine in turn, or the one that the environment forces."""
     monkeypatch.setenv("TRAK_FAST_ISA", request.param)

@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 from emulated import KERNELS, Device
-from projections import KINDS, MODEL_ID, SEED, check, entries, random, tolerance
+from projections import (
+    KINDS,
+    MODEL_ID,
+    SEED,
+    STRIDES,
+    check,
+    check_layout,
+    entries,
+    layout_cases,
+    random,
+    tolerance,
+)
 from test_projection import (  # noqa: F401
     test_dtypes_and_precisions,
     test_nonfinite_values_stay_in_their_row,
@@ -20,7 +31,6 @@ from test_projection import (  # noqa: F401
     test_one_column_keeps_the_bits_of_its_precision,
     test_parts_at_their_offsets_add_up,
     test_per_parameter_tensors_act_as_their_concatenation,
-    test_strides,
 )
 
 from trak_fast.projection import checks, kernels, reference
@@ -102,6 +112,15 @@ def test_shapes(device: Device, kind: str) -> None:
         grads = random(batch, grad_dim, dtype=dtype)
         expected = grads.double().numpy() @ entries(kind)[:proj_dim, :grad_dim].T
         check(project(device, grads, proj_dim, kind), expected, tolerance(grads, "highest"))
+
+
+@pytest.mark.parametrize(
+    ("device", "layout", "dtype", "kind"),
+    layout_cases(STRIDES, ["sm90"], ["sm80", "sm90_wide"], in_place=[torch.bfloat16]),
+    indirect=["device"],
+)
+def test_strides(device: Device, layout: str, dtype: torch.dtype, kind: str) -> None:
+    check_layout(layout, dtype, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

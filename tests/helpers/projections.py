@@ -15,8 +15,11 @@ below 6 ‖c‖ (Hoeffding: 4e-9 of failing; the seeds are fixed, so a pass stay
 """
 
 import functools
+import itertools
 import math
 import mmap
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,11 @@ import torch
 
 import trak_fast
 from trak_fast.projection import reference
+
+FORCED = os.environ.get("TRAK_FAST_ISA")
+ISAS: list[str] = [FORCED] if FORCED else trak_fast.info()["instruction_sets"]
+BOTH_PANELS = list(dict.fromkeys([ISAS[0], ISAS[-1]]))
+"""The best instruction set, whose panels hold bfloat16 where the processor has that, and the portable one: floats."""
 
 KINDS = ["rademacher", "normal"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -84,6 +92,35 @@ STRIDES = {
     "parameter": lambda dtype: torch.nn.Parameter(random(33, 600, dtype=dtype)),
     "inside a graph": lambda dtype: random(33, 600, dtype=dtype).requires_grad_() * 2,
 }
+
+
+def layout_cases(
+    layouts: Iterable[str], whole: Sequence[str], others: Sequence[str], in_place: Sequence[torch.dtype] = ()
+) -> list[tuple[str, str, torch.dtype, str]]:
+    """Cases (backend, layout, dtype, kind) for tests of strides.
+
+    Layouts and dtypes are resolved before a backend's own code. The backends in `whole` get all pairs of both for one
+    kind; for the other kind, and on the `others`, each dtype has one layout. Dtypes that the others read `in_place`,
+    where the layout is their own matter, have all layouts there too.
+    """
+    every = [*itertools.product(layouts, DTYPES)]
+    some = [(layout, DTYPES[i % len(DTYPES)]) for i, layout in enumerate(layouts) if i < len(DTYPES)]
+    more = [(layout, dtype) for layout, dtype in every if dtype in in_place]
+    cases = []
+    for backend in (*whole, *others):
+        pairs = every if backend in whole else list(dict.fromkeys([*some, *more]))
+        cases += [(backend, *pair, "normal") for pair in pairs]
+        cases += [(backend, *pair, "rademacher") for pair in some]
+    return cases
+
+
+def check_layout(layout: str, dtype: torch.dtype, proj_type: str) -> None:
+    """Projects gradients that lie in memory as one of STRIDES says."""
+    grads = STRIDES[layout](dtype)
+    expected = grads.detach().double().numpy() @ entries(proj_type)[:40, 100:700].T
+    y = project(grads, 40, proj_type, offset=100)
+    check(y, expected, tolerance(grads))
+    assert not y.requires_grad
 
 
 def per_parameter_gradients(batch: int) -> dict[str, torch.Tensor]:

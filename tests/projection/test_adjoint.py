@@ -19,7 +19,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from projections import DTYPES, KINDS, MODEL_ID, SEED, check, entries, random, zeros_without_memory
+from projections import (
+    DTYPES,
+    ISAS,
+    KINDS,
+    MODEL_ID,
+    SEED,
+    check,
+    entries,
+    layout_cases,
+    random,
+    zeros_without_memory,
+)
 
 import trak_fast
 from trak_fast import Projector
@@ -130,9 +141,9 @@ STRIDES = {
 }
 
 
-@pytest.mark.parametrize("proj_type", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", STRIDES)
+@pytest.mark.parametrize(
+    ("isa", "layout", "dtype", "proj_type"), layout_cases(STRIDES, ISAS[:1], ISAS[1:]), indirect=["isa"]
+)
 def test_strides(isa: str, layout: str, dtype: torch.dtype, proj_type: str) -> None:
     y = STRIDES[layout](dtype)
     expected = y.detach().resolve_neg().double().numpy() @ entries(proj_type)[:600, 100:700]

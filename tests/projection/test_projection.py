@@ -12,15 +12,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from projections import (
+    BOTH_PANELS,
     DTYPES,
+    ISAS,
     KINDS,
     MODEL_ID,
     SEED,
     SPLITS,
     STRIDES,
     check,
+    check_layout,
     entries,
     integer_case,
+    layout_cases,
     per_parameter_gradients,
     project,
     random,
@@ -142,15 +146,11 @@ def test_many_samples_and_many_rows(isa: str, proj_type: str, batch: int, proj_d
     check(project(grads, proj_dim, proj_type, precision="highest"), expected, tolerance(grads, "highest"))
 
 
-@pytest.mark.parametrize("proj_type", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", STRIDES)
+@pytest.mark.parametrize(
+    ("isa", "layout", "dtype", "proj_type"), layout_cases(STRIDES, BOTH_PANELS, ISAS[1:-1]), indirect=["isa"]
+)
 def test_strides(isa: str, layout: str, dtype: torch.dtype, proj_type: str) -> None:
-    grads = STRIDES[layout](dtype)
-    expected = grads.detach().double().numpy() @ entries(proj_type)[:40, 100:700].T
-    y = project(grads, 40, proj_type, offset=100)
-    check(y, expected, tolerance(grads))
-    assert not y.requires_grad
+    check_layout(layout, dtype, proj_type)
 
 
 def test_lazily_negated_tensor() -> None:
