@@ -52,7 +52,7 @@ def statuses(entries: Sequence[Timing | Check | Omission]) -> dict[str, set[tupl
 def test_failures_do_not_stop_the_rest(tmp_path: Path) -> None:
     only = ("good", "failing", "dying", "unable", "absent", "picky", "hanging")
     results = run(tmp_path, budget=15.0, only=only, grad_dims=(64,))
-    assert set(results.found) == {"good", "failing", "dying", "picky", "hanging"}
+    assert set(results.present) == {"good", "failing", "dying", "picky", "hanging"}
     assert {name: facts for name, facts in results.candidates.items() if isinstance(facts, Absent)} == {
         "unable": Absent("failed", "ValueError: does not even import"),
         "absent": Absent("missing", "no_such_library is not installed: pip install no-such-package"),

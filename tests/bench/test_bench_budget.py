@@ -14,7 +14,7 @@ from trak_fast.bench.budget import Budget, Measurement
 from trak_fast.bench.candidates import Candidate
 from trak_fast.bench.case import Case
 from trak_fast.bench.process import TookTooLong
-from trak_fast.bench.results import Ceilings, FirstCall, Found, Quality, Results, Timing
+from trak_fast.bench.results import Ceilings, FirstCall, Present, Quality, Results, Timing
 
 SECONDS_PER_ENTRY = {"fast": 1e-11, "usual": 1e-9, "slow": 1e-8, "slower": 4e-8, "liar": 3e-7}
 SETTINGS = dataclasses.replace(settings.defaults("cpu"), dtypes=("float32",), threads=1)
@@ -32,9 +32,9 @@ class Simulated:
     def __init__(self, module: str, candidate: Candidate, settings: settings.Settings) -> None:
         self.name, self.alive, self.once = candidate.name, True, 0.0
 
-    def open(self, limit: float) -> Found:
+    def open(self, limit: float) -> Present:
         rate = 1e-9 if self.name == "liar" else SECONDS_PER_ENTRY[self.name]
-        return Found("1", 10**6, rate * 10**6)
+        return Present("1", 10**6, rate * 10**6)
 
     def ceilings(self, limit: float) -> Ceilings:
         return Ceilings(1e10, dict.fromkeys(("float32", "float64"), 1e11))

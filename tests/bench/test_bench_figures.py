@@ -18,8 +18,8 @@ from trak_fast.bench.results import (
     Ceilings,
     Check,
     FirstCall,
-    Found,
     Omission,
+    Present,
     Quality,
     Results,
     Timing,
@@ -235,7 +235,7 @@ def every_entry() -> Results:
     whole = results(timing("a", [[0.1, 0.2], [0.3]]), timing("sparse", [[1.0]], dense=False))
     whole.timings.append(Omission("b", CASE, "failed", "RuntimeError: out of luck"))
     whole.checks.append(Omission("b", CASE, "skipped", "dtype float32: it has float16"))
-    whole.candidates |= {"a": Found("1.0", 10, 0.5), "b": Absent("failed", "ValueError")}
+    whole.candidates |= {"a": Present("1.0", 10, 0.5), "b": Absent("failed", "ValueError")}
     whole.left = {"a": 3}
     whole.settings = dataclasses.replace(whole.settings, device="cuda", only=("a", "b"))
     whole.environment = dataclasses.replace(whole.environment, device=Device("H100", "9.0", 80 << 30, 132))

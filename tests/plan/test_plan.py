@@ -18,7 +18,7 @@ from trak_fast.bench.settings import defaults
 from trak_fast.cli import main
 from trak_fast.plan import predict as plan
 from trak_fast.plan import rates
-from trak_fast.plan.job import Job
+from trak_fast.plan.job import LIMITS, Job
 
 RATES = rates.Rates(1e12, 1e10, 1e11, 2e11, 5e9, 1e10, "by hand", 0.002)
 
@@ -54,6 +54,15 @@ def test_processes_share_the_samples() -> None:
     for stage in ("gradients", "projection", "X'X", "scores"):
         assert four[stage] == pytest.approx(one[stage] / 4)
     assert four["solve"] == one["solve"]
+
+
+def test_the_largest_and_the_smallest_job_are_predicted() -> None:
+    largest = {name: high for name, (_, high) in LIMITS.items()}
+    smallest = {name: low for name, (low, _) in LIMITS.items()}
+    for job in (Job(**largest), Job(**largest, gradient_seconds=1e9), Job(**smallest), Job(**smallest, half=True)):
+        found = plan.predict(job, RATES)
+        assert all(0 <= seconds < math.inf for seconds in found.seconds.rows().values())
+        assert plan.text(job, found).count("\n") > 20
 
 
 def test_memory_by_hand() -> None:

@@ -112,15 +112,18 @@ def draw(case: Case, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def _ours(case: Case) -> Project:
+    """Makes trak_fast's projection; the environment of the process forces the kernel."""
     return functools.partial(projection.project, proj_dim=case.proj_dim, proj_type=case.proj_type)
 
 
 def _stored(case: Case) -> Project:
+    """Makes torch's product with a matrix that is drawn once."""
     matrix = draw(case, case.grad_dim, torch.Generator(case.device).manual_seed(0))
     return lambda grads: grads @ matrix
 
 
 def _chunks(case: Case) -> Project:
+    """Makes torch's product with a matrix of which each call draws a chunk at a time."""
     step = max(1, CHUNK // case.proj_dim)
 
     def project(grads: Tensor) -> Tensor:
@@ -135,6 +138,7 @@ def _chunks(case: Case) -> Project:
 
 
 def _traker(case: Case, name: str) -> Project:
+    """Makes one of traker's projectors."""
     module = importlib.import_module("trak.projectors")
     options: dict[str, Any] = {"max_batch_size": 32} if name == "CudaProjector" else {"dtype": case.torch_dtype}
     projector = getattr(module, name)(
@@ -144,6 +148,7 @@ def _traker(case: Case, name: str) -> Project:
 
 
 def _fast_jl(case: Case) -> Project:
+    """Finds the function of fast_jl that traker would call: for 8, 16 or 32 rows at a time."""
     module = importlib.import_module("fast_jl")
     multiprocessors = torch.cuda.get_device_properties(case.device).multi_processor_count
     rows = next((size for size in (8, 16) if case.batch <= size), 32)
@@ -152,6 +157,7 @@ def _fast_jl(case: Case) -> Project:
 
 
 def _dattri(case: Case) -> Project:
+    """Makes dattri's random projection."""
     module = importlib.import_module("dattri.func.projection")
     shape = torch.empty(case.batch, case.grad_dim, dtype=case.torch_dtype, device="meta")
     project: Project = module.random_project(
@@ -171,17 +177,20 @@ def _dattri_bytes(case: Case) -> int:
 
 
 def _bergson(case: Case) -> Project:
+    """Makes bergson's projection, whose matrix has a name."""
     project_global = importlib.import_module("bergson.collector.collector").project_global
     return lambda grads: project_global("bench", grads, case.proj_dim, case.proj_type)  # type: ignore[no-any-return]
 
 
 def _sjlt(case: Case) -> Project:
+    """Makes the projection of sjlt, one entry a column."""
     torch.manual_seed(0)  # it has no seed of its own
     project: Project = importlib.import_module("sjlt").SJLTProjection(case.grad_dim, case.proj_dim, c=1)
     return project
 
 
 def _sklearn(case: Case, name: str) -> Project:
+    """Makes one of scikit-learn's transformers."""
     transformer = getattr(importlib.import_module("sklearn.random_projection"), name)(case.proj_dim, random_state=0)
     transformer.fit(torch.zeros(1, case.grad_dim).expand(2, -1).numpy())
     return lambda grads: torch.from_numpy(transformer.transform(grads.numpy()))

@@ -73,7 +73,7 @@ class Environment:
 
     Attributes:
         machine: The machine.
-        trak_fast: What `trak_fast.info()` says.
+        trak_fast: The facts of `trak_fast.info()`.
         torch: The torch that is installed.
         variables: Environment variables that may matter.
         device: The CUDA device, if the benchmark uses one.

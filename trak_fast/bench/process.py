@@ -13,7 +13,7 @@ from typing import Any
 
 from .candidates import Candidate
 from .case import Case
-from .results import Ceilings, FirstCall, Found, Quality
+from .results import Ceilings, FirstCall, Present, Quality
 from .settings import Settings
 
 
@@ -28,11 +28,8 @@ class TookTooLong(WorkerError):
 class Worker:
     """The process of one candidate.
 
-    Each method that asks takes a `limit`, the seconds to wait for the answer.
-
-    Raises:
-        WorkerError: The measurement failed or the process ended.
-        TookTooLong: The answer took longer than the limit; the process is ended then.
+    A request takes a `limit`, the seconds to wait for its answer. It raises WorkerError if the measurement failed or
+    the process ended, and TookTooLong after the limit; the process is ended then.
     """
 
     def __init__(self, module: str, candidate: Candidate, settings: Settings) -> None:
@@ -55,9 +52,9 @@ class Worker:
             env=environment,
         )
 
-    def open(self, limit: float) -> Found:
+    def open(self, limit: float) -> Present:
         """Waits until the library is imported and has run on something small."""
-        return Found(**self._ask("open", limit))
+        return Present(**self._ask("open", limit))
 
     def prepare(self, case: Case, limit: float) -> FirstCall:
         """Makes gradients and projection, and projects once."""

@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Found:
+class Present:
     """A candidate that runs on this machine.
 
     Attributes:
@@ -212,14 +212,14 @@ class Results:
     settings: Settings
     environment: Environment
     ceilings: Ceilings | None
-    candidates: dict[str, Found | Absent]
+    candidates: dict[str, Present | Absent]
     timings: list[Timing | Omission]
     checks: list[Check | Omission]
 
     @property
-    def found(self) -> dict[str, Found]:
+    def present(self) -> dict[str, Present]:
         """The candidates that run, by name."""
-        return {name: facts for name, facts in self.candidates.items() if isinstance(facts, Found)}
+        return {name: facts for name, facts in self.candidates.items() if isinstance(facts, Present)}
 
     @property
     def measured(self) -> list[Timing]:
@@ -272,7 +272,7 @@ def save(path: Path, results: Results) -> None:
         "environment": facts,
         "ceilings": None if results.ceilings is None else asdict(results.ceilings),
         "candidates": {
-            name: {"status": "found", **asdict(facts)} if isinstance(facts, Found) else asdict(facts)
+            name: {"status": "found", **asdict(facts)} if isinstance(facts, Present) else asdict(facts)
             for name, facts in results.candidates.items()
         },
         "timings": [_entry_content(entry) for entry in results.timings],
@@ -320,13 +320,13 @@ def _entry(measured: type[Timing] | type[Check], content: dict[str, Any]) -> Any
     return _read(measured, {name: value for name, value in content.items() if name not in ("status", "error")})
 
 
-def _facts(content: dict[str, Any]) -> Found | Absent:
+def _facts(content: dict[str, Any]) -> Present | Absent:
     """Makes the facts of a candidate from the file's."""
     if content["status"] != "found":
         absent: Absent = _read(Absent, content)
         return absent
-    found: Found = _read(Found, {name: value for name, value in content.items() if name != "status"})
-    return found
+    present: Present = _read(Present, {name: value for name, value in content.items() if name != "status"})
+    return present
 
 
 def _read(kind: Any, content: Any) -> Any:

@@ -28,7 +28,7 @@ from .case import Case
 from .environment import environment
 from .figures import better, summarize, with_floor
 from .process import TookTooLong, Worker, WorkerError
-from .results import Absent, Check, FirstCall, Found, Omission, Results, Timing, begin, load, save
+from .results import Absent, Check, FirstCall, Omission, Present, Results, Timing, begin, load, save
 from .settings import Settings
 from .tables import case_text
 
@@ -184,7 +184,7 @@ class Run:
                 absent[name] = Absent("missing", reason)
             else:
                 self._workers[name] = Worker(self.module, candidate, self.settings)  # all begin to import now
-        opened: dict[str, Found | Absent] = {}
+        opened: dict[str, Present | Absent] = {}
         for name, worker in tqdm(self._workers.items(), desc="looking for projections", leave=False, disable=None):
             try:
                 opened[name] = worker.open(OPEN_SECONDS)
@@ -204,7 +204,7 @@ class Run:
             Measurement(name, case, is_check)
             for is_check, cases in ((False, self.settings.cases()), (True, self.settings.checks()))
             for case in cases
-            for name in self.results.found
+            for name in self.results.present
         ]
         done = {Measurement(entry.candidate, entry.case, False) for entry in self.results.timings}
         done |= {Measurement(entry.candidate, entry.case, True) for entry in self.results.checks}
@@ -216,8 +216,8 @@ class Run:
             if reason is not None:
                 self._omit(measurement, "skipped", reason)
         self._spending = Budget(self.budget, len(self._todo))
-        for name, found in self.results.found.items():
-            self._spending.learn(name, found.entries, found.seconds)
+        for name, facts in self.results.present.items():
+            self._spending.learn(name, facts.entries, facts.seconds)
         for timing in self.results.measured:
             self._learn(timing)
         return len(measurements)
@@ -230,7 +230,7 @@ class Run:
 
     def _measure_ceilings(self) -> None:
         """Measures the machine's best rates, at the start and at the end: the better count for everything."""
-        for name in list(self.results.found)[:1]:
+        for name in list(self.results.present)[:1]:
             ceilings = better(self.results.ceilings, self._worker(name).ceilings(OPEN_SECONDS))
             self.results.ceilings = ceilings
             self.results.timings = [

@@ -1,4 +1,4 @@
-"""What a benchmark measures: its settings, the defaults for a device, and the grid of cases that follows from them."""
+"""The settings of a benchmark, the defaults for a device, and the grid of cases that follows from them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .case import DEVICES, DTYPES, MOST_GRADIENTS, PROJ_TYPES, Case
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run measures.
+    """The grid that a run measures.
 
     Attributes:
         device: "cpu" or "cuda".
-        batches: B to measure.
-        grad_dims: D to measure.
-        proj_dims: k to measure.
-        dtypes: Of gradients to measure.
-        proj_types: Kinds to measure.
-        check_dims: D at which accuracy, distortion and repeatability are looked at.
-        check_proj_dim: k for these.
-        full: Whether to measure every combination; otherwise one thing is varied at a time, from the middle one of
-            each (the first one for dtypes and kinds).
-        only: Parts of names of candidates; empty: all.
-        threads: Of the processor.
+        batches: Gradients at a time, B, to measure.
+        grad_dims: Sizes of a gradient, D, to measure.
+        proj_dims: Projected sizes, k, to measure.
+        dtypes: Dtypes of gradients to measure.
+        proj_types: Kinds of matrix to measure.
+        check_dims: D at which accuracy, distortion and repeatability are checked.
+        check_proj_dim: k of these checks.
+        full: If True, every combination is measured; otherwise one thing is varied at a time, from the middle one of
+            each (the first one for dtypes and kinds of matrix).
+        only: Parts of the names of candidates; empty: all candidates.
+        threads: Processor threads to use.
     """
 
     device: str
@@ -68,7 +68,7 @@ class Settings:
         integer("threads", self.threads, 1)
 
     def cases(self) -> list[Case]:
-        """What to time, what matters most first."""
+        """Lists the cases to time, those that matter most first."""
         axes = (self.batches, self.grad_dims, self.proj_dims, self.dtypes, self.proj_types)
         middle = [sorted(values)[len(values) // 2] for values in axes[:3]]
         base = [*middle, self.dtypes[0], self.proj_types[0]]
@@ -85,7 +85,7 @@ class Settings:
         return [Case(*point, self.device) for point in dict.fromkeys(ordered)]  # type: ignore[arg-type, call-arg]
 
     def checks(self) -> list[Case]:
-        """What to look closer at: every size and kind with the first dtype, the smallest size with the others."""
+        """Lists the cases to check: every size and kind with the first dtype, the smallest size with the others."""
         return [
             Case(1, grad_dim, self.check_proj_dim, dtype, kind, self.device)
             for dtype in self.dtypes
@@ -107,10 +107,14 @@ def check_device(device: str) -> None:
 
 
 def defaults(device: str | None = None) -> Settings:
-    """What a run without arguments measures: in four and a half minutes on two cores.
+    """Returns the settings of a run without arguments, which takes four and a half minutes on two cores.
 
     Args:
-        device: By default a CUDA device where there is one that trak_fast has kernels for.
+        device: By default "cuda" if there is a CUDA device that trak_fast has kernels for, else "cpu".
+
+    Raises:
+        TypeError: `device` is no string.
+        ValueError: There is no such device.
     """
     if device is None:
         known = any(found["kernels"] for found in projection.info()["cuda_devices"])

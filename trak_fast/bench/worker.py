@@ -27,7 +27,7 @@ from torch import Tensor
 from . import quality
 from .candidates import Candidate, Project, gradients
 from .case import Case
-from .results import Ceilings, FirstCall, Found, Quality
+from .results import Ceilings, FirstCall, Present, Quality
 
 
 class Session:
@@ -43,7 +43,7 @@ class Session:
         self.grads: Tensor | None = None
         self._flush: Tensor | None = None
 
-    def open(self) -> Found:
+    def open(self) -> Present:
         """Imports the library and runs it on something small: the least seconds of three times after one count."""
         size = 500_000 if self.device == "cuda" else 5000  # launches alone would predict nothing
         case = Case(8, size, 512, self.candidate.dtypes[0], self.candidate.proj_types[0], self.device)
@@ -54,7 +54,7 @@ class Session:
             self.candidate.make(case)(grads)
             self._wait()
             times.append(time.perf_counter() - start)
-        return Found(version=version(self.candidate), entries=case.matrix_entries, seconds=min(times[1:]))
+        return Present(version=version(self.candidate), entries=case.matrix_entries, seconds=min(times[1:]))
 
     def prepare(self, case: Case) -> FirstCall:
         """Makes the gradients and the projection, and projects once."""
@@ -254,7 +254,7 @@ def serve(session: Session, requests: Iterable[str], answer: Callable[[dict[str,
         try:
             result = getattr(session, request.pop("op"))(**request)
             content = {
-                "result": asdict(result) if isinstance(result, (Ceilings, FirstCall, Found, Quality)) else result
+                "result": asdict(result) if isinstance(result, (Ceilings, FirstCall, Present, Quality)) else result
             }
         except Exception as error:  # any, as a library that we do not know may raise it
             content = {"error": f"{type(error).__name__}: {error}".strip()}

@@ -22,15 +22,17 @@ IMAGES = 1797
 CLASSES = 10
 BATCH_SIZE = 64
 EXAMPLES = 6
+"""Test images that the page shows."""
 IMAGES_PER_EXAMPLE = 5
+"""Most helpful, and most harmful, training images that it shows beside each."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on; the same settings on the same machine give the same figures, times aside.
+    """The settings of a run; the same settings on the same machine give the same figures, times aside.
 
     Attributes:
-        seed: Of everything random, in [0, 2^32).
+        seed: Determines everything random, in [0, 2^32).
         proj_dim: Size of the projected gradients, k.
         checkpoints: Nets that scores are averaged over, C.
         subsets: Random halves of the training images that nets are retrained on, S.
@@ -79,11 +81,12 @@ class Data(NamedTuple):
 
     @property
     def flipped(self) -> NDArray[np.bool_]:
+        """True where a training label was flipped, (n,)."""
         return (self.labels != self.true_labels).numpy()
 
 
 def load_data(settings: Settings, rng: np.random.Generator) -> Data:
-    """scikit-learn's digits, split by class, with `settings.flipped` of the training labels made wrong."""
+    """Loads scikit-learn's digits, split by class, with `settings.flipped` of the training labels made wrong."""
     digits = load_digits()
     images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
@@ -98,7 +101,7 @@ def load_data(settings: Settings, rng: np.random.Generator) -> Data:
 
 
 def build_net() -> nn.Module:
-    """A convolutional net with 38,282 parameters, (B, 1, 8, 8) to logits (B, 10)."""
+    """Makes a convolutional net with 38,282 parameters, (B, 1, 8, 8) to logits (B, 10)."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
         nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(),
@@ -107,23 +110,23 @@ def build_net() -> nn.Module:
 
 
 def logits_of(nets: Models, images: Tensor) -> Tensor:
-    """The logits (S, B, 10) of S nets for images (B, 1, 8, 8)."""
+    """Computes the logits (S, B, 10) of S nets for images (B, 1, 8, 8)."""
     return forward(build_net, nets, images)
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """The model outputs log p/(1 − p) of the labelled class, (S, B) float64, from logits (S, B, 10)."""
+    """Computes the model outputs log p/(1 − p) of the labelled class, (S, B) float64, from logits (S, B, 10)."""
     return margin(logits.flatten(0, 1).double(), labels.repeat(len(logits))).view(len(logits), -1)
 
 
 def mean_losses(nets: Models, data: Data) -> NDArray[np.float32]:
-    """The nets' mean loss on each training image, with the label that it was trained with (n,)."""
+    """Computes the nets' mean loss on each training image, with the label that it was trained with (n,)."""
     log_p = logits_of(nets, data.images).log_softmax(-1).mean(0)
     return -log_p.gather(1, data.labels.unsqueeze(1)).squeeze(1).numpy()
 
 
 def pixel_similarity(data: Data) -> NDArray[np.float32]:
-    """Scores (n, m) without any net, to compare with: the cosine of the images, negative where labels differ."""
+    """Computes scores (n, m) without any net, to compare with: the images' cosine, negative where labels differ."""
     center = data.images.mean(0)
     given, test = (F.normalize((images - center).flatten(1)) for images in (data.images, data.test_images))
     sign = torch.where(data.labels.unsqueeze(1) == data.test_labels, 1.0, -1.0)
