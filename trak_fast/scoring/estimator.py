@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ class Estimator:
         self.grad_dim = grad_dim
         self.device = device if device.type == "cuda" else torch.device("cpu")
         wanted = settings.lambda_reg is None and settings.curvature
-        self._loss = task if wanted and isinstance(task, LossCurvature) else None
+        # isinstance, from Python 3.12 on, does not see a method that a task forwards to another one by __getattr__
+        self._loss = cast(LossCurvature, task) if wanted and hasattr(task, "get_loss_curvature") else None
 
     @property
     def sums_while_featurizing(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -85,7 +85,6 @@ def bind(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, 
     return lambda *args, **kwargs: functional_call(model, (dict(weights), dict(buffers)), args, kwargs)
 
 
-@runtime_checkable
 class BatchOutputs(Protocol):
     """A task that computes f of a whole batch at once, by which `HookGradientComputer` is faster."""
 
@@ -99,7 +98,6 @@ class BatchOutputs(Protocol):
         """
 
 
-@runtime_checkable
 class LossCurvature(Protocol):
     """A task that knows the curvature of its loss, by which `TRAKer` weighs training samples."""
 
