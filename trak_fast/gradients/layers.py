@@ -17,7 +17,7 @@ LayerGradients = dict[str, Tensor]
 
 
 def _covers_all(layer: nn.Module) -> bool:
-    """The predicate of rules that hold whatever the layer's options."""
+    """Says that a rule holds whatever the layer's options are."""
     return True
 
 
