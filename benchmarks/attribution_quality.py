@@ -2,38 +2,36 @@
 
     python benchmarks/attribution_quality.py [--quick] [--scenarios NAME ...] [--output benchmarks/results/NAME.json]
 
-Scenarios differ in network, training size, flipped labels, noise and recipe; all but one use scikit-learn's digits, and
-all 300 test samples. Those marked held out played no part in finding the rules. For each: models retrained on 100
-random halves (3 for each half), then, for every k and number of checkpoints, the LDS of
+Scenarios differ in network, training size, flipped labels, noise and recipe. All have 300 test samples, and all but one
+use scikit-learn's digits. Scenarios that are marked as held out played no part in finding the rules. For each scenario,
+models are retrained on 100 random halves (3 models for each half). Then, for every k and number of checkpoints, this
+measures the LDS of
 
 - auto: trak_fast's default; "auto, Q as it is": with shrink_weights=False; "auto, X'X and Q as it is": with
   curvature=False too;
-- ridge: the default but for λ = c times the mean squared norm of the features, for each c on a grid;
-- fixed: the same c with X'X and Q as they are;
-- traker: 0.3.2's own score code at its defaults (float16, λ = 0). Its features come from trak_fast's projection, which
-  has the distribution of its BasicProjector's and is many times as fast; `--confirm` runs all of traker with
-  BasicProjector once, at k = 256 on the first scenario.
+- ridge: the default, except that λ is c times the mean squared norm of the features, for each c of a grid;
+- fixed: the same ridges, with X'X and Q as they are;
+- traker: the score code of traker 0.3.2 at its defaults (float16, λ = 0). The features come from trak_fast's
+  projection, which has the same distribution as traker's BasicProjector and is many times as fast; `--confirm` runs
+  all of traker with BasicProjector once, at k = 256 on the first scenario.
 
-A run with 1 checkpoint is the mean over 5 of them. Finished scenarios and retrained outputs stay in --work, so that the
-same command goes on after a stop. Needs traker: `pip install --no-deps traker==0.3.2`.
+Figures of 1 checkpoint are means over 5 checkpoints. Finished scenarios and retrained outputs stay in --work, so that
+the same command goes on after a stop. Needs traker: `pip install --no-deps traker==0.3.2`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from record import make_parser, save
 from scipy.stats import rankdata
 from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
@@ -53,11 +51,17 @@ from trak_fast.tasks import ImageClassification
 
 PROJ_DIMS = [128, 256, 512, 1024, 2048, 4096]
 FACTORS = np.geomspace(0.1, 100, 13)
+"""Fixed ridges, in units of the mean squared norm of the features."""
 SINGLES = 5
-AUTO, AUTO_RAW, AUTO_PLAIN = "auto", "auto, Q as it is", "auto, X'X and Q as it is"
-SHRUNK = (AUTO,)
-BY_DEFAULT, PLAIN = "ridge ", "fixed "
+"""Checkpoints whose figures by themselves are averaged."""
 TARGETS = 300
+
+# Methods, by their names in results; BY_DEFAULT and PLAIN are followed by a factor.
+AUTO = "auto"
+AUTO_RAW = "auto, Q as it is"
+AUTO_PLAIN = "auto, X'X and Q as it is"
+BY_DEFAULT = "ridge "
+PLAIN = "fixed "
 
 
 def mlp() -> nn.Module:
@@ -92,13 +96,14 @@ def tabular_mlp() -> nn.Module:
 
 
 class ResidualNet(nn.Module):
-    """Convolutions with a skip connection and group norm."""
+    """A network of convolutions with a skip connection and group norm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(1, 24, 3, padding=1, stride=2)
         self.norm = nn.GroupNorm(4, 24)
-        self.second, self.third = nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.second = nn.Conv2d(24, 24, 3, padding=1)
+        self.third = nn.Conv2d(24, 24, 3, padding=1)
         self.head = nn.Linear(24 * 4, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -108,14 +113,18 @@ class ResidualNet(nn.Module):
 
 
 class AttentionNet(nn.Module):
-    """One transformer block; each row of an image is a token."""
+    """A network of one transformer block, which takes each row of an image as a token."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.place = nn.Linear(8, 32), nn.Parameter(0.1 * torch.randn(8, 32))
-        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.embed = nn.Linear(8, 32)
+        self.place = nn.Parameter(0.1 * torch.randn(8, 32))
+        self.qkv = nn.Linear(32, 96)
+        self.out = nn.Linear(32, 32)
         self.norms = nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32)])
-        self.wide, self.narrow, self.head = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 10)
+        self.wide = nn.Linear(32, 64)
+        self.narrow = nn.Linear(64, 32)
+        self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images.flatten(1, 2)) + self.place
@@ -126,19 +135,32 @@ class AttentionNet(nn.Module):
         return self.head(x.mean(1))
 
 
-def digits() -> tuple[NDArray[Any], NDArray[Any]]:
+def load_images() -> tuple[NDArray[Any], NDArray[Any]]:
+    """Returns scikit-learn's digits, (N, 1, 8, 8) in [0, 1], and their labels."""
     data = load_digits()
     return data.images[:, None] / 16, data.target
 
 
-def cancer() -> tuple[NDArray[Any], NDArray[Any]]:
+def load_cancer() -> tuple[NDArray[Any], NDArray[Any]]:
+    """Returns scikit-learn's breast cancer data, standardized, and its labels."""
     data = load_breast_cancer()
     return (data.data - data.data.mean(0)) / data.data.std(0), data.target
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A problem: `noise` is the standard deviation added to pixels in [0, 1], `flipped` a share of the labels."""
+    """A problem to attribute.
+
+    Attributes:
+        build: Makes the network.
+        train_size: The number of training samples, n.
+        flipped: The share of training labels that are wrong.
+        noise: The standard deviation of the noise that is added to the inputs.
+        recipe: The training of each network.
+        held_out: True if the scenario played no part in finding the rules.
+        seed: The seed of the noise, the split and the flipped labels.
+        data: Loads inputs and labels.
+    """
 
     build: Callable[[], nn.Module]
     train_size: int
@@ -147,7 +169,7 @@ class Scenario:
     recipe: Recipe = field(default_factory=Recipe)
     held_out: bool = False
     seed: int = 0
-    data: Callable[[], tuple[NDArray[Any], NDArray[Any]]] = digits
+    data: Callable[[], tuple[NDArray[Any], NDArray[Any]]] = load_images
 
 
 SCENARIOS = {
@@ -166,12 +188,12 @@ SCENARIOS = {
     "gelu900": Scenario(gelu_mlp, 900, 0.1, 0.1, Recipe(epochs=20), held_out=True, seed=11),
     "residual1100": Scenario(ResidualNet, 1100, 0.05, 0.2, Recipe(epochs=18), held_out=True, seed=11),
     "attention800": Scenario(AttentionNet, 800, 0.05, 0, Recipe(epochs=30, learning_rate=0.03), held_out=True, seed=11),
-    "cancer269": Scenario(tabular_mlp, 269, 0.1, 0, Recipe(epochs=30), held_out=True, seed=11, data=cancer),
+    "cancer269": Scenario(tabular_mlp, 269, 0.1, 0, Recipe(epochs=30), held_out=True, seed=11, data=load_cancer),
 }
 
 
 def load(scenario: Scenario) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels."""
+    """Returns training images and labels, and test images and labels."""
     rng = np.random.default_rng(scenario.seed)
     pixels, classes = scenario.data()
     images = torch.from_numpy(pixels).float()
@@ -189,7 +211,7 @@ def load(scenario: Scenario) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def truth(name: str, work: Path, subsets: int, per_subset: int) -> tuple[NDArray[np.bool_], NDArray[np.floating[Any]]]:
-    """Random halves, as masks (S, n), and the test images' margins by networks retrained on them, (S, m)."""
+    """Retrains networks on random halves; returns the halves as masks (S, n), and margins of the test images (S, m)."""
     scenario = SCENARIOS[name]
     images, labels, test_images, test_labels = load(scenario)
     masks = retraining.random_subsets(len(labels), subsets, seed=1)
@@ -202,7 +224,7 @@ def truth(name: str, work: Path, subsets: int, per_subset: int) -> tuple[NDArray
 
 
 def ranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Centred ranks of length 1, or 0 where all are tied."""
+    """Returns centred ranks, each column scaled to length 1, or 0 if all its values are tied."""
     centered = rankdata(values, axis=0) - (len(values) + 1) / 2
     return centered / np.maximum(np.sqrt((centered**2).sum(axis=0)), 1e-30)
 
@@ -210,8 +232,9 @@ def ranks(values: NDArray[Any]) -> NDArray[np.float64]:
 def features_of(
     scenario: Scenario, models: retraining.Models, count: int, images: Tensor, labels: Tensor, proj_dim: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Features (C, B, k) and weightings Q (C, B) of samples."""
-    features, weights = [], []
+    """Computes features (C, B, k) and weightings Q (C, B) of samples at `count` checkpoints."""
+    features = []
+    weights = []
     for model_id in range(count):
         model = scenario.build()
         model.load_state_dict(retraining.state_dict(models, model_id))
@@ -225,12 +248,13 @@ def features_of(
 
 
 def dense(solver: Solver, train: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Computes the score matrix (n, m)."""
     solved = solver.solve(targets).numpy()
     return train @ solved if solver.primal else solved
 
 
 def traker_scores(train: NDArray[np.float32], targets: NDArray[np.float32], grad_dim: int) -> NDArray[np.float32]:
-    """One checkpoint's scores by traker's own code at its defaults; NaN where it finds X'X singular."""
+    """Computes one checkpoint's scores by traker's own code at its defaults; NaN if traker finds X'X singular."""
     computer = BasicScoreComputer(torch.float16, torch.device("cpu"))
     halves = [(torch.from_numpy(np.array(x)) / grad_dim**0.5).half() for x in (train, targets)]
     scores = torch.zeros(len(train), len(targets))
@@ -242,94 +266,170 @@ def traker_scores(train: NDArray[np.float32], targets: NDArray[np.float32], grad
     return scores.numpy()
 
 
-def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: list[int], counts: list[int]) -> Any:
-    """All LDS of a scenario."""
-    scenario = SCENARIOS[name]
-    images, labels, test_images, test_labels = load(scenario)
-    n = len(labels)
-    masks, outputs = truth(name, work, subsets, per_subset)
-    most = max(*counts, SINGLES)
-    everything = np.ones((most, n), bool)
-    models = retraining.train(scenario.build, (images, labels), everything, scenario.recipe, 3, title="checkpoints")
-    train, weights = features_of(scenario, models, most, images, labels, max(proj_dims))
-    targets, _ = features_of(scenario, models, most, test_images, test_labels, max(proj_dims))
-    grad_dim = sum(p.numel() for p in scenario.build().parameters())
-    real = ranks(outputs)
+@dataclass(frozen=True)
+class Problem:
+    """A scenario's features and weightings at each checkpoint, and the answers of retrained networks.
 
-    def lds(scores: NDArray[Any], model_ids: list[int], kind: str) -> float | None:
+    Attributes:
+        train: Features of the training samples, (C, n, k).
+        targets: Features of the test samples, (C, m, k).
+        weights: Weightings Q of the training samples, (C, n).
+        masks: Subsets that networks were retrained on, (S, n).
+        answers: Ranks of the retrained networks' margins, (S, m).
+        grad_dim: D.
+    """
+
+    train: NDArray[np.float32]
+    targets: NDArray[np.float32]
+    weights: NDArray[np.float64]
+    masks: NDArray[np.bool_]
+    answers: NDArray[np.float64]
+    grad_dim: int
+
+    def lds(self, scores: NDArray[Any], model_ids: list[int], method: str) -> float | None:
+        """Returns the LDS of scores (n, m) of some checkpoints, or None where they are not finite."""
         if not np.isfinite(scores).all():
             return None
-        mean = torch.from_numpy(weights[model_ids].mean(0))
-        mean = shrunk_weights(mean) if kind in SHRUNK or kind.startswith(BY_DEFAULT) else mean
-        predicted = masks.astype(np.float64) @ (mean.numpy()[:, None] * scores)
-        return float((ranks(predicted) * real).sum(axis=0).mean())
+        mean = torch.from_numpy(self.weights[model_ids].mean(0))
+        if method == AUTO or method.startswith(BY_DEFAULT):
+            mean = shrunk_weights(mean)
+        predicted = self.masks.astype(np.float64) @ (mean.numpy()[:, None] * scores)
+        return float((ranks(predicted) * self.answers).sum(axis=0).mean())
 
+
+def prepare(name: str, work: Path, subsets: int, per_subset: int, proj_dim: int, count: int) -> Problem:
+    """Trains `count` checkpoints of a scenario and the networks on its subsets, and computes features of size k."""
+    scenario = SCENARIOS[name]
+    images, labels, test_images, test_labels = load(scenario)
+    masks, outputs = truth(name, work, subsets, per_subset)
+    everything = np.ones((count, len(labels)), bool)
+    models = retraining.train(scenario.build, (images, labels), everything, scenario.recipe, 3, title="checkpoints")
+    train, weights = features_of(scenario, models, count, images, labels, proj_dim)
+    targets, _ = features_of(scenario, models, count, test_images, test_labels, proj_dim)
+    grad_dim = sum(p.numel() for p in scenario.build().parameters())
+    return Problem(train, targets, weights, masks, ranks(outputs), grad_dim)
+
+
+class Tally:
+    """The scores of one number of checkpoints, by method, as they are added checkpoint by checkpoint.
+
+    Attributes:
+        count: C, the number of checkpoints. With 1, the LDS is the mean over `SINGLES` checkpoints by themselves.
+        disagreement: ρ, the distance between the kernels of the checkpoints.
+        factors: The automatic ridges, in units of the mean squared norm of the features.
+    """
+
+    def __init__(self, problem: Problem, count: int, disagreement: float) -> None:
+        self.count = count
+        self.disagreement = disagreement
+        self.factors: list[float] = []
+        self._problem = problem
+        self._singles: dict[str, list[float | None]] = {}
+        self._totals: dict[str, Any] = {}
+
+    def takes(self, model_id: int) -> bool:
+        """Tells whether a checkpoint is among those of this tally."""
+        return model_id < (SINGLES if self.count == 1 else self.count)
+
+    def add(self, method: str, model_id: int, scores: NDArray[Any]) -> None:
+        """Adds a method's scores (n, m) of a checkpoint."""
+        if self.count == 1:
+            self._singles.setdefault(method, []).append(self._problem.lds(scores, [model_id], method))
+        else:
+            self._totals[method] = self._totals.get(method, 0) + scores
+
+    def lds(self) -> dict[str, float | None]:
+        """Returns the LDS of each method; None where scores are not finite."""
+        if self.count == 1:
+            return {
+                method: None if None in found else float(np.mean(found))  # type: ignore[arg-type]
+                for method, found in self._singles.items()
+            }
+        model_ids = list(range(self.count))
+        return {
+            method: self._problem.lds(total / self.count, model_ids, method) for method, total in self._totals.items()
+        }
+
+
+def scores_over_ridges(
+    train: NDArray[np.float32], targets: NDArray[np.float32], gram: Tensor, curvature: NDArray[np.float64] | None
+) -> Iterator[tuple[float, NDArray[np.float64]]]:
+    """Yields each factor of `FACTORS` and the scores (n, m) with that ridge, all from one decomposition."""
+    n, k = train.shape
+    left = torch.from_numpy(np.array(train, np.float64))
+    right = torch.from_numpy(np.array(targets, np.float64))
+    values, vectors = torch.linalg.eigh(gram)
+    if k <= n:
+        u = left @ vectors
+        w = vectors.mT @ right.mT
+    else:
+        roots = torch.ones(n, 1).double() if curvature is None else torch.from_numpy(curvature).sqrt().unsqueeze(1)
+        u = vectors / roots
+        w = vectors.mT @ (roots * (left @ right.mT))
+    for factor in FACTORS:
+        yield factor, ((u / (values.clamp(min=0) + factor * gram.trace() / n)) @ w).numpy()
+
+
+def add_checkpoint(problem: Problem, model_id: int, proj_dim: int, tallies: list[Tally]) -> None:
+    """Adds the scores of one checkpoint, by every method, to the tallies that take it."""
+    train = problem.train[model_id, :, :proj_dim]  # a row of the matrix does not depend on k
+    targets = problem.targets[model_id, :, :proj_dim]
+    n = len(train)
+    q = problem.weights[model_id]
+    for curvature in (curvature_weights(q * (1 - q)), None):
+        gram = gram_matrix(train, torch.device("cpu"), curvature)
+        for tally in tallies:
+            ridge = auto_ridge(gram, n, proj_dim, tally.count, tally.disagreement)
+            scores = dense(Solver(train, gram, ridge, curvature), train, targets)
+            for method in (AUTO_PLAIN,) if curvature is None else (AUTO, AUTO_RAW):
+                tally.add(method, model_id, scores)
+            if curvature is not None:
+                tally.factors.append(ridge * n / gram.trace().item())
+        for factor, scores in scores_over_ridges(train, targets, gram, curvature):
+            for tally in tallies:
+                tally.add(f"{PLAIN if curvature is None else BY_DEFAULT}{factor:.4g}", model_id, scores)
+    scores = traker_scores(train, targets, problem.grad_dim)
+    for tally in tallies:
+        tally.add("traker", model_id, scores)
+
+
+def measure(name: str, work: Path, subsets: int, per_subset: int, proj_dims: list[int], counts: list[int]) -> Any:
+    """Measures all LDS of a scenario, as a dictionary for JSON with one cell for each k and number of checkpoints."""
+    scenario = SCENARIOS[name]
+    problem = prepare(name, work, subsets, per_subset, max(proj_dims), max(*counts, SINGLES))
     cells: list[Any] = []
     for k in tqdm(proj_dims, desc=f"{name}: k"):
-        x, phi = train[:, :, :k], targets[:, :, :k]  # a row of the matrix does not depend on k
-        rho = {c: disagreement(list(x[:c])) for c in counts}
-        singles: dict[str, list[float | None]] = {}
-        totals = {c: dict[str, Any]() for c in counts if c > 1}
-        factors: dict[int, list[float]] = {c: [] for c in counts}
-
-        def note(kind: str, c: int, model_id: int, scores: Any, singles: Any = singles, totals: Any = totals) -> None:
-            if c == 1:
-                singles.setdefault(kind, []).append(lds(scores, [model_id], kind))
-            elif model_id < c:
-                totals[c][kind] = totals[c].get(kind, 0) + scores
-
-        for model_id in range(most):
-            one, phi_one = x[model_id], phi[model_id]
-            q = weights[model_id]
-            used = [c for c in counts if (model_id < SINGLES if c == 1 else model_id < c)]
-            for r in (curvature_weights(q * (1 - q)), None):
-                gram = gram_matrix(one, torch.device("cpu"), r)
-                for c in used:
-                    ridge = auto_ridge(gram, n, k, c, rho[c])
-                    scores = dense(Solver(one, gram, ridge, r), one, phi_one)
-                    for kind in (AUTO, AUTO_RAW) if r is not None else (AUTO_PLAIN,):
-                        note(kind, c, model_id, scores)
-                    if r is not None:
-                        factors[c].append(ridge * n / gram.trace().item())
-                # the whole path from one decomposition
-                left = torch.from_numpy(np.array(one, np.float64))
-                right = torch.from_numpy(np.array(phi_one, np.float64))
-                roots = torch.ones(n, 1).double() if r is None else torch.from_numpy(r).sqrt().unsqueeze(1)
-                values, vectors = torch.linalg.eigh(gram)
-                if k <= n:
-                    u, w = left @ vectors, vectors.mT @ right.mT
-                else:
-                    u, w = vectors / roots, vectors.mT @ (roots * (left @ right.mT))
-                for factor in FACTORS:
-                    scores = ((u / (values.clamp(min=0) + factor * gram.trace() / n)) @ w).numpy()
-                    for c in used:
-                        note(f"{PLAIN if r is None else BY_DEFAULT}{factor:.4g}", c, model_id, scores)
-            scores = traker_scores(one, phi_one, grad_dim)
-            for c in used:
-                note("traker", c, model_id, scores)
-        for c in counts:
-            if c == 1:
-                found = {kind: None if None in v else float(np.mean(v)) for kind, v in singles.items()}  # type: ignore[arg-type]
-            else:
-                found = {kind: lds(total / c, list(range(c)), kind) for kind, total in totals[c].items()}
-            cells.append(
-                {
-                    "k": k,
-                    "checkpoints": c,
-                    "disagreement": rho[c],
-                    "lds": found,
-                    "auto_factor": float(np.exp(np.mean(np.log(factors[c])))),
-                }
-            )
+        tallies = [Tally(problem, c, disagreement(list(problem.train[:c, :, :k]))) for c in counts]
+        for model_id in range(len(problem.train)):
+            add_checkpoint(problem, model_id, k, [tally for tally in tallies if tally.takes(model_id)])
+        cells += [
+            {
+                "k": k,
+                "checkpoints": tally.count,
+                "disagreement": tally.disagreement,
+                "lds": tally.lds(),
+                "auto_factor": float(np.exp(np.mean(np.log(tally.factors)))),
+            }
+            for tally in tallies
+        ]
     return {
-        "scenario": name, "held_out": scenario.held_out, "network": scenario.build.__name__, "train_size": n,
-        "grad_dim": grad_dim, "flipped": scenario.flipped, "noise": scenario.noise, "recipe": asdict(scenario.recipe),
-        "subsets": subsets, "models_per_subset": per_subset, "mean_weighting": float(weights.mean()), "cells": cells,
-    }  # fmt: skip
+        "scenario": name,
+        "held_out": scenario.held_out,
+        "network": scenario.build.__name__,
+        "train_size": problem.train.shape[1],
+        "grad_dim": problem.grad_dim,
+        "flipped": scenario.flipped,
+        "noise": scenario.noise,
+        "recipe": asdict(scenario.recipe),
+        "subsets": subsets,
+        "models_per_subset": per_subset,
+        "mean_weighting": float(problem.weights.mean()),
+        "cells": cells,
+    }
 
 
 def confirm(name: str, work: Path, subsets: int, per_subset: int) -> dict[str, Any]:
-    """The LDS of all of traker at its defaults, with its BasicProjector and k = 256, for 1 and 5 checkpoints."""
+    """Measures the LDS of all of traker at its defaults, with BasicProjector and k = 256, for 1 and 5 checkpoints."""
     from trak import TRAKer
     from trak.projectors import BasicProjector, ProjectionType
 
@@ -355,53 +455,54 @@ def confirm(name: str, work: Path, subsets: int, per_subset: int) -> dict[str, A
             traker.start_scoring_checkpoint("test", retraining.state_dict(models, model_id), model_id, TARGETS)
             for x, y in zip(test_images.split(100), test_labels.split(100), strict=True):
                 traker.score((x, y), num_samples=len(y))
-        for label, ids in (("5", [list(range(5))]), ("1", [[i] for i in range(5)])):
-            results[label] = float(
-                np.mean(
-                    [
-                        trak_fast.metrics.lds(
-                            np.array(traker.finalize_scores("test", model_ids=i), np.float64), masks, outputs
-                        ).mean
-                        for i in ids
-                    ]
-                )
-            )
+        for label, sets in (("5", [list(range(5))]), ("1", [[model_id] for model_id in range(5)])):
+            found = []
+            for model_ids in sets:
+                scores = np.array(traker.finalize_scores("test", model_ids=model_ids), np.float64)
+                found.append(trak_fast.metrics.lds(scores, masks, outputs).mean)
+            results[label] = float(np.mean(found))
     return {"scenario": name, "k": 256, "lds": results}
 
 
+def best_over_k(cells: list[Any], method: str) -> tuple[float, int]:
+    """Finds the best LDS of a method, or of all methods whose names begin with one that ends in a space, and its k."""
+    found = [
+        (lds, cell["k"])
+        for cell in cells
+        for name, lds in cell["lds"].items()
+        if lds is not None and (name.startswith(method) if method.endswith(" ") else name == method)
+    ]
+    return max(found, default=(float("nan"), 0))
+
+
 def table(results: list[Any]) -> str:
-    """The best LDS over k of each kind, and the worst of the default for k ≥ 256."""
+    """Lists the best LDS over k of each method, and the worst LDS of the default for k ≥ 256."""
     lines = ["scenario         C   traker (k)     auto   worst   best ridge   Q as it is   X'X too   best fixed"]
     for result in results:
         for c in sorted({cell["checkpoints"] for cell in result["cells"]}):
             cells = [cell for cell in result["cells"] if cell["checkpoints"] == c]
 
-            def top(kind: str, cells: list[Any] = cells) -> tuple[float, int]:
-                found = [
-                    (lds, cell["k"])
-                    for cell in cells
-                    for name, lds in cell["lds"].items()
-                    if lds is not None and (name.startswith(kind) if kind[-1] == " " else name == kind)
-                ]
-                return max(found, default=(float("nan"), 0))
-
             worst = min(cell["lds"][AUTO] for cell in cells if cell["k"] >= 256)
+            traker, traker_k = best_over_k(cells, "traker")
+            best = {method: best_over_k(cells, method)[0] for method in (AUTO, BY_DEFAULT, AUTO_RAW, AUTO_PLAIN, PLAIN)}
             lines.append(
-                f"{result['scenario']:14}{'*' if result['held_out'] else ' '} {c:2}  {top('traker')[0]:6.3f} "
-                f"({top('traker')[1]:4})  {top(AUTO)[0]:6.3f}  {worst:6.3f}       {top(BY_DEFAULT)[0]:6.3f}       "
-                f"{top(AUTO_RAW)[0]:6.3f}    {top(AUTO_PLAIN)[0]:6.3f}       {top(PLAIN)[0]:6.3f}"
+                f"{result['scenario']:14}{'*' if result['held_out'] else ' '} {c:2}  {traker:6.3f} "
+                f"({traker_k:4})  {best[AUTO]:6.3f}  {worst:6.3f}       {best[BY_DEFAULT]:6.3f}       "
+                f"{best[AUTO_RAW]:6.3f}    {best[AUTO_PLAIN]:6.3f}       {best[PLAIN]:6.3f}"
             )
     return "\n".join([*lines, "all but worst are the best over k; worst: of auto over k >= 256; * held out"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs the command."""
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one small scenario, 2 sizes, 30 subsets")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="NAME")
     parser.add_argument("--checkpoints", nargs="+", type=int, default=[1, 5], metavar="C")
     parser.add_argument("--confirm", action="store_true", help="also run all of traker, with its BasicProjector")
-    parser.add_argument("--work", type=Path, default=Path("build/attribution_quality"), help="folder for what is done")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/attribution_quality"), help="folder for finished scenarios"
+    )
     arguments = parser.parse_args()
     subsets, per_subset, proj_dims = (30, 1, [128, 512]) if arguments.quick else (100, 3, PROJ_DIMS)
     names = ["cnn200"] if arguments.quick else arguments.scenarios
@@ -417,16 +518,12 @@ def main() -> None:
             temporary.replace(done)
         results.append(json.loads(done.read_text()))
     confirmed = confirm(names[0], arguments.work, subsets, per_subset) if arguments.confirm else None
-    if arguments.output:
-        summary = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python", "benchmarks/attribution_quality.py", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-            "traker": "score code of 0.3.2, float16, lambda 0, on features of trak_fast's projection",
-            "traker_with_basic_projector": confirmed,
-            "results": results,
-        }
-        arguments.output.write_text(json.dumps(summary, indent=1) + "\n")
+    summary = {
+        "traker": "score code of 0.3.2, float16, lambda 0, on features of trak_fast's projection",
+        "traker_with_basic_projector": confirmed,
+        "results": results,
+    }
+    save(arguments.output, summary)
     print(table(results))
     if confirmed:
         print(f"all of traker with BasicProjector, {confirmed['scenario']}, k = 256: {confirmed['lds']}")

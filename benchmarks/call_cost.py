@@ -20,11 +20,11 @@ import torch
 
 ROUNDS = 9
 CALLS = 2000
-"""Calls in a round, of which the median is taken."""
+"""Calls in a round, whose median is taken."""
 
 
 def median_microseconds(call: Callable[[], object]) -> float:
-    """The median time of a call."""
+    """Measures the median time of a call."""
     times = []
     for _ in range(CALLS):
         start = time.perf_counter_ns()
@@ -34,7 +34,7 @@ def median_microseconds(call: Callable[[], object]) -> float:
 
 
 def measure() -> dict[str, float]:
-    """Microseconds of each call, on one thread."""
+    """Measures each call on one thread, in microseconds."""
     import trak_fast
 
     torch.set_num_threads(1)

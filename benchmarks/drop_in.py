@@ -9,35 +9,37 @@ is the linear datamodeling score over 60 nets retrained on random halves. A libr
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
-import json
 import logging
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from record import make_parser, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import trak_fast
 from trak_fast import retraining
 from trak_fast.demo import digits
 from trak_fast.demo.run import retrain
 from trak_fast.metrics import lds
 
-TRAIN, TARGETS, K, BATCH = 640, 64, 2048, 64
+TRAIN = 640
+TARGETS = 64
+K = 2048
+BATCH = 64
 
 
 class Problem(NamedTuple):
+    """The digits, a trained net, and the outputs of nets retrained on subsets (masks)."""
+
     data: digits.Data
     checkpoint: dict[str, Tensor]
     masks: NDArray[np.bool_]
@@ -45,6 +47,7 @@ class Problem(NamedTuple):
 
 
 def prepare() -> Problem:
+    """Trains a net, and retrains nets on random halves of its training samples."""
     settings = digits.Settings(
         seed=0, proj_dim=K, checkpoints=1, subsets=60, nets_per_subset=1, flipped=0.05, epochs=15,
         train_size=TRAIN, test_size=TARGETS,
@@ -58,6 +61,7 @@ def prepare() -> Problem:
 
 
 def run_traker(problem: Problem) -> NDArray[np.float32]:
+    """Returns the scores (n, m) of traker's TRAKer."""
     import trak
 
     data = problem.data
@@ -76,10 +80,12 @@ def run_traker(problem: Problem) -> NDArray[np.float32]:
 
 
 def run_dattri(problem: Problem) -> NDArray[np.float32]:
+    """Returns the scores (n, m) of dattri's TRAKAttributor."""
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
 
-    model, data = digits.build_net(), problem.data
+    model = digits.build_net()
+    data = problem.data
 
     def loss(params: dict[str, Tensor], sample: tuple[Tensor, Tensor]) -> Tensor:
         output = torch.func.functional_call(model, params, sample[0].unsqueeze(0))
@@ -105,7 +111,7 @@ def run_dattri(problem: Problem) -> NDArray[np.float32]:
 
 
 def project_with_bergson(problem: Problem) -> None:
-    """One batch of gradients, as its hooks project each module's."""
+    """Projects one batch of gradients, module by module, as bergson's hooks do."""
     from bergson.collector import collector
 
     for name, tensor in problem.checkpoint.items():
@@ -115,13 +121,14 @@ def project_with_bergson(problem: Problem) -> None:
 
 @contextlib.contextmanager
 def timed(seconds: list[float]) -> Iterator[None]:
+    """Appends the seconds that a block takes to a list."""
     start = time.perf_counter()
     yield
     seconds.append(time.perf_counter() - start)
 
 
 def compare(name: str, run: Callable[[Problem], Any], problem: Problem, rounds: int) -> dict[str, Any]:
-    """Seconds of interleaved rounds with the library's own projection and with ours."""
+    """Times interleaved rounds with the library's own projection and with ours, and measures the LDS of both."""
     layer = importlib.import_module(f"trak_fast.compat.{name}")
     seconds: dict[str, list[float]] = {"own": [], "ours": []}
     quality: dict[str, float] = {}
@@ -135,8 +142,8 @@ def compare(name: str, run: Callable[[Problem], Any], problem: Problem, rounds: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    """Runs the command."""
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # the libraries' own
@@ -155,9 +162,7 @@ def main() -> None:
         own, ours = (float(np.median(row["seconds"][which])) for which in ("own", "ours"))
         quality = "  LDS {own:.3f} and {ours:.3f}".format(**row["lds"]) if row["lds"] else ""
         print(f"{row['library']:8} own {own:8.2f} s   ours {ours:8.2f} s   {own / ours:6.1f} x{quality}")
-    if arguments.output:
-        machine = {"date": date.today().isoformat(), "info": trak_fast.info()}
-        arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    save(arguments.output, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ DRIVER_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def digest(value: Tensor | np.ndarray) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of an array's bytes, shape and dtype."""
+    """Returns the first 16 hexadecimal digits of the SHA-256 of an array's bytes, shape and dtype."""
     array = np.ascontiguousarray(value.numpy() if isinstance(value, Tensor) else value)
     sha = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     sha.update(array.tobytes())
@@ -51,12 +51,12 @@ def digest(value: Tensor | np.ndarray) -> str:
 
 
 def draw(seed: int, *shape: int) -> Tensor:
-    """Normal numbers that depend on NumPy's generator alone."""
+    """Draws normal numbers that depend on NumPy's generator alone."""
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def projections() -> Iterator[tuple[str, str]]:
-    """Digests of projections, adjoints and entries of the matrix, for each instruction set and kind."""
+    """Computes digests of projections, adjoints and entries of the matrix, for each instruction set and kind."""
     whole = draw(0, 9, 3000)
     for isa, kind in itertools.product(trak_fast.info()["instruction_sets"], ("rademacher", "normal")):
         os.environ["TRAK_FAST_ISA"] = isa
@@ -82,7 +82,7 @@ def projections() -> Iterator[tuple[str, str]]:
 
 
 def attributions(folder: Path) -> Iterator[tuple[str, str]]:
-    """Digests of what a run of two checkpoints stores and returns, for several settings of the driver."""
+    """Computes digests of all that a run of two checkpoints stores and returns, for several settings of the driver."""
     images, labels = draw(2, SAMPLES + TARGETS, 6), torch.arange(SAMPLES + TARGETS) % CLASSES
     for name, settings in DRIVER_SETTINGS.items():
         model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, CLASSES))

@@ -1,14 +1,15 @@
-"""Everything that needs a GPU, in one command of under nine minutes: right or wrong, then how fast, then the rest.
+"""Builds, checks and measures all that needs a GPU, in one command of under nine minutes.
 
     python benchmarks/gpu_check.py [--minutes 8.5] [--prebuilt FOLDER] [--variants FOLDER ...] [--dry-run]
 
-For a bare machine without network: needs torch, and pybind11, cmake, ninja and nvcc unless the module is prebuilt (see
-prebuild.py). In order: every kernel against float64 (gpu_smoke.py), quick times, the gpu tests, the measurements with
-their targets, variants of the module against it (gpu_variants.py), Nsight Compute, compute-sanitizer. Kernels that are
-wrong or hang are named and left out of what follows; so is what is missing: pytest, ncu, compute-sanitizer, fast_jl.
+It is made for a bare machine without network. It needs torch, and, unless the module is prebuilt (see prebuild.py),
+pybind11, cmake, ninja and nvcc. Its steps, in order: every kernel against float64 (gpu_smoke.py), quick times, the gpu
+tests, the measurements with their targets (gpu_measure.py says how times are taken), variants of the module against it
+(gpu_variants.py), Nsight Compute, compute-sanitizer. Kernels that are wrong or hang are named and left out of later
+steps. Missing tools (pytest, ncu, compute-sanitizer, fast_jl) are named, and their steps left out.
 
-`--minutes` bounds all of it. JSON goes to $OUT or benchmarks/results/ after each row, and the last lines printed are
-the table: right or wrong, and each target as reached or not. How times are taken stands in gpu_measure.py.
+`--minutes` bounds all steps together. JSON goes to $OUT or benchmarks/results/ after each row. The last lines that are
+printed are the table: right or wrong, and each target as reached or not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import contextlib
 import datetime
 import importlib
-import importlib.machinery
 import importlib.util
 import itertools
 import json
@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from gpu_measure import KERNELS, Clock, Gpu, Imagined, Results, all_cases, measure, table
 from gpu_smoke import ADJOINT
+from prebuild import find_module
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST_JL_TRIAL = """
@@ -45,9 +46,16 @@ torch.cuda.synchronize()
 
 
 def run(command: list[str], seconds: float, log: str = "", **environment: str) -> tuple[str, str]:
-    """Runs a command; says whether it passed within a time, and the end of its output. Its children end with it.
+    """Runs a command for some seconds at most, and ends its children with it.
 
-    The whole output is added to $OUT/`log`, where both are given.
+    Args:
+        command: The program and its arguments.
+        seconds: The time limit.
+        log: A file in $OUT that the whole output is added to; "": none.
+        **environment: Further environment variables.
+
+    Returns:
+        The verdict, which is "passed" or begins with "FAILED" or "not finished", and the end of the output.
     """
     process = subprocess.Popen(
         command,
@@ -79,50 +87,31 @@ def run(command: list[str], seconds: float, log: str = "", **environment: str) -
     return verdict, output[-3000:]
 
 
-def find_prebuilt(folder: Path) -> tuple[str, str]:
-    """Looks for a folder's module for this Python; says its path or what is wrong."""
-    module = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    if module.is_file():
-        return "passed", str(module)
-    there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return "FAILED", f"{module.name} is not there, but {there}; prebuild.py --python python{version} makes it"
-
-
 def use_prebuilt(folder: Path) -> tuple[str, str]:
     """Copies the module that prebuild.py made for this Python into the package."""
-    verdict, found = find_prebuilt(folder)
-    if verdict != "passed":
-        return verdict, found
-    shutil.copy(found, ROOT / "trak_fast")
+    try:
+        shutil.copy(find_module(folder), ROOT / "trak_fast")
+    except ValueError as error:
+        return "FAILED", str(error)
     return "passed", ""
 
 
 def build(architecture: str, clock: Clock) -> tuple[str, str]:
-    """As users do, by pip; where that is not possible (no setuptools, a read-only environment), by CMake alone."""
+    """Builds by pip, as users do, or else by prebuild.py: pip may lack setuptools or the right to write."""
     settings = {"TRAK_FAST_CUDA": "ON", "TRAK_FAST_CUDA_ARCHITECTURES": architecture}
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--disable-pip-version-check"]
     verdict, output = run([*command, "--no-build-isolation", "--no-deps", "-e", "."], 240, **settings)
     if verdict == "passed" or verdict.startswith("not finished"):
         return verdict, output
-    print(f"pip install: {verdict}, so CMake builds\n{output[-1000:]}", flush=True)
-    folder = str(ROOT / "build" / (sys.implementation.cache_tag or "python"))  # setup.py's
-    (Path(folder) / "CMakeCache.txt").unlink(missing_ok=True)
-    variables = {**settings, "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(ROOT / "trak_fast")}
-    variables["Python_EXECUTABLE"] = sys.executable
-    if (nvcc := find_tool("nvcc")) is not None:
-        variables["CMAKE_CUDA_COMPILER"] = nvcc
-    _, pybind11 = run([sys.executable, "-m", "pybind11", "--cmakedir"], 30)
-    variables["pybind11_DIR"] = pybind11.strip()
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", folder, *(f"-D{k}={v}" for k, v in variables.items())]
-    if shutil.which("cmake") is None:
-        return "FAILED: cmake is not there", output
-    verdict, output = run(configure, 60)
-    return run(["cmake", "--build", folder], min(200, clock.left - 60)) if verdict == "passed" else (verdict, output)
+    print(f"pip install: {verdict}, so prebuild.py builds\n{output[-1000:]}", flush=True)
+    script = [sys.executable, str(ROOT / "benchmarks" / "prebuild.py"), "--normal"]
+    target = ["--python", sys.executable, "--architecture", architecture, str(ROOT / "trak_fast")]
+    nvcc = find_tool("nvcc")
+    return run([*script, *target], min(260, clock.left - 60), **({"CUDACXX": nvcc} if nvcc else {}))
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, beside nvcc, or in the usual folders."""
+    """Finds a program of the CUDA toolkit on PATH, beside nvcc, or in the usual folders."""
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [Path(nvcc).resolve().parent] if nvcc else []
@@ -132,26 +121,28 @@ def find_tool(name: str) -> str | None:
 
 
 def small_shapes(kernels: list[str]) -> None:
-    """Each kernel against the processor on shapes that are small enough for compute-sanitizer.
+    """Compares each kernel with the processor, on shapes that are small enough for compute-sanitizer.
 
     Inputs come from the processor and results go there, so that nearly all kernels that run are the project's.
     """
     trak_fast = importlib.import_module("trak_fast")
-    adjoint, kernels = ADJOINT in kernels, [kernel for kernel in kernels if kernel != ADJOINT]
 
-    def check(y: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, what: object) -> None:
+    def check(y: torch.Tensor, expected: torch.Tensor, x: torch.Tensor, case: object) -> None:
         error = (y.cpu() - expected).abs().amax(dim=1) / x.float().norm(dim=1)
-        assert error.max() < 1e-3, f"{what}: off by {error.max():.2g} of the norm"  # a lost column: some 2e-2
+        assert error.max() < 1e-3, f"{case}: off by {error.max():.2g} of the norm"  # a lost column: some 2e-2
 
     torch.manual_seed(0)
     for kernel, kind, B, dtype in itertools.product(
-        kernels, ("rademacher", "normal"), (3, 20, 140), (torch.bfloat16, torch.float32)
+        [name for name in kernels if name != ADJOINT],
+        ("rademacher", "normal"),
+        (3, 20, 140),
+        (torch.bfloat16, torch.float32),
     ):
         os.environ["TRAK_FAST_CUDA_KERNEL"] = kernel
         x = torch.randn(B, 2100).to(dtype)
         y = trak_fast.project(x.cuda(), 300, proj_type=kind, offset=77)
         check(y, trak_fast.project(x, 300, proj_type=kind, offset=77), x, (kernel, kind, B, dtype))
-    for kind, B in itertools.product(("rademacher", "normal"), (3, 20) if adjoint else ()):
+    for kind, B in itertools.product(("rademacher", "normal"), (3, 20) if ADJOINT in kernels else ()):
         x = torch.randn(B, 300)
         y = trak_fast.project_adjoint(x.cuda(), 1100, proj_type=kind)
         check(y, trak_fast.project_adjoint(x, 1100, proj_type=kind), x, ("adjoint", kind, B))
@@ -159,12 +150,13 @@ def small_shapes(kernels: list[str]) -> None:
 
 
 class Checks:
-    """Verdicts of the checks, printed as they are found."""
+    """The verdicts of the checks, printed as they are found."""
 
     def __init__(self) -> None:
         self.verdicts: dict[str, str] = {}
 
     def note(self, name: str, verdict: str, output: str) -> None:
+        """Keeps and prints a verdict, and prints the output of a check that did not pass."""
         self.verdicts[name] = verdict
         print(f"{name}: {verdict}", flush=True)
         if not verdict.startswith("passed"):
@@ -172,12 +164,12 @@ class Checks:
 
     @property
     def failed(self) -> bool:
-        """True if something went wrong; what is missing or had no time is not wrong."""
+        """True if a check went wrong; a check that is missing or had no time did not."""
         return any(verdict.startswith(("FAILED", "not finished")) for verdict in self.verdicts.values())
 
 
 def smoke(checks: Checks, seconds: float) -> list[str]:
-    """Runs gpu_smoke.py; the kernels, and the adjoint, that were right in every case that was reached."""
+    """Runs gpu_smoke.py; returns the kernels, ADJOINT among them, that were right in every case that was reached."""
     gpu_smoke = importlib.import_module("gpu_smoke")
     names = [*importlib.import_module("trak_fast").info()["cuda_devices"][0]["kernels"], ADJOINT]
     try:
@@ -199,7 +191,7 @@ def smoke(checks: Checks, seconds: float) -> list[str]:
 
 
 def run_tests(checks: Checks, seconds: float, works: list[str]) -> None:
-    """Runs the gpu tests, with what compiles by torch.compile last; works: see smoke()."""
+    """Runs the gpu tests of the kernels in `works`, which smoke() returned; the test of torch.compile comes last."""
     tests = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing or seconds < 10:
@@ -231,7 +223,7 @@ def run_tests(checks: Checks, seconds: float, works: list[str]) -> None:
 
 
 def profile(checks: Checks, seconds: float) -> None:
-    """Lets Nsight Compute say what limits the tiles: one launch each, at the clock that the device chooses."""
+    """Profiles one launch of each tile with Nsight Compute, at the clock that the device chooses."""
     tool = find_tool("ncu")
     if tool is None or seconds < 20:
         checks.note("ncu", "not there" if tool is None else "no time left", "")
@@ -243,7 +235,7 @@ def profile(checks: Checks, seconds: float) -> None:
 
 
 def call_profiled() -> None:
-    """The calls that profile() looks at."""
+    """Makes the calls that profile() looks at."""
     project = importlib.import_module("trak_fast").project
     for kind, dtype, B in [
         *(("rademacher", torch.bfloat16, B) for B in (8, 32, 128, 256)),
@@ -287,7 +279,7 @@ def sanitize(checks: Checks, clock: Clock, works: list[str]) -> None:
 def prepare(
     options: argparse.Namespace, checks: Checks, results: Results, clock: Clock
 ) -> tuple[Gpu, list[str]] | None:
-    """Builds and checks; the device to measure on and what is right there, None if no kernel is."""
+    """Builds and checks; returns the device to measure on and the kernels that are right, or None if no kernel is."""
     major, minor = torch.cuda.get_device_capability(0)
     if options.prebuilt:
         checks.note("prebuilt module", *use_prebuilt(options.prebuilt))
@@ -322,6 +314,7 @@ def prepare(
 
 
 def print_quick_times(gpu: Gpu | Imagined, kernels: list[str], results: Results) -> None:
+    """Prints the quick times of some kernels, or notes why there are none."""
     try:
         for line in gpu.quick_times(kernels):
             print(line, flush=True)
@@ -341,6 +334,7 @@ def compare_variants(checks: Checks, folders: list[Path], seconds: float) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status, 2 if something is wrong."""
     parser = argparse.ArgumentParser(description="Builds, tests and measures trak_fast on this machine's GPU.")
     parser.add_argument("--minutes", type=float, default=8.5, help="time limit for everything (default 8.5)")
     parser.add_argument("--prebuilt", type=Path, metavar="FOLDER", help="has the module, from prebuild.py: no build")
@@ -361,12 +355,15 @@ def main(arguments: list[str] | None = None) -> int:
         call_profiled()
         return 0
     if options.prebuilt:
-        verdict, output = find_prebuilt(options.prebuilt)
-        if verdict != "passed":
-            parser.error(f"--prebuilt {options.prebuilt}: {output}")
+        try:
+            find_module(options.prebuilt)
+        except ValueError as error:
+            parser.error(f"--prebuilt: {error}")
     if not (options.dry_run or torch.cuda.is_available()):
         parser.error("torch finds no CUDA device (--dry-run does without)")
-    clock, checks, results = Clock(options.minutes), Checks(), Results()
+    clock = Clock(options.minutes)
+    checks = Checks()
+    results = Results()
     device = "imagined" if options.dry_run else torch.cuda.get_device_name(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat()
     results_folder = Path(tempfile.gettempdir()) if options.dry_run else ROOT / "benchmarks" / "results"
@@ -399,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
         finish()
         os._exit(3)
 
-    # What the device is asked for cannot be interrupted, but the report can be written beside it.
+    # Work of the device cannot be interrupted, but another thread can write the report.
     watchdog = threading.Timer(max(1.0, clock.left) + 15, give_up)
     watchdog.daemon = True
     watchdog.start()
@@ -414,7 +411,7 @@ def main(arguments: list[str] | None = None) -> int:
             more = not (options.dry_run or options.skip_checks)
             if more:
                 run_tests(checks, 0.4 * clock.left, works)
-            # Rows take what is left, but for some time for what comes after.
+            # The measurements take the time that is left, less a reserve for the steps after them.
             reserve = min((30 if options.variants else 0) + (90 if more else 0), 0.35 * clock.left)
             measure(gpu, all_cases(), Clock((clock.left - reserve) / 60), kernels, results, save)
             compare_variants(checks, options.variants, min(60, clock.left - 10))

@@ -1,12 +1,13 @@
-"""Measurements of gpu_check.py: the rows in order of importance, how their times are taken, the targets and the table.
+"""Measures the rows of gpu_check.py, in order of importance; judges the targets, and writes the table.
 
-How times are taken: CUDA events around one call, the L2 cache flushed before each, two warm-up calls, the median of
-the rest. Matrices are random. A matrix P that does not fit, or that no one would keep, is stood for by its first
-columns: cuBLAS, torch and fast_jl then take time in proportion to the columns, which is in their favour.
+A time is the median of several calls after two warm-up calls, each measured by CUDA events after the L2 cache was
+flushed. Matrices are random. If P does not fit, or is so large that no one would keep it, cuBLAS, torch and fast_jl are
+timed with its first columns, and their times are scaled to all columns, which is in their favour.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import os
@@ -19,11 +20,18 @@ import torch
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OURS, CUBLAS, CHUNKED, FAST_JL = "trak_fast", "cublas", "torch_chunks", "fast_jl"
+# Methods, by their names in results.
+OURS = "trak_fast"
+CUBLAS = "cublas"
+CHUNKED = "torch_chunks"
+FAST_JL = "fast_jl"
+
 KERNELS = ["sm90", "sm90_wide", "sm80"]
 
 
 class Case(NamedTuple):
+    """A projection to measure."""
+
     kind: str
     dtype: str
     B: int
@@ -33,7 +41,7 @@ class Case(NamedTuple):
 
 
 def priority_cases() -> Iterator[Case]:
-    """Rows that the targets are about, then variants, one column count at a time; some may not fit later."""
+    """Yields the cases that the targets are about, then variants, one D at a time so that some of each fit in time."""
     for B in (256, 128, 64, 32, 16, 8, 1):
         yield Case("rademacher", "bf16", B, 4096, 10**8)
     for dtype, B in itertools.product(("bf16", "fp32", "fp16"), (256, 64, 32, 16, 8)):
@@ -49,6 +57,7 @@ def priority_cases() -> Iterator[Case]:
 
 
 def all_cases() -> list[Case]:
+    """Lists all cases, the most important ones first."""
     grid = list(itertools.product((10**7, 10**6, 10**8), (4096, 512, 2048, 8192, 16384), (32, 256, 64, 8, 128, 16, 1)))
     rest = (
         Case(kind, dtype, B, k, D)
@@ -59,49 +68,53 @@ def all_cases() -> list[Case]:
 
 
 class Target(NamedTuple):
+    """A figure that should be reached."""
+
     what: str
     at_least: float
     measured: float | None  # None: a row that it needs was not measured
-    reason: str = ""  # why no more is asked for
+    reason: str = ""  # the reason why no more is asked for
 
     @property
     def verdict(self) -> str:
+        """The verdict in words."""
         return (
             "not measured" if self.measured is None else "reached" if self.measured >= self.at_least else "NOT REACHED"
         )
 
 
 class Results:
-    """Milliseconds by method and case, and what else was found."""
+    """The times by method and case, in milliseconds, and all other figures."""
 
     def __init__(self) -> None:
         self.ms: dict[tuple[str, Case], float] = {}
         self.extra_bytes: dict[Case, int] = {}
-        self.timed_columns: dict[tuple[str, Case], int] = {}  # of the peers, whose times are scaled to D
+        self.timed_columns: dict[tuple[str, Case], int] = {}  # columns that a peer was timed with before scaling to D
         self.launch_us: float | None = None
         self.copy_gb_per_s: float | None = None
-        self.failures: list[str] = []  # of trak_fast
-        self.missing: list[str] = []  # of what it is compared with
+        self.failures: list[str] = []  # failures of trak_fast
+        self.missing: list[str] = []  # peers that could not be measured
 
     def ratio(self, slower: tuple[str, Case], faster: tuple[str, Case]) -> float | None:
-        """Says how many times as fast the second is, None if one is missing."""
+        """Returns how many times as fast the second is, or None if one is missing."""
         if slower not in self.ms or faster not in self.ms:
             return None
         return self.ms[slower] / self.ms[faster]
 
     def widest(self, kind: str, dtype: str, B: int) -> Case:
-        """The case of k = 4096 with most columns, of those measured."""
+        """Returns the measured case of k = 4096 with the most columns."""
         cases = [Case(kind, dtype, B, 4096, D) for D in (10**8, 10**7, 10**6)]
         return next((case for case in cases if (OURS, case) in self.ms), cases[0])
 
     def targets(self) -> list[Target]:
+        """Compares the times with the targets."""
         found = []
         for B, least in ((256, 0.85), (128, 0.85), (64, 0.8), (32, 3.0), (16, 5.0), (8, 6.0)):
             case = self.widest("rademacher", "bf16", B)
             found.append(
                 Target(f"rate / cuBLAS with P resident, B = {B}", least, self.ratio((CUBLAS, case), (OURS, case)))
             )
-        # What was predicted for an H100 by counting instructions, before the kernels had met one.
+        # These were predicted for an H100 by counting instructions, before the kernels ran on one.
         for B, predicted in ((256, 720), (128, 720), (64, 710), (32, 680), (16, 410), (8, 210)):
             case = self.widest("rademacher", "bf16", B)
             measured = tflops(case, self.ms[OURS, case]) if (OURS, case) in self.ms else None
@@ -126,6 +139,7 @@ class Results:
         return found
 
     def as_json(self) -> dict[str, Any]:
+        """Returns all results as a dictionary for JSON."""
         rows = [
             {
                 "method": method,
@@ -150,10 +164,10 @@ class Results:
 
 
 def check_size(y: torch.Tensor, case: Case) -> None:
-    """Looks whether a timed result can be right: each of its squares is D on average, for D standard normal gradients.
+    """Checks the size of a timed result: its squares are D on average for D standard normal gradients.
 
     Raises:
-        RuntimeError: It is not, by more than k numbers a sample explain.
+        RuntimeError: A sample's mean square differs from D by more than chance explains for k numbers.
     """
     found = y.double().square().mean(dim=1) / case.D
     if not bool(((found - 1).abs() < 8 * (2 / case.k) ** 0.5 + 0.02).all()):
@@ -161,15 +175,20 @@ def check_size(y: torch.Tensor, case: Case) -> None:
 
 
 def memory_bound(case: Case) -> int:
-    """64 MiB and the partial sums of 8 splits; fp32 has two panel rows a sample, and tiles have eight at least."""
+    """Returns the allowed extra memory in bytes: 64 MiB and the partial sums of 8 splits.
+
+    fp32 has two panel rows a sample, and a tile has eight rows at least.
+    """
     return 64 * 2**20 + 8 * case.k * max(case.B * (2 if case.dtype == "fp32" else 1), 8) * 4
 
 
 def tflops(case: Case, ms: float) -> float:
+    """Returns the speed in TFLOP/s."""
     return 2 * case.B * case.k * case.D / ms / 1e9
 
 
 def table(results: Results) -> str:
+    """Writes the table of the important rows and the verdicts of the targets."""
     lines = [f"{'':40}{'ms':>10}{'TFLOP/s':>9}{'GB/s in':>9}  speed against"]
     for case in dict.fromkeys(priority_cases()):
         ms = results.ms.get((OURS, case))
@@ -188,20 +207,41 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def event_ms(call: Callable[[], object], flush: torch.Tensor | None = None) -> float:
+    """Times a call by CUDA events, in milliseconds; `flush`, if given, is written before, to empty the L2 cache."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if flush is not None:
+        flush.zero_()
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
 class Clock:
+    """A time limit."""
+
     def __init__(self, minutes: float) -> None:
         self.end = time.monotonic() + 60 * minutes
 
     @property
     def left(self) -> float:
+        """Seconds until the limit."""
         return self.end - time.monotonic()
 
 
 class Gpu:
-    """Measures on the current CUDA device; best: the kernel that cases take which name none."""
+    """The current CUDA device, to measure on.
+
+    Attributes:
+        best: The kernel for cases that name no kernel.
+        with_fast_jl: True if fast_jl is measured too.
+    """
 
     def __init__(self, best: str = "", with_fast_jl: bool = False) -> None:
-        self.best, self.with_fast_jl = best, with_fast_jl
+        self.best = best
+        self.with_fast_jl = with_fast_jl
         self.project = importlib.import_module("trak_fast").project
         properties = torch.cuda.get_device_properties(0)
         self.memory = properties.total_memory
@@ -210,10 +250,10 @@ class Gpu:
             4 * max(getattr(properties, "L2_cache_size", 0), 32 << 20), dtype=torch.uint8, device="cuda"
         )
         self.pool = torch.empty(0)
-        self.rates: dict[tuple[object, ...], float] = {}  # ms a column of the peers
+        self.rates: dict[tuple[object, ...], float] = {}  # milliseconds that a peer takes for a column
 
     def gradients(self, case: Case) -> torch.Tensor:
-        """Random (B, D), cut from one pool of its dtype."""
+        """Returns random gradients (B, D), cut from one pool of their dtype."""
         if self.pool.dtype != DTYPES[case.dtype] or self.pool.numel() < case.B * case.D:
             self.pool = torch.empty(0)
             torch.cuda.empty_cache()
@@ -223,21 +263,17 @@ class Gpu:
         return self.pool[: case.B * case.D].view(case.B, case.D)
 
     def median_ms(self, call: Callable[[], object], seconds: float = 0.4) -> float:
+        """Times calls for some seconds, 3 to 30 of them, and returns the median in milliseconds."""
         for _ in range(2):
             call()
         times: list[float] = []
         begin = time.monotonic()
         while len(times) < 3 or (len(times) < 30 and time.monotonic() - begin < seconds):
-            self.flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
+            times.append(event_ms(call, self.flush))
         return statistics.median(times)
 
     def fits(self, case: Case) -> bool:
+        """Tells whether the gradients of a case fit into the device's memory."""
         return case.B * case.D * ELEMENT_BYTES[case.dtype] < 0.7 * self.memory
 
     def works(self) -> bool:
@@ -249,6 +285,7 @@ class Gpu:
         return True
 
     def ours(self, case: Case, results: Results) -> None:
+        """Measures time and extra memory of trak_fast."""
         grads = self.gradients(case)
         os.environ["TRAK_FAST_CUDA_KERNEL"] = case.kernel or self.best
         options = {"proj_type": case.kind, "precision": "high" if case.dtype == "fp32" else None}
@@ -263,7 +300,7 @@ class Gpu:
         results.ms[OURS, case] = self.median_ms(lambda: self.project(grads, case.k, **options))
 
     def peers(self, case: Case, results: Results) -> None:
-        """In 16-bit floats: what a user would pick instead of fp32 for speed, too."""
+        """Measures the peers in 16-bit floats, also for fp32: a user would pick these for speed."""
         dtype = torch.float16 if case.dtype == "fp16" else torch.bfloat16
         columns = min(case.D, int(8e9 / (2 * case.k)) // 512 * 512, int(4e9 / (2 * case.B)) // 512 * 512)
         methods = [(CUBLAS, self.cublas_ms, columns), (CHUNKED, self.chunks_ms, min(columns, 1 << 16))]
@@ -282,14 +319,15 @@ class Gpu:
                 results.timed_columns[method, case] = taken
 
     def cublas_ms(self, case: Case, dtype: torch.dtype, columns: int) -> float:
-        """The better of P as (k, D) and as (D, k)."""
+        """Times cuBLAS with P as (k, D) and as (D, k), and returns the better time."""
         grads = torch.randn(case.B, columns, device="cuda", dtype=dtype)
         P = torch.randint(0, 2, (columns * case.k,), device="cuda", dtype=torch.int8).mul_(2).sub_(1).to(dtype)
-        as_rows, as_columns = P.view(case.k, columns).T, P.view(columns, case.k)
+        as_rows = P.view(case.k, columns).T
+        as_columns = P.view(columns, case.k)
         return min(self.median_ms(lambda: grads @ as_rows), self.median_ms(lambda: grads @ as_columns))
 
     def chunks_ms(self, case: Case, dtype: torch.dtype, columns: int) -> float:
-        """P made by torch's generator, some columns at a time."""
+        """Times products with P as torch's generator makes it, some columns at a time."""
         chunk = min(columns, 1 << 13)
         grads = torch.randn(case.B, columns, device="cuda", dtype=dtype)
         P = torch.empty(chunk, case.k, device="cuda", dtype=dtype)
@@ -304,6 +342,7 @@ class Gpu:
         return self.median_ms(run)
 
     def fast_jl_ms(self, case: Case, dtype: torch.dtype, columns: int) -> float:
+        """Times fast_jl's function for the largest batch that divides B."""
         fast_jl = importlib.import_module("fast_jl")
         width = max(w for w in (8, 16, 32) if case.B % w == 0)
         project = getattr(fast_jl, f"project_rademacher_{width}")
@@ -311,24 +350,18 @@ class Gpu:
         return self.median_ms(lambda: project(grads, case.k, 0, self.multiprocessors))
 
     def quick_times(self, kernels: Iterable[str]) -> Iterator[str]:
-        """A line for each kernel, kind and batch size: the best of three calls, bf16, D = 2^22, k = 4096."""
-        k, D = 4096, 1 << 22
+        """Yields a line for each kernel, kind and batch size: the best of three calls, bf16, D = 2^22, k = 4096."""
+        k = 4096
+        D = 1 << 22
         for kernel, kind, B in itertools.product(kernels, ("rademacher", "normal"), (8, 16, 32, 64, 128, 256)):
             os.environ["TRAK_FAST_CUDA_KERNEL"] = kernel
             grads = self.gradients(Case(kind, "bf16", B, k, D))
-            times = []
-            for _ in range(4):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                self.project(grads, k, proj_type=kind)
-                stop.record()
-                stop.synchronize()
-                times.append(start.elapsed_time(stop))
-            ms = min(times[1:])
+            call = functools.partial(self.project, grads, k, proj_type=kind)
+            ms = min([event_ms(call) for _ in range(4)][1:])
             yield f"{kernel:10} {kind:10} B={B:3} {ms:9.3f} ms {2 * B * k * D / ms / 1e9:6.0f} TFLOP/s"
 
     def launch_us(self) -> float:
-        """Wall clock of a call on a small gradient, over many calls in a row."""
+        """Measures the wall-clock time of a call on a small gradient over many calls in a row, in microseconds."""
         os.environ["TRAK_FAST_CUDA_KERNEL"] = self.best
         grads = torch.randn(8, 10**5, device="cuda").bfloat16()
         times = []
@@ -342,13 +375,14 @@ class Gpu:
         return statistics.median(times) * 1e6
 
     def copy_gb_per_s(self) -> float:
+        """Measures the speed of a copy within the device's memory, bytes read and written."""
         source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
         target = torch.empty_like(source)
         return 2 * source.numel() / self.median_ms(lambda: target.copy_(source)) / 1e6
 
 
 class Imagined:
-    """Stands in for a GPU in a dry run: times from a model, so that everything around them can be tried anywhere."""
+    """A stand-in for a GPU in a dry run: its times come from a model, so that all else can be tried anywhere."""
 
     def quick_times(self, kernels: Iterable[str]) -> Iterator[str]:
         return (f"{kernel}: imagined" for kernel in kernels)
@@ -375,7 +409,7 @@ class Imagined:
 
 
 def expected_seconds(case: Case) -> float:
-    """An upper bound of what a case takes: seven calls at a modest rate, and the peers."""
+    """Returns an upper bound of the time of a case: seven calls at a modest rate, and the peers."""
     return 7 * 2 * max(case.B, 32) * case.k * case.D / 200e12 + 1
 
 
@@ -387,7 +421,16 @@ def measure(
     results: Results,
     save: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fills in results, case by case; what fails is noted and left out."""
+    """Measures case by case as long as there is time; a case that fails is noted and left out.
+
+    Args:
+        gpu: The device.
+        cases: The cases, the most important ones first.
+        clock: The time limit.
+        kernels: The kernels that are right; cases of others are left out.
+        results: Takes the figures.
+        save: Called after each case.
+    """
     try:
         results.launch_us = gpu.launch_us()
         results.copy_gb_per_s = gpu.copy_gb_per_s()

@@ -1,14 +1,15 @@
-"""Right or wrong, for every compiled CUDA kernel, in the first two minutes on a GPU.
+"""Tells right from wrong for every compiled CUDA kernel, in the first two minutes on a GPU.
 
     python benchmarks/gpu_smoke.py [--device cuda|cpu] [--limit 8] [--kernels sm90,sm90_wide,sm80,adjoint]
 
 Some 500 short cases cover each kernel, width, kind and dtype, in every form that gradients have in memory, the smallest
-first. Each is computed twice, which must give the same bits, and is compared with a product in float64. A wrong result
-is named by the columns and rows of P that came out as others. Cases run in a worker process: one that hangs is killed
-after `--limit` seconds, one that crashes is noted with its last lines, and the next case gets a fresh worker. Prints
-what is not right, then a table, then "ALL OK" (exit status 0) or "NOT ALL OK" (2); writes $OUT/smoke.json.
+first. Each case is computed twice, which must give the same bits, and is compared with a product in float64. For a
+wrong result, the columns and rows of P are named that came out as others. Cases run in a worker process: a worker that
+hangs is killed after `--limit` seconds, the last lines of one that crashes are noted, and the next case gets a fresh
+worker. Prints the cases that are not right, then a table, then "ALL OK" (exit status 0) or "NOT ALL OK" (2); writes
+$OUT/smoke.json.
 
-On a CPU, instruction sets stand in for kernels: a rehearsal of this file.
+On a CPU, instruction sets stand in for kernels, to rehearse this file.
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ BATCHES = (*WIDTHS, 1, 300)  # 300: more than one pass
 
 SEED = 2**40 + 5
 MODEL_ID = 3
-ROWS = 300  # of P: more than one tile of rows, the last one not full
-BOUND = 2e-4  # of a gradient's norm; rounding gives some 4e-5 at most, a lost column some 2e-2
+ROWS = 300  # rows of P: more than one tile of rows, the last one not full
+BOUND = 2e-4  # error as a part of a gradient's norm; rounding gives some 4e-5 at most, a lost column some 2e-2
 
-START_SECONDS = 60  # until a worker is ready: imports and the device's context
+START_SECONDS = 60  # seconds in which a worker must be ready: imports and the device's context
 FAILURES = 2  # workers that a kernel and kind may hang or crash before the rest of its cases is skipped
 PIECE = 1 << 15  # columns that are made, or multiplied in float64, at once
-TRACE_SECONDS = 2  # for one-hot gradients after a wrong result
-TRACED = 640  # one-hot gradients at most
-LISTED = 8  # places at most that one message lists
+TRACE_SECONDS = 2  # seconds for one-hot gradients after a wrong result
+TRACED = 640  # the most one-hot gradients after a wrong result
+LISTED = 8  # the most places that one message lists
 
 # Path of a Python file that the worker imports before its first case, so that tests can plant faults.
 PLANT_VARIABLE = "TRAK_FAST_SMOKE_PLANT"
 
 
 class Form(NamedTuple):
-    """Sizes and memory layout of gradients: the columns of each tensor, and the column of P where the first begins."""
+    """The sizes and the memory layout of gradients: columns of each tensor, and the column of P of the first one."""
 
     widths: tuple[int, ...]
     offset: int
@@ -71,8 +72,8 @@ class Form(NamedTuple):
     behind: int = 0  # and after its last
 
 
-# "@": the offset. Kernels read 16-bit tensors of "direct" and "long" in place where rows and columns begin at multiples
-# of 8 (before these columns TMA is asked for columns below zero), and pack all others.
+# The number after "@" is the offset. Kernels read 16-bit tensors of "direct" and "long" in place if rows and columns
+# begin at multiples of 8 (TMA is then asked for columns below zero too), and pack all others.
 FORMS = {
     "direct@0": Form((600,), 0),
     "packed@77": Form((2100,), 77),
@@ -419,7 +420,7 @@ def require_own_kernels(capability: tuple[int, int], kernels: Sequence[str]) -> 
 
 
 class WorkerFailed(Exception):
-    """The end of a worker that owes an answer: "hung" or "crashed", and the last lines that it printed."""
+    """The failure of a worker to answer: "hung" or "crashed", and the last lines that it printed."""
 
     def __init__(self, verdict: str, detail: str) -> None:
         super().__init__(f"{verdict}: {detail}")
@@ -428,7 +429,7 @@ class WorkerFailed(Exception):
 
 
 class Worker:
-    """A process that checks cases; the first that hangs or crashes is its last.
+    """A process that checks cases until one hangs or crashes.
 
     Attributes:
         pid: The process's number, and its group's.
@@ -439,7 +440,7 @@ class Worker:
         """Starts the process and waits until it is ready.
 
         Raises:
-            WorkerFailed: It did not get there.
+            WorkerFailed: The process hung or crashed before.
         """
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--device", device]
         self._process = subprocess.Popen(
@@ -463,12 +464,12 @@ class Worker:
             raise
 
     def check(self, number: int, case: Case, limit: float) -> tuple[str, str]:
-        """Has a case checked.
+        """Lets the process check a case.
 
         Args:
             number: The case's number.
             case: The case.
-            limit: Seconds without a sign of life after which it counts as hung.
+            limit: Seconds without a sign of life after which the case counts as hung.
 
         Returns:
             The verdict and its explanation.
@@ -547,7 +548,7 @@ def check_cases(
         One outcome for each case, in order.
 
     Raises:
-        WorkerFailed: No process got as far as to know its kernels.
+        WorkerFailed: The first process hung or crashed before it knew its kernels.
     """
     end = time.monotonic() + seconds
     worker: Worker | None = Worker(device, kernels)
@@ -589,7 +590,7 @@ def check_cases(
 
 
 class Reporter:
-    """Prints outcomes that are not "ok" as they come; the reason why cases are skipped once."""
+    """A printer of outcomes that are not "ok" as they come; each reason for skipping is printed once."""
 
     def __init__(self) -> None:
         self._reasons: set[str] = set()

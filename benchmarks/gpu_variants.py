@@ -2,16 +2,16 @@
 
     python benchmarks/gpu_variants.py FOLDER [FOLDER ...]
 
-Folders are prebuild.py's, such as those of kernels compiled with other flags. In a round every module runs once, so
-that heat and clocks are the same for all; times are medians of the rounds, as TFLOP/s and relative to the installed
-module.
+The folders are made by prebuild.py, such as for kernels compiled with other flags. In a round every module runs once,
+so that heat and clocks are the same for all. Speeds are medians over the rounds, printed as TFLOP/s and relative to the
+installed module.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import importlib.machinery
 import importlib.util
 import itertools
 import os
@@ -21,21 +21,21 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from gpu_measure import event_ms
 from gpu_smoke import BOUND, relative_errors
+from prebuild import find_module
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
 
 
 def load_module(folder: Path) -> ModuleType:
-    """Loads a folder's module under a name of its own: of two modules of one name, pybind11 gives the first twice.
+    """Loads a folder's module under a name of its own: pybind11 gives the first of two modules of one name twice.
 
     Raises:
         ValueError: The folder has no module for this Python.
     """
-    path = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {path.name}: prebuild.py makes it, for this Python")
+    path = find_module(folder)
     spec = importlib.util.spec_from_file_location(f"{path.resolve().parent}._C", path)
     assert spec is not None
     assert spec.loader is not None
@@ -93,19 +93,15 @@ def main(arguments: list[str] | None = None) -> int:
         *(("normal", torch.bfloat16, B) for B in (8, 32, 64, 128, 256)),
         *(("rademacher", torch.float32, B) for B in (8, 32, 128)),
     ]:
-        k, D = 4096, 1 << 21 if kind == "normal" else 1 << 22
+        k = 4096
+        D = 1 << 21 if kind == "normal" else 1 << 22
         grads = torch.randn(B, D, device="cuda").to(dtype)
         times: dict[str, list[float]] = {name: [] for name in modules}
         for turn, (name, module) in itertools.product(range(ROUNDS + 1), modules.items()):
             kernels._C = module
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            trak_fast.project(grads, k, proj_type=kind)
-            stop.record()
-            stop.synchronize()
+            ms = event_ms(functools.partial(trak_fast.project, grads, k, proj_type=kind), flush)
             if turn > 0:  # the first round warms up
-                times[name].append(start.elapsed_time(stop))
+                times[name].append(ms)
         medians = {name: statistics.median(found) for name, found in times.items()}
         speeds = (
             f"{name} {2 * B * k * D / ms / 1e9:.0f} ({medians['installed'] / ms:.2f})" for name, ms in medians.items()

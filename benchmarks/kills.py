@@ -2,44 +2,44 @@
 
     python benchmarks/kills.py [--kills 100] [--output benchmarks/results/NAME.json]
 
-A run featurizes and scores with two checkpoints, keeps its features in float16 in every second run, and saves its sum
-of X'X with each batch. Each of its processes gets SIGKILL after a random part of the time that a whole run takes;
-the next one resumes. Exits with 1 if a run's scores differ.
+A run featurizes and scores with two checkpoints, and saves its sum of X'X with each batch; every second run keeps its
+features in float16. Each process of a run gets SIGKILL after a random part of the time that a whole run takes, and the
+next process resumes. The exit status is 1 if a run's scores differ.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import random
 import signal
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from record import make_parser, save
 from torch import nn
 from tqdm import tqdm
 
 import trak_fast
 from trak_fast.scoring import partial_grams
 
-TRAIN, TARGETS, BATCH, PROJ_DIM = 600, 60, 50, 256
+TRAIN = 600
+TARGETS = 60
+BATCH = 50
+PROJ_DIM = 256
 
 
 def data(size: int, seed: int) -> list[torch.Tensor]:
+    """Draws random samples (size, 30) and labels."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(size, 30, generator=generator), torch.randint(5, (size,), generator=generator)]
 
 
 def run(save_dir: Path, half: bool) -> None:
-    """The whole run, from whatever is in the folder."""
+    """Runs TRAK from its beginning; work that is in the folder already is not repeated."""
     torch.set_num_threads(1)
     partial_grams.SAVE_SECONDS = 0
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 5))
@@ -50,7 +50,8 @@ def run(save_dir: Path, half: bool) -> None:
     traker = trak_fast.TRAKer(
         model, "image_classification", TRAIN, save_dir, proj_dim=PROJ_DIM, use_half_precision=half
     )
-    samples, targets = data(TRAIN, 10), data(TARGETS, 11)
+    samples = data(TRAIN, 10)
+    targets = data(TARGETS, 11)
     for model_id, checkpoint in enumerate(checkpoints):
         traker.load_checkpoint(checkpoint, model_id)
         for start in range(0, TRAIN, BATCH):
@@ -66,7 +67,7 @@ def run(save_dir: Path, half: bool) -> None:
 
 
 def attempt(save_dir: Path, half: bool, seconds: float | None) -> bool:
-    """One process of a run, killed after some time; whether it came to its end."""
+    """Starts one process of a run and kills it after some seconds, or never; returns True if it came to its end."""
     child = os.fork()
     if child == 0:
         try:
@@ -85,26 +86,33 @@ def attempt(save_dir: Path, half: bool, seconds: float | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs the command."""
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     arguments = parser.parse_args()
-    # loads what torch loads late before the forks, so that moments fall into the run
+    # torch loads some modules on first use: they are loaded before the forks, so that kills fall into the run itself
     torch.set_num_threads(1)
     torch.func.vmap(torch.func.grad(torch.sum))(torch.ones(1, 1))
     moments = random.Random(arguments.seed)
-    kills = runs = equal = same_bits = 0
-    worst, stages = 0.0, dict.fromkeys(("featurizing", "scoring"), 0)
+    kills = 0
+    runs = 0
+    equal = 0
+    same_bits = 0
+    worst = 0.0
+    stages = dict.fromkeys(("featurizing", "scoring"), 0)
     with tempfile.TemporaryDirectory() as name, tqdm(total=arguments.kills, desc="kills") as bar:
-        folder, expected, whole = Path(name), [], 0.0
+        folder = Path(name)
+        expected = []
         for half in (False, True):
             start = time.perf_counter()
             attempt(folder / f"whole-{half}", half, None)
             whole = time.perf_counter() - start
             expected.append(np.load(folder / f"whole-{half}" / "scores" / "test.npy"))
         while kills < arguments.kills:
-            half, save_dir, finished = runs % 2 == 1, folder / f"run-{runs}", False
+            half = runs % 2 == 1
+            save_dir = folder / f"run-{runs}"
+            finished = False
             while not finished:
                 left = kills < arguments.kills
                 finished = attempt(save_dir, half, moments.uniform(0, whole) if left else None)
@@ -112,20 +120,21 @@ def main() -> None:
                     kills += 1
                     bar.update()
                     stages["scoring" if (save_dir / "checkpoint_1" / "gram.npy").exists() else "featurizing"] += 1
+            runs += 1
             scores = np.load(save_dir / "scores" / "test.npy")
             difference = float(np.abs(scores - expected[half]).max() / np.abs(expected[half]).max())
-            worst, runs = max(worst, difference), runs + 1
+            worst = max(worst, difference)
             equal += difference < 1e-5  # float32 rounding: a resumed batch may be cut elsewhere
             same_bits += bool((scores == expected[half]).all())
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
-        "processor": platform.processor() or platform.machine(),
-        **{"kills": kills, "killed_while": stages, "runs": runs, "runs_with_equal_scores": equal},
-        **{"runs_with_the_same_bits": same_bits, "largest_relative_difference": worst},
+    result = {
+        "kills": kills,
+        "killed_while": stages,
+        "runs": runs,
+        "runs_with_equal_scores": equal,
+        "runs_with_the_same_bits": same_bits,
+        "largest_relative_difference": worst,
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.output, result)
     print(
         f"{kills} kills ({stages['featurizing']} while featurizing, {stages['scoring']} while scoring) in {runs} runs: "
         f"{equal} of {runs} end with equal scores, {same_bits} of them bit for bit; largest difference {worst:.1e}"

@@ -1,48 +1,51 @@
-"""Statistics of the projection matrix beside bergson's and beside torch's generator: what differs is speed alone.
+"""Computes statistics of the projection matrix, of bergson's and of torch's generator: they differ in speed alone.
 
     python benchmarks/matrix_statistics.py [--output benchmarks/results/NAME.json]
 
-Each figure comes with what an ideal matrix gives. bergson is left out where it is not installed.
+Each figure is printed beside that of an ideal matrix. bergson is left out if it is not installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
+from record import make_parser, save
 from torch import Tensor
 from tqdm import tqdm
 
 import trak_fast
 
-ROWS, COLUMNS, TRIALS = 512, 16384, 400
-# By the end of a figure's name; the others are in standard errors.
+ROWS = 512
+COLUMNS = 16384
+TRIALS = 400
+"""Matrices whose distortion of lengths is measured."""
 IDEAL = {"spread / ideal": "1 ± 0.05", "of rows": "4.4 ± 0.3", "of columns": "5.1 ± 0.3"}
-Make = Callable[[str, int, int, int], Tensor]  # kind, number of the matrix, rows, columns
+"""Figures of an ideal matrix, by the end of the figure's name. All other figures are in standard errors: 0 ± 1."""
+Make = Callable[[str, int, int, int], Tensor]
+"""Makes a matrix (rows, columns) from kind, number of the matrix, rows and columns."""
 
 
-def ours(kind: str, number: int, rows: int, columns: int) -> Tensor:
-    # rows of P by the fused adjoint: as fast as it gets
+def make_ours(kind: str, number: int, rows: int, columns: int) -> Tensor:
+    """Makes rows of P by the fused adjoint, which is the fastest way."""
     return trak_fast.project_adjoint(torch.eye(rows), columns, proj_type=kind, seed=1, model_id=number)
 
 
-def bergson_s(kind: str, number: int, rows: int, columns: int) -> Tensor:
+def make_bergsons(kind: str, number: int, rows: int, columns: int) -> Tensor:
+    """Makes bergson's matrix for a module."""
     from bergson.collector.projection_matrix import random_matrix
 
     matrix: Tensor = random_matrix(f"module{number}/single", rows, columns, "cpu", kind)
     return matrix
 
 
-def torch_s(kind: str, number: int, rows: int, columns: int) -> Tensor:
+def make_torchs(kind: str, number: int, rows: int, columns: int) -> Tensor:
+    """Draws a matrix with torch's generator."""
     generator = torch.Generator().manual_seed(number)
     if kind == "normal":
         return torch.randn(rows, columns, generator=generator)
@@ -50,14 +53,15 @@ def torch_s(kind: str, number: int, rows: int, columns: int) -> Tensor:
 
 
 def statistics(make: Make, kind: str, title: str) -> dict[str, float]:
-    """Deviations from an ideal matrix, in standard errors where that is what they are."""
+    """Computes deviations from an ideal matrix, in standard errors except for those that `IDEAL` names."""
     P = make(kind, 0, ROWS, COLUMNS).double()
     entries = P.numel()
-    rows, columns = P @ P.T / COLUMNS, P[:, :2048].T @ P[:, :2048] / ROWS
+    rows = P @ P.T / COLUMNS
+    columns = P[:, :2048].T @ P[:, :2048] / ROWS
     neighbours = (P[:, 1:] * P[:, :-1]).mean()
     other = make(kind, 1, ROWS, COLUMNS).double()
     kurtosis = 3.0 if kind == "normal" else 1.0
-    spread = math.sqrt(96 if kind == "normal" else 1)  # of x⁴, for the standard error
+    spread = math.sqrt(96 if kind == "normal" else 1)  # standard deviation of x⁴ if x is normal; of ±1 it is 0
     found = {
         "mean": float(P.mean()) * math.sqrt(entries),
         "kurtosis": float(P.pow(4).mean() - kurtosis) / spread * math.sqrt(entries),
@@ -79,7 +83,7 @@ def statistics(make: Make, kind: str, title: str) -> dict[str, float]:
 
 
 def gradients() -> dict[str, Tensor]:
-    """Shapes of gradient (2048,): dense, a few large elements, and the first ones only."""
+    """Draws gradients (2048,) of three shapes: dense, with a few large elements, and with its first elements only."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(2048, generator=generator, dtype=torch.float64)
     first = torch.zeros(2048, dtype=torch.float64)
@@ -88,13 +92,13 @@ def gradients() -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    """Runs the command."""
+    parser = make_parser(__doc__)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    makers: dict[str, Make] = {"trak_fast": ours, "torch": torch_s}
+    makers: dict[str, Make] = {"trak_fast": make_ours, "torch": make_torchs}
     if importlib.util.find_spec("bergson"):
-        makers["bergson"] = bergson_s
+        makers["bergson"] = make_bergsons
     results: dict[str, Any] = {}
     for kind in ("rademacher", "normal"):
         table = {name: statistics(make, kind, name) for name, make in makers.items()}
@@ -114,9 +118,7 @@ def main() -> None:
         seconds[name] = time.perf_counter() - start
     results["seconds to project (32, 100000) to 4096, rademacher"] = seconds
     print(f"\n{'seconds, B = 32, D = 10^5, k = 4096':40}" + "".join(f"{seconds[name]:12.3f}" for name in makers))
-    if arguments.output:
-        machine = {"date": date.today().isoformat(), "info": trak_fast.info()}
-        arguments.output.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+    save(arguments.output, results)
 
 
 if __name__ == "__main__":

@@ -147,12 +147,13 @@ def predicted(model: nn.Module, proj_dim: int, samples: int, targets: int) -> di
         gradient_seconds=gradient_seconds(model, data(BATCH, 2)),
     )  # fmt: skip
     found = plan.predict(job, rates.calibrate(job))
-    seconds, share = found["seconds"], samples / (samples + targets)
-    each = seconds["gradients"] + seconds["projection"] + seconds["store"]
-    featurize = each * share + seconds["X'X"]
+    seconds = found.seconds
+    share = samples / (samples + targets)
+    each = seconds.gradients + seconds.projection + seconds.store
+    featurize = each * share + seconds.gram
     return {
-        "featurize": featurize, "score": seconds["total"] - featurize, "total": seconds["total"],
-        "disk": found["disk_bytes"]["total"],
+        "featurize": featurize, "score": seconds.total - featurize, "total": seconds.total,
+        "disk": found.disk.total,
     }  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def check_memory(report: Report, threads: int) -> None:
     context = multiprocessing.get_context("spawn")
     for width, proj_dim, samples, targets in MEMORY_CASES:
         job = Job(params(mlp(width)), proj_dim, samples, targets=targets, batch=BATCH)
-        guess = plan.predict(job, rates.Rates(1, 1, 1, 1, 1, 1, "none"))["memory_bytes"]
+        guess = plan.predict(job, rates.Rates(1, 1, 1, 1, 1, 1, "none")).memory.rows()
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             real = pool.submit(peaks, width, proj_dim, samples, targets, threads).result()
         shape = {"D": job.params, "k": proj_dim, "n": samples, "m": targets}

@@ -1,4 +1,4 @@
-"""Draws docs/choosing-k.svg and docs/choosing-ridge.svg from what attribution_quality.py measured.
+"""Draws docs/choosing-k.svg and docs/choosing-ridge.svg from the results of attribution_quality.py.
 
 python benchmarks/plot_attribution_quality.py benchmarks/results/NAME.json [--output docs]
 """
@@ -13,10 +13,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 COLORS = {1: "tab:blue", 5: "tab:orange", 10: "tab:green"}
+"""The color of each number of checkpoints."""
 
 
 def finish(figure: plt.Figure, results: list[Any], label: str) -> None:
-    """Gives each scenario's panel its title and its axis a name."""
+    """Gives the panel of each scenario a title, and the axes their names."""
     for panel, result in zip(figure.axes, results, strict=True):
         panel.set_title(result["scenario"], fontsize=9)
         panel.set_xlabel(label)
@@ -26,7 +27,7 @@ def finish(figure: plt.Figure, results: list[Any], label: str) -> None:
 
 
 def over_k(results: list[Any]) -> plt.Figure:
-    """The LDS of trak_fast's default and of traker's over k, a panel for each scenario."""
+    """Plots the LDS of trak_fast's default and of traker's over k, in a panel for each scenario."""
     figure, panels = plt.subplots(1, len(results), figsize=(2.6 * len(results), 2.8), squeeze=False, sharex=True)
     for panel, result in zip(panels[0], results, strict=True):
         for checkpoints in sorted({cell["checkpoints"] for cell in result["cells"]}):
@@ -43,7 +44,7 @@ def over_k(results: list[Any]) -> plt.Figure:
 
 
 def over_ridge(results: list[Any], k: int) -> plt.Figure:
-    """The LDS over ridges, and where the automatic one lies."""
+    """Plots the LDS over fixed ridges, with the automatic ridge as a dot, in a panel for each scenario."""
     figure, panels = plt.subplots(1, len(results), figsize=(2.6 * len(results), 2.8), squeeze=False, sharex=True)
     for panel, result in zip(panels[0], results, strict=True):
         for cell in result["cells"]:
@@ -59,6 +60,7 @@ def over_ridge(results: list[Any], k: int) -> plt.Figure:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs"))

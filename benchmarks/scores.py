@@ -3,9 +3,9 @@
     python benchmarks/scores.py [--samples 1000000] [--targets 1000] [--proj-dim 4096] [--output NAME.json]
 
 Makes a store of random features in float16 (8 GB at the default size) in --folder, then computes the highest scores of
-each target, and with --full also the file of all scores (4 GB), each in a process of its own with cold caches, whose
-peak memory is recorded. For comparison, the file is read once without computing, and the product is computed without
-reading.
+each target, and with --full also the file of all scores (4 GB). Each is computed in a process of its own with cold
+caches, whose peak memory is recorded. For comparison, the features are read once without computing, and the product is
+computed without reading.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import make_parser, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,13 +30,16 @@ import trak_fast
 from trak_fast.store.rows import to_halves
 
 BLOCK = 4096
+"""Training samples that are read, written or multiplied at a time."""
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
+    """Returns the model's output for one sample: the function that is attributed."""
     return model(x[None])[0, 0]
 
 
-def opened(folder: Path, samples: int, proj_dim: int) -> trak_fast.TRAKer:
+def open_store(folder: Path, samples: int, proj_dim: int) -> trak_fast.TRAKer:
+    """Opens a TRAKer of a small model in a folder."""
     torch.manual_seed(0)
     return trak_fast.TRAKer(
         nn.Linear(3, 1), output, samples, folder, proj_dim=proj_dim, use_half_precision=True, lambda_reg=1e-3
@@ -45,32 +47,31 @@ def opened(folder: Path, samples: int, proj_dim: int) -> trak_fast.TRAKer:
 
 
 def make(folder: Path, samples: int, targets: int, proj_dim: int) -> None:
-    """A finalized store whose features are one random block again and again, its rows shifted each time."""
-    traker = opened(folder, samples, proj_dim)
+    """Makes a finalized store, whose features are one random block again and again, with its rows shifted each time."""
+    traker = open_store(folder, samples, proj_dim)
     state = traker.model.state_dict()
     traker.load_checkpoint(state, 0)
     rng = np.random.default_rng(0)
     block, scales = to_halves(rng.standard_normal((BLOCK, proj_dim), dtype=np.float32))
     rows = traker.store.train(0)
-    gram = np.zeros((proj_dim, proj_dim))
     with (rows.path / "features.npy").open("r+b", buffering=0) as file:
         file.seek(rows.files["features"].offset)
         for start in tqdm(range(0, samples, BLOCK), desc="writing features"):
             file.write(np.roll(block, start // BLOCK, axis=0)[: samples - start].tobytes())
         os.fsync(file.fileno())
-    for name, values in (("features_scale", np.full(samples, scales[0])), ("weights", np.ones(samples, np.float32))):
-        np.lib.format.open_memmap(rows.path / f"{name}.npy", "r+")[:] = values
+    np.lib.format.open_memmap(rows.path / "features_scale.npy", "r+")[:] = scales[0]
+    np.lib.format.open_memmap(rows.path / "weights.npy", "r+")[:] = 1
     np.lib.format.open_memmap(rows.path / "done.npy", "r+")[:] = True
     values = block.astype(np.float32) * scales[0]
     gram = (values.T @ values).astype(np.float64) * (samples / BLOCK)
-    traker.store.save_gram(0, gram)
+    traker.store.save_gram(0, gram[None])
     traker.start_scoring_checkpoint("test", state, 0, num_targets=targets)
     traker.store.targets(0, "test").write(
         np.arange(targets), features=rng.standard_normal((targets, proj_dim), dtype=np.float32)
     )
 
 
-def cold(path: Path) -> None:
+def drop_from_cache(path: Path) -> None:
     """Takes a file out of the system's cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -78,38 +79,45 @@ def cold(path: Path) -> None:
 
 
 def measure(what: str, folder: Path, samples: int, targets: int, proj_dim: int, top: int) -> dict[str, float]:
-    """Seconds, those of all processors together, and the peak of this process's memory in MiB."""
+    """Measures one thing: "read", "product", "top" or "full".
+
+    Returns:
+        The seconds that passed, the seconds of all processors together, and the peak of this process's memory in MiB.
+    """
     features = folder / "checkpoint_0" / "train" / "features.npy"
-    cold(features)
-    start, busy = time.perf_counter(), time.process_time()
+    drop_from_cache(features)
+    start = time.perf_counter()
+    busy_start = time.process_time()
     if what == "read":
         buffer = memoryview(bytearray(BLOCK * proj_dim * 2))
         with features.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
     elif what == "product":
-        block, solved = torch.randn(BLOCK // 2, proj_dim), torch.randn(proj_dim, targets)
+        block = torch.randn(BLOCK // 2, proj_dim)
+        solved = torch.randn(proj_dim, targets)
         for _ in range(0, samples, len(block)):
             block @ solved
     elif what == "top":
-        opened(folder, samples, proj_dim).top_scores("test", top)
+        open_store(folder, samples, proj_dim).top_scores("test", top)
     else:
-        opened(folder, samples, proj_dim).finalize_scores("test")
-    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+        open_store(folder, samples, proj_dim).finalize_scores("test")
+    seconds = time.perf_counter() - start
+    busy = time.process_time() - busy_start
     with open("/proc/self/status") as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
     return {"seconds": seconds, "processor_seconds": busy, "peak_mib": peak}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs the command."""
+    parser = make_parser(__doc__)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--targets", type=int, default=1000)
     parser.add_argument("--proj-dim", type=int, default=4096)
     parser.add_argument("--top", type=int, default=100)
     parser.add_argument("--full", action="store_true", help="also write the file of all scores")
     parser.add_argument("--folder", type=Path, help="where to make the store, on the disk to measure")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     size = (arguments.samples, arguments.targets, arguments.proj_dim)
@@ -134,15 +142,7 @@ def main() -> None:
     for what, result in results.items():
         cost = f"{result['seconds']:8.1f} s ({result['processor_seconds']:.1f} of processors)"
         print(f"  {labels[what]:50} {cost}   peak memory {result['peak_mib']:6.0f} MiB")
-    if arguments.output:
-        machine = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python", "benchmarks/scores.py", *sys.argv[1:]]),
-            "processor": platform.processor() or platform.machine(),
-            "info": trak_fast.info(),
-        }
-        row = {"n": samples, "m": targets, "k": proj_dim, "top": arguments.top, "results": results}
-        arguments.output.write_text(json.dumps({"machine": machine, **row}, indent=1) + "\n")
+    save(arguments.output, {"n": samples, "m": targets, "k": proj_dim, "top": arguments.top, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What developers watch while they change something: kernels, packing, featurizing, solving and top-k scores.
+"""Benchmarks to watch while the code changes: kernels, packing, featurizing, solving and top-k scores.
 
     pytest -n 0 benchmarks/test_suites.py [--benchmark-save NAME] [--benchmark-compare]
 
@@ -29,7 +29,7 @@ K = 1024
 
 
 def synchronized(call: Any, device: str) -> Any:
-    """A call that is over when its work on the device is."""
+    """Makes a call that returns only when its work on the device is done."""
 
     def run() -> Any:
         result = call()
@@ -41,13 +41,13 @@ def synchronized(call: Any, device: str) -> Any:
 
 
 def expected(grads: torch.Tensor, kind: str) -> torch.Tensor:
-    """The first eight projected values, from the definition."""
+    """Computes the first eight projected values from the definition."""
     entries = reference.matrix(kind, 0, 0, range(8), range(grads.shape[1]))
     return grads.double().cpu() @ torch.from_numpy(entries).double().T
 
 
 def check(result: torch.Tensor, grads: torch.Tensor, kind: str) -> None:
-    """Compares with float64, as far as float32 sums go."""
+    """Compares a result with float64, within the rounding of float32 sums."""
     wanted = expected(grads, kind)
     assert float((result[:, :8].double().cpu() - wanted).norm() / wanted.norm()) < 2e-5
 
@@ -56,6 +56,7 @@ def check(result: torch.Tensor, grads: torch.Tensor, kind: str) -> None:
 @pytest.mark.parametrize("batch", [1, 32, 128])
 @pytest.mark.parametrize("isa", ISAS)
 def test_kernel_cpu(benchmark: Any, monkeypatch: pytest.MonkeyPatch, isa: str, batch: int, kind: str) -> None:
+    """Projects bfloat16 gradients with each instruction set."""
     benchmark.group = f"kernel, {kind}, B = {batch}"
     monkeypatch.setenv("TRAK_FAST_ISA", isa)
     grads = torch.randn(batch, 1 << 15).bfloat16()
@@ -66,6 +67,7 @@ def test_kernel_cpu(benchmark: Any, monkeypatch: pytest.MonkeyPatch, isa: str, b
 @pytest.mark.parametrize("batch", [1, 32, 128])
 @pytest.mark.parametrize("device", [CUDA])
 def test_kernel_cuda(benchmark: Any, device: str, batch: int, kind: str) -> None:
+    """Projects bfloat16 gradients on a CUDA device."""
     benchmark.group = f"kernel, {kind}, B = {batch}"
     grads = torch.randn(batch, 1 << 20, device=device).bfloat16()
     project = synchronized(lambda: trak_fast.project(grads, K, proj_type=kind), device)
@@ -75,7 +77,7 @@ def test_kernel_cuda(benchmark: Any, device: str, batch: int, kind: str) -> None
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "every second", "tensors of layers"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_packing(benchmark: Any, dtype: str, layout: str) -> None:
-    """Many gradients to few numbers: reading and packing them is most of it."""
+    """Projects gradients to few numbers, so that most of the time goes into reading and packing them."""
     benchmark.group = f"packing, {dtype}"
     flat = torch.randn(64, 1 << 17).to(getattr(torch, dtype))
     grads: Any = flat
@@ -90,7 +92,7 @@ def test_packing(benchmark: Any, dtype: str, layout: str) -> None:
 
 @pytest.mark.parametrize("computer", ["FunctionalGradientComputer", "HookGradientComputer"])
 def test_featurize(benchmark: Any, tmp_path: Path, computer: str) -> None:
-    """From a batch to its rows on disk: gradients, projection, weightings, X'X."""
+    """Takes a batch to its rows on disk: gradients, projection, weightings, X'X."""
     benchmark.group = "featurize"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
@@ -111,12 +113,12 @@ def test_featurize(benchmark: Any, tmp_path: Path, computer: str) -> None:
     rows = traker.store.train(0)
     assert int(rows.done.sum()) == done
     images, labels = (x[:4] for x in batch)
-    features = torch.from_numpy(np.array(rows.columns["features"][done - 32 :][:4]))
+    features = torch.from_numpy(np.array(rows.features[done - 32 :][:4]))
     check(features, margin_gradients(model, images, labels), "rademacher")
 
 
 def margin_gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(B, D): of the label's logit minus the log of the sum of the others' exponentials, one sample after the other."""
+    """Computes gradients (B, D) sample by sample, of the label's logit minus the logsumexp of the other logits."""
     rows = []
     for image, label in zip(images, labels, strict=True):
         logits = model(image)
@@ -128,7 +130,7 @@ def margin_gradients(model: nn.Module, images: torch.Tensor, labels: torch.Tenso
 
 @pytest.mark.parametrize(("samples", "width"), [(8192, K), (512, K)])
 def test_solve(benchmark: Any, samples: int, width: int) -> None:
-    """X'X, its factor, and the coefficients of 64 targets."""
+    """Computes X'X, its factor, and the coefficients of 64 targets."""
     benchmark.group = "solve"
     rng = np.random.default_rng(0)
     features, targets = (rng.standard_normal((rows, width), dtype=np.float32) for rows in (samples, 64))
@@ -145,10 +147,12 @@ def test_solve(benchmark: Any, samples: int, width: int) -> None:
 
 
 def test_top_scores(benchmark: Any, tmp_path: Path) -> None:
-    """The 100 highest scores of each target, without the score matrix."""
+    """Computes the 100 highest scores of each target, without the score matrix."""
     benchmark.group = "top-k"
     torch.manual_seed(0)
-    model, samples, targets = nn.Linear(32, 10).eval(), 4096, 64
+    model = nn.Linear(32, 10).eval()
+    samples = 4096
+    targets = 64
     traker = trak_fast.TRAKer(model, "image_classification", samples, tmp_path, proj_dim=256, logging_level=40)
     traker.load_checkpoint(model.state_dict(), model_id=0)
     traker.featurize([torch.randn(samples, 32), torch.randint(10, (samples,))], num_samples=samples)

@@ -1,22 +1,18 @@
-// The Python module: integers and pointers in, nothing else. trak_fast/projection/kernels.py is its only importer, and checks
-// every argument before it calls.
+// The Python module: numbers in, nothing else; tensors come as addresses, sizes and strides. trak_fast/projection/
+// kernels.py is its only importer, whose callers have checked every argument. The structs of the C++ interface are
+// built by keyword, so that no order of fields has to be kept in step between the languages.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "project.h"
+#include <utility>
+
+#include "trak_fast.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 using namespace trak_fast;
 
 namespace {
-
-// data pointer, dtype, columns, batch stride, sizes, strides
-using PartTuple = std::tuple<uintptr_t, int, int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
-
-Part part_of(const PartTuple& tuple) {
-  const auto& [data, dtype, columns, batch_stride, sizes, strides] = tuple;
-  return {reinterpret_cast<const void*>(data), static_cast<Dtype>(dtype), columns, batch_stride, sizes, strides};
-}
 
 // Lets Python's signal handlers run. Only the main thread has any; in others this is always true.
 bool no_signal() {
@@ -24,54 +20,20 @@ bool no_signal() {
   return PyErr_CheckSignals() == 0;
 }
 
-// kind, seed, stream, rows, batch, offset, terms, parts, out pointer, its batch stride, its row stride
-using ProjectionTuple = std::tuple<int, uint64_t, uint32_t, int64_t, int64_t, uint64_t, int, std::vector<PartTuple>,
-                                   uintptr_t, int64_t, int64_t>;
-
-Projection projection_from(const ProjectionTuple& arguments) {
-  const auto& [kind, seed, stream, rows, batch, offset, terms, parts, out, out_batch_stride, out_row_stride] =
-      arguments;
-  Projection p{
-      static_cast<Kind>(kind), seed,          stream, rows, batch, offset, terms, {}, reinterpret_cast<float*>(out),
-      out_batch_stride,        out_row_stride};
-  for (const auto& part : parts) p.parts.push_back(part_of(part));
-  return p;
-}
-
-void project(const ProjectionTuple& arguments, const std::string& instruction_set, int threads) {
-  const Projection p = projection_from(arguments);
+void project(const Projection& projection, const std::string& instruction_set, int threads) {
   bool finished;
   {
     const py::gil_scoped_release no_gil;
-    finished = project_cpu(p, instruction_set, threads, no_signal);
+    finished = project_cpu(projection, instruction_set, threads, no_signal);
   }
   if (!finished) throw py::error_already_set();
 }
 
-// kind, seed, stream, columns, batch, offset, y, out pointer, its batch stride, its column stride
-using AdjointTuple =
-    std::tuple<int, uint64_t, uint32_t, int64_t, int64_t, uint64_t, PartTuple, uintptr_t, int64_t, int64_t>;
-
-Adjoint adjoint_from(const AdjointTuple& arguments) {
-  const auto& [kind, seed, stream, columns, batch, offset, y, out, out_batch_stride, out_column_stride] = arguments;
-  return {static_cast<Kind>(kind),
-          seed,
-          stream,
-          columns,
-          batch,
-          offset,
-          part_of(y),
-          reinterpret_cast<float*>(out),
-          out_batch_stride,
-          out_column_stride};
-}
-
-void project_adjoint(const AdjointTuple& arguments, const std::string& instruction_set, int threads) {
-  const Adjoint a = adjoint_from(arguments);
+void project_adjoint(const Adjoint& adjoint, const std::string& instruction_set, int threads) {
   bool finished;
   {
     const py::gil_scoped_release no_gil;
-    finished = project_adjoint_cpu(a, instruction_set, threads, no_signal);
+    finished = project_adjoint_cpu(adjoint, instruction_set, threads, no_signal);
   }
   if (!finished) throw py::error_already_set();
 }
@@ -84,32 +46,82 @@ Allocate allocate_by(const py::function& function) {
   };
 }
 
+void define_structs(py::module_& m) {
+  py::class_<Part>(m, "Part").def(py::init([](uintptr_t data, int dtype, int64_t columns, int64_t batch_stride,
+                                              std::vector<int64_t> sizes, std::vector<int64_t> strides) {
+                                    return Part{.data = reinterpret_cast<const void*>(data),
+                                                .dtype = static_cast<Dtype>(dtype),
+                                                .columns = columns,
+                                                .batch_stride = batch_stride,
+                                                .sizes = std::move(sizes),
+                                                .strides = std::move(strides)};
+                                  }),
+                                  py::kw_only(), "data"_a, "dtype"_a, "columns"_a, "batch_stride"_a, "sizes"_a,
+                                  "strides"_a);
+  py::class_<Projection>(m, "Projection")
+      .def(
+          py::init([](int kind, uint64_t seed, uint32_t stream, int64_t rows, int64_t batch, uint64_t offset, int terms,
+                      std::vector<Part> parts, uintptr_t out, int64_t out_batch_stride, int64_t out_row_stride) {
+            return Projection{.kind = static_cast<Kind>(kind),
+                              .seed = seed,
+                              .stream = stream,
+                              .rows = rows,
+                              .batch = batch,
+                              .offset = offset,
+                              .terms = terms,
+                              .parts = std::move(parts),
+                              .out = reinterpret_cast<float*>(out),
+                              .out_batch_stride = out_batch_stride,
+                              .out_row_stride = out_row_stride};
+          }),
+          py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "rows"_a, "batch"_a, "offset"_a, "terms"_a, "parts"_a, "out"_a,
+          "out_batch_stride"_a, "out_row_stride"_a);
+  py::class_<Adjoint>(m, "Adjoint")
+      .def(py::init([](int kind, uint64_t seed, uint32_t stream, int64_t columns, int64_t batch, uint64_t offset,
+                       const Part& y, uintptr_t out, int64_t out_batch_stride, int64_t out_column_stride) {
+             return Adjoint{.kind = static_cast<Kind>(kind),
+                            .seed = seed,
+                            .stream = stream,
+                            .columns = columns,
+                            .batch = batch,
+                            .offset = offset,
+                            .y = y,
+                            .out = reinterpret_cast<float*>(out),
+                            .out_batch_stride = out_batch_stride,
+                            .out_column_stride = out_column_stride};
+           }),
+           py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "columns"_a, "batch"_a, "offset"_a, "y"_a, "out"_a,
+           "out_batch_stride"_a, "out_column_stride"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TRAK_FAST_MODULE, m) {
   m.attr("DEFINITION") = kDefinition;
   m.attr("VERSION") = TRAK_FAST_VERSION;
+  define_structs(m);
   m.def("project", &project);
   m.def("project_adjoint", &project_adjoint);
-  m.def("matrix", [](int kind, uint64_t seed, uint32_t stream, uintptr_t rows, int64_t row_count, uintptr_t columns,
-                     int64_t column_count, uintptr_t out) {
-    const py::gil_scoped_release no_gil;
-    matrix_entries(static_cast<Kind>(kind), seed, stream, reinterpret_cast<const uint32_t*>(rows), row_count,
-                   reinterpret_cast<const uint64_t*>(columns), column_count, reinterpret_cast<float*>(out));
-  });
+  m.def(
+      "matrix",
+      [](int kind, uint64_t seed, uint32_t stream, uintptr_t rows, int64_t row_count, uintptr_t columns,
+         int64_t column_count, uintptr_t out) {
+        const py::gil_scoped_release no_gil;
+        matrix_entries(static_cast<Kind>(kind), seed, stream, reinterpret_cast<const uint32_t*>(rows), row_count,
+                       reinterpret_cast<const uint64_t*>(columns), column_count, reinterpret_cast<float*>(out));
+      },
+      py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "rows"_a, "row_count"_a, "columns"_a, "column_count"_a, "out"_a);
   m.def("normal_half_table", [] { return reinterpret_cast<uintptr_t>(normal_half_table()); });
-  m.def("project_cuda", [](const ProjectionTuple& arguments, bool add, uintptr_t half_table,
-                           const py::function& scratch, int device, uintptr_t cuda_stream, const std::string& kernel) {
-    const Projection p = projection_from(arguments);
+  m.def("project_cuda", [](const Projection& projection, bool add, uintptr_t half_table, const py::function& scratch,
+                           int device, uintptr_t cuda_stream, const std::string& kernel) {
     const py::gil_scoped_release no_gil;
-    project_cuda(p, add, reinterpret_cast<const void*>(half_table), allocate_by(scratch), device,
+    project_cuda(projection, add, reinterpret_cast<const void*>(half_table), allocate_by(scratch), device,
                  reinterpret_cast<void*>(cuda_stream), kernel);
   });
-  m.def("project_adjoint_cuda", [](const AdjointTuple& arguments, uintptr_t half_table, const py::function& scratch,
+  m.def("project_adjoint_cuda", [](const Adjoint& adjoint, uintptr_t half_table, const py::function& scratch,
                                    int device, uintptr_t cuda_stream) {
-    const Adjoint a = adjoint_from(arguments);
     const py::gil_scoped_release no_gil;
-    project_adjoint_cuda(a, reinterpret_cast<const void*>(half_table), allocate_by(scratch), device,
+    project_adjoint_cuda(adjoint, reinterpret_cast<const void*>(half_table), allocate_by(scratch), device,
                          reinterpret_cast<void*>(cuda_stream));
   });
   m.def("instruction_sets", &instruction_sets);

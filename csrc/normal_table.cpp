@@ -4,7 +4,8 @@
 #include "normal_table.h"
 
 #include <cmath>
-#include <cstring>
+
+#include "floats.h"
 
 namespace trak_fast {
 namespace {
@@ -26,16 +27,9 @@ struct Table {
       sum_of_squares += x * x;
     }
     const double scale = 1 / std::sqrt(sum_of_squares / kNormalHalf);
-    for (int m = 0; m < kNormalHalf; ++m) padded[m + 1] = nearest_bf16(z[m] * scale);
-  }
-
-  // Through float, then to bf16, ties to even both times. The golden values were made so, and it matters for one pair
-  // of entries (u = 8593 and its mirror): float rounding puts them on a bf16 tie.
-  static uint16_t nearest_bf16(double x) {
-    const float rounded = static_cast<float>(x);
-    uint32_t bits;
-    std::memcpy(&bits, &rounded, sizeof bits);
-    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    // Through float, then to bf16, ties to even both times. The golden values were made so, and it matters for one pair
+    // of entries (u = 8593 and its mirror): float rounding puts them on a bf16 tie.
+    for (int m = 0; m < kNormalHalf; ++m) padded[m + 1] = nearest_bf16(static_cast<float>(z[m] * scale));
   }
 };
 

@@ -11,13 +11,18 @@ namespace trak_fast {
 
 constexpr int kNormalHalf = 32768;
 
-// half[m] = N[32768 + m], positive, for m in 0..32767. One more element stands readable on each side, because
-// gathers load 32 bits. Built once, on first use, by any thread.
+// Returns half, where half[m] = N[32768 + m], positive, for m in 0..32767. One more element is readable on each side,
+// because gathers load 32 bits. Any thread may call it; the first call builds the table.
 const uint16_t* normal_half_table();
 
 // N[u] as bf16 bits.
 TRAK_FAST_DEFINE uint16_t normal_bits(const uint16_t* half, uint32_t u) {
   return u >= kNormalHalf ? half[u - kNormalHalf] : half[kNormalHalf - 1 - u] | 0x8000;
+}
+
+// Returns the table if the kind needs one, else null.
+static inline const uint16_t* half_table_for(Kind kind) {
+  return with_kind(kind, [](auto k) { return KindTraits<k>::needs_table ? normal_half_table() : nullptr; });
 }
 
 }  // namespace trak_fast

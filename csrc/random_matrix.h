@@ -1,9 +1,16 @@
 // The definition of the projection matrix P, number 1, for host and device.
 //
-// Every entry P[i, j] is a pure function of (kind, seed, stream, i, j): Philox4x32-10 words, read in an order in
-// which one thread of a 16-column tensor-core fragment (columns 2t, 2t+1, 2t+8, 2t+9) needs only its own words.
-// Kernels generate the same words many rows at a time; this header is what they are tested against, and it is the
-// only place that says where an entry's bits stand. A change of any entry is a new definition number.
+// Every entry P[i, j] is a pure function of (kind, seed, stream, i, j): some bits of a Philox4x32-10 word. A fragment
+// of a tensor core gives one thread the columns 2t, 2t+1, 2t+8 and 2t+9 of each 16, and the words are numbered so that
+// this thread needs no others: row i and t have four words of their own in each block of columns. The bits of word v
+// stand for these columns of the block:
+//
+//                                bit 31 ... bit 17    bit 16 | bit 15 ... bit 1    bit 0
+//   Rademacher, after 128 v:     2t+121 ... 2t+9      2t+1   | 2t+120 ... 2t+8     2t
+//   normal, after 8 v:           2t+1, all sixteen bits      | 2t, all sixteen bits
+//
+// Kernels generate the same words many rows at a time. This header is what they are tested against, and the only place
+// that says where an entry's bits stand. A change of any entry is a new definition number.
 #pragma once
 #include <cstdint>
 
@@ -20,9 +27,37 @@ constexpr int kDefinition = 1;
 
 enum class Kind : int { rademacher = 0, normal = 1 };  // the value is the tag in the Philox counter
 
-// Columns that one block (one value of the counter's first word) covers.
-constexpr int64_t kRademacherBlock = 512;
-constexpr int64_t kNormalBlock = 32;
+// Facts about a kind that kernels are built on. A new dense kind is one more specialisation, its entries below, and a
+// line in with_kind().
+template <Kind kind>
+struct KindTraits;
+
+template <>
+struct KindTraits<Kind::rademacher> {
+  static constexpr int entries_per_word = 32;
+  static constexpr int block_columns = 512;  // covered by one block, which is one value of the counter's first word
+  static constexpr bool needs_table = false;
+};
+
+template <>
+struct KindTraits<Kind::normal> {
+  static constexpr int entries_per_word = 2;
+  static constexpr int block_columns = 32;
+  static constexpr bool needs_table = true;  // entries are looked up: see normal_table.h
+};
+
+// A kind as a type, for templates.
+template <Kind kind>
+struct KindConstant {
+  constexpr operator Kind() const { return kind; }
+};
+
+// Returns function(KindConstant<kind>()).
+template <class Function>
+static inline auto with_kind(Kind kind, const Function& function) {
+  if (kind == Kind::rademacher) return function(KindConstant<Kind::rademacher>());
+  return function(KindConstant<Kind::normal>());
+}
 
 // Philox4x32-10 (Salmon et al., SC 2011, section 4.3).
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;
@@ -61,17 +96,32 @@ TRAK_FAST_DEFINE Words random_words(Kind kind, uint64_t seed, uint32_t stream, u
 
 // P[i, j] of the Rademacher matrix: +1 or -1.
 TRAK_FAST_DEFINE float rademacher_entry(uint64_t seed, uint32_t stream, uint32_t i, uint64_t j) {
-  const uint32_t r = static_cast<uint32_t>(j % kRademacherBlock);
-  const Words w = random_words(Kind::rademacher, seed, stream, i, j / kRademacherBlock, r % 8 / 2);
-  const uint32_t bit = 16 * (r % 2) + 2 * (r % 128 / 16) + r % 16 / 8;
-  return (w.v[r / 128] >> bit & 1) != 0 ? -1.0F : 1.0F;
+  constexpr uint64_t block_columns = KindTraits<Kind::rademacher>::block_columns;
+  const uint64_t block = j / block_columns;
+  const uint32_t column = static_cast<uint32_t>(j % block_columns);
+  const uint32_t t = (column % 8) / 2;
+  const uint32_t word = column / 128;
+  const uint32_t slice_of_16 = (column % 128) / 16;
+  const uint32_t half_of_slice = (column % 16) / 8;
+  const uint32_t odd = column % 2;
+  const uint32_t bit = 16 * odd + 2 * slice_of_16 + half_of_slice;
+  const Words words = random_words(Kind::rademacher, seed, stream, i, block, t);
+  const bool negative = ((words.v[word] >> bit) & 1) != 0;
+  return negative ? -1.0F : 1.0F;
 }
 
-// u: the 16 bits behind an entry of the normal matrix; P[i, j] = N[u] (see normal_table.h).
+// u, the sixteen bits behind an entry of the normal matrix: P[i, j] = N[u] (see normal_table.h).
 TRAK_FAST_DEFINE uint32_t normal_index(uint64_t seed, uint32_t stream, uint32_t i, uint64_t j) {
-  const uint32_t r = static_cast<uint32_t>(j % kNormalBlock);
-  const Words w = random_words(Kind::normal, seed, stream, i, j / kNormalBlock, r % 8 / 2);
-  return w.v[2 * (r / 16) + r % 16 / 8] >> 16 * (r % 2) & 0xFFFF;
+  constexpr uint64_t block_columns = KindTraits<Kind::normal>::block_columns;
+  const uint64_t block = j / block_columns;
+  const uint32_t column = static_cast<uint32_t>(j % block_columns);
+  const uint32_t t = (column % 8) / 2;
+  const uint32_t slice_of_16 = column / 16;
+  const uint32_t half_of_slice = (column % 16) / 8;
+  const uint32_t word = 2 * slice_of_16 + half_of_slice;
+  const uint32_t odd = column % 2;
+  const Words words = random_words(Kind::normal, seed, stream, i, block, t);
+  return (words.v[word] >> (16 * odd)) & 0xFFFF;
 }
 
 }  // namespace trak_fast

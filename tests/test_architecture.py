@@ -61,7 +61,7 @@ def test_cpp_knows_neither_torch_nor_python() -> None:
 
 def test_the_bindings_see_only_the_api() -> None:
     own = [name for name in includes(CSRC / "bindings.cpp") if name.startswith('"')]
-    assert own == ['"project.h"']
+    assert own == ['"trak_fast.h"']
 
 
 @pytest.mark.parametrize(("side", "other"), [("cpu", "cuda"), ("cuda", "cpu")])

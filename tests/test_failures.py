@@ -1,9 +1,10 @@
-"""What goes wrong with other TRAK drivers and stores and on real machines: full disks, double starts, little memory."""
+"""Failures of other TRAK drivers and stores, and of real machines: full disks, double starts, little memory."""
 
 import os
 import resource
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ from trak_fast.store.files import write_at
 PROGRAMS = Path(__file__).parent / "programs"
 
 
-def python(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [warm.python(), str(PROGRAMS / program), *map(str, arguments)],
-        capture_output=True, text=True, timeout=240, check=False, **options,
-    )  # fmt: skip
+def python(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs one of the programs in tests/programs."""
+    command = [warm.python(), str(PROGRAMS / program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def wide(folder: Path, scale: float = 1.0, **options: Any) -> tuple[TRAKer, np.ndarray]:
-    """300 samples and 40 targets of a network whose gradients are large or small."""
+    """Scores 40 targets on 300 samples with a network whose gradients are large or small."""
     torch.manual_seed(0)
     model = network()
     model.load_state_dict(CHECKPOINTS[0])
@@ -48,7 +48,7 @@ def wide(folder: Path, scale: float = 1.0, **options: Any) -> tuple[TRAKer, np.n
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_half_precision_changes_no_ranking(tmp_path: Path, scale: float) -> None:
-    """With magnitudes at which float16 features would be zero, and at which they and X'X would overflow."""
+    """At these scales float16 features would be zero, or they and X'X would overflow."""
     whole, expected = wide(tmp_path / "float32", scale)
     half, scores = wide(tmp_path / "float16", scale, use_half_precision=True)
     assert np.isfinite(scores).all()
@@ -77,8 +77,6 @@ def test_another_precision_or_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def test_of_processes_that_make_a_folder_at_once_all_others_see_what_the_first_wrote(tmp_path: Path) -> None:
-    import time
-
     warm.python()
     moment = time.time() + 4
     command = [warm.python(), str(PROGRAMS / "open_a_folder.py"), str(tmp_path)]
@@ -108,7 +106,7 @@ def test_a_second_process_with_the_same_samples_is_told(tmp_path: Path) -> None:
 
 
 def resumes(folder: Path, tmp_path: Path, done: int) -> None:
-    """What is stored is whole, and the scores come out as if nothing had happened."""
+    """Checks that the stored rows are whole, and that the scores come out as if nothing had happened."""
     assert build(folder).store.train(0).done.sum() == done
     assert np.allclose(run(build(folder), 2), run(build(tmp_path / "alone"), 2), rtol=1e-4, atol=1e-6)
 
@@ -117,7 +115,7 @@ def test_a_file_that_may_not_grow_is_an_error_and_the_run_resumes(tmp_path: Path
     limit = 128 + 7 * 4 * 8 + 5  # a header and 7 rows of 8 numbers, and some of the next
     done = python("featurize_with_limited_files.py", tmp_path / "limited", limit)
     assert done.returncode == 1
-    assert "File too large; what was stored before is safe: make room and run the same again" in done.stderr
+    assert "File too large; everything stored before is safe: make room and run the same again" in done.stderr
     resumes(tmp_path / "limited", tmp_path, 6)
 
 
@@ -135,7 +133,7 @@ def test_a_full_disk_is_an_error_and_the_run_resumes(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             write_at(other, memoryview(bytes(1 << 20)), 0)
         os.close(other)
-        with pytest.raises(OSError, match="what was stored before is safe: make room and run the same again"):
+        with pytest.raises(OSError, match="everything stored before is safe: make room and run the same again"):
             traker.featurize([x[2:] for x in TRAIN], num_samples=N - 2)
         assert traker.store.train(0).done.tolist() == [True] * 2 + [False] * (N - 2)
         (disk / "other").unlink()
@@ -176,7 +174,7 @@ def test_top_scores_are_saved_with_the_others(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "scores").iterdir()}
     assert names == {"test.npy", "test.highest.npz", "test.lowest.npz"}
     assert traker.top_scores("test", 100).indices.shape == (M, N)
-    with pytest.raises(ValueError, match="k must be in"):
+    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
         traker.top_scores("test", 0)
 
 

@@ -41,16 +41,21 @@ def test_lds_of_constant_targets_is_0_without_a_warning() -> None:
     assert result.mean == pytest.approx(result.per_target[2] / 3)
 
 
+SCORES = np.zeros((4, 2))
+MASKS = np.zeros((3, 4), bool)
+OUTPUTS = np.zeros((3, 2))
+
+
 @pytest.mark.parametrize(
     ("scores", "masks", "outputs", "error", "message"),
     [
-        (np.zeros((4, 2)), np.zeros((3, 4)), np.zeros((3, 2)), TypeError, "masks must be bool, not float64"),
-        (np.zeros((4, 2)), np.zeros((3, 5), bool), np.zeros((3, 2)), ValueError, r"do not fit: \(4, 2\), \(3, 5\)"),
-        (np.zeros((4, 2)), np.zeros((3, 4), bool), np.zeros((3, 1)), ValueError, "do not fit"),
-        (np.zeros((4, 2)), np.zeros((1, 4), bool), np.zeros((1, 2)), ValueError, "at least 2 subsets"),
-        (np.zeros(4), np.zeros((3, 4), bool), np.zeros((3, 1)), ValueError, "scores must have 2 dimensions"),
-        (np.full((4, 2), np.nan), np.zeros((3, 4), bool), np.zeros((3, 2)), ValueError, "scores must be finite"),
-        (np.zeros((4, 2)), np.zeros((3, 4), bool), np.full((3, 2), np.inf), ValueError, "outputs must be finite"),
+        (SCORES, MASKS.astype(float), OUTPUTS, TypeError, "masks must be bool, not float64"),
+        (SCORES, np.zeros((3, 5), bool), OUTPUTS, ValueError, r"\(S, m\), not \(4, 2\), \(3, 5\) and \(3, 2\)"),
+        (SCORES, MASKS, OUTPUTS[:, :1], ValueError, r"must have the shapes .*, not .* and \(3, 1\)"),
+        (SCORES, MASKS[:1], OUTPUTS[:1], ValueError, "masks must have at least 2 subsets, not 1"),
+        (SCORES[:, 0], MASKS, OUTPUTS[:, :1], ValueError, r"scores must have 2 dimensions, not shape \(4,\)"),
+        (SCORES + np.nan, MASKS, OUTPUTS, ValueError, "scores must be finite, not nan"),
+        (SCORES, MASKS, OUTPUTS + np.inf, ValueError, "outputs must be finite, not inf"),
     ],
 )
 def test_lds_refuses_what_does_not_fit(
@@ -82,8 +87,8 @@ def test_detection_counts_what_a_reader_of_the_ranking_finds() -> None:
     [
         ([True, False], ValueError, r"same shape, not \(3,\) and \(2,\)"),
         ([1, 0, 0], TypeError, "flags must be bool"),
-        ([True] * 3, ValueError, "3 of 3"),
-        ([False] * 3, ValueError, "0 of 3"),
+        ([True] * 3, ValueError, "not mark 3 of 3"),
+        ([False] * 3, ValueError, "not mark 0 of 3"),
     ],
 )
 def test_detection_refuses_flags_that_do_not_fit(flags: list, error: type[Exception], message: str) -> None:
@@ -106,9 +111,11 @@ def test_intervals_of_a_perfect_and_of_a_useless_prediction() -> None:
     assert 3 * deviation < useless.high - useless.low < 5 * deviation  # 2 · 1.96 and its sampling error
     half = lds_interval(scores, masks, rng.standard_normal((200, 1)), confidence=0.5, seed=3)
     assert half.high - half.low < 0.6 * (useless.high - useless.low)  # 0.674 · 2 deviations
-    for bad in ({"resamples": 0}, {"confidence": 1.0}):
-        with pytest.raises(ValueError, match="resamples must be at least 1 and confidence in"):
-            lds_interval(scores, masks, masks @ scores, **bad)
+    with pytest.raises(ValueError, match="resamples must be at least 1, not 0"):
+        lds_interval(scores, masks, masks @ scores, resamples=0)
+    for confidence in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"confidence must be in \(0, 1\), not {confidence}"):
+            lds_interval(scores, masks, masks @ scores, confidence=confidence)
 
 
 def test_counterfactuals_leave_out_the_top_of_each_target() -> None:
@@ -135,9 +142,9 @@ def test_counterfactuals_leave_out_the_top_of_each_target() -> None:
 
 def test_counterfactuals_refuse_what_does_not_fit() -> None:
     for num_removed in (0, 30):
-        with pytest.raises(ValueError, match=r"num_removed must be in \[1, 30\)"):
+        with pytest.raises(ValueError, match=rf"num_removed must be in \[1, 29\], not {num_removed}"):
             counterfactuals(np.zeros((30, 2)), lambda masks: masks[:, :2] * 1.0, num_removed)
-    with pytest.raises(ValueError, match="random_sets must be at least 1"):
+    with pytest.raises(ValueError, match="random_sets must be at least 1, not 0"):
         counterfactuals(np.zeros((30, 2)), lambda masks: masks[:, :2] * 1.0, 1, random_sets=0)
     with pytest.raises(ValueError, match=r"outputs of shape \(12, 2\), not \(12, 3\)"):
         counterfactuals(np.zeros((30, 2)), lambda masks: masks[:, :3] * 1.0, 1)

@@ -1,4 +1,4 @@
-"""TRAK in several runs: killed, repeated, spread over processes."""
+"""TRAK in several runs, which are killed, repeated, or spread over processes."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from trak_fast.gradients import FunctionalGradientComputer
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    """Killed before each call that changes the disk, and in the middle of each write."""
+    """Runs are killed before each call that changes the disk, and in the middle of each write."""
     torch.save(CHECKPOINTS[0], tmp_path / "state.pt")
     command = [warm.python(), str(Path(__file__).parent / "programs" / "killed_at_each_moment.py"), str(tmp_path)]
     moments = int(subprocess.run(command, check=True, timeout=240, stdout=subprocess.PIPE).stdout)
@@ -41,8 +41,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
         traker.finalize_features()
         train = save_dir / "checkpoint_0" / "train"
         return (
-            *((train / "features.npy").read_bytes(), (train / "weights.npy").read_bytes()),
-            *(traker.store.gram(0), done, sum(computed)),
+            (train / "features.npy").read_bytes(),
+            (train / "weights.npy").read_bytes(),
+            traker.store.gram(0),
+            done,
+            sum(computed),
         )
 
     *expected, gram, _, _ = finish(tmp_path / "whole")
@@ -58,7 +61,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_scores() -> None:
-    """A few of the kills of the benchmark that makes a hundred."""
+    """The benchmark does this a hundred times; here are a few of them."""
     command = [warm.python(), str(Path(__file__).parents[1] / "benchmarks" / "kills.py"), "--kills", "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
@@ -81,7 +84,7 @@ def test_of_a_batch_that_is_done_in_part_only_the_rest_is_computed(tmp_path: Pat
     assert len(seen) == 2
     assert (seen[1] == TRAIN[0][[0, 1, 3, 4, 5, 6, 8, 10, 11]]).all()
     expected, bound = projected(by_hand(CHECKPOINTS[0], TRAIN)[0], 8, 0)
-    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+    assert (np.abs(traker.store.train(0).features - expected) <= bound).all()
 
 
 def test_a_failed_batch_can_be_given_again(tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def test_a_failed_batch_can_be_given_again(tmp_path: Path) -> None:
         traker.featurize([x[5:] for x in broken], num_samples=7)
     traker.featurize([x[5:] for x in TRAIN], num_samples=7)
     expected, bound = projected(by_hand(CHECKPOINTS[0], TRAIN)[0], 8, 0)
-    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+    assert (np.abs(traker.store.train(0).features - expected) <= bound).all()
 
 
 def test_an_experiment_can_be_repeated_with_other_targets(tmp_path: Path) -> None:

@@ -153,10 +153,16 @@ def test_what_does_not_fit_is_refused() -> None:
     for everything, error, message in [
         (np.ones((2, N)), TypeError, "masks must be bool, not float64"),
         (np.ones((2, N - 1), bool), ValueError, rf"masks must have shape \(S, {N}\), as data has, not \(2, {N - 1}\)"),
-        (np.arange(N) < np.array([[40], [41]]), ValueError, "the same size; they have 40 to 41 samples"),
-        (np.tile(np.arange(N) < 15, (2, 1)), ValueError, "subsets have 15 samples, less than one batch of 16"),
+        (
+            np.arange(N) < np.array([[40], [41]]),
+            ValueError,
+            "masks must have equally many samples in each subset, not 40 to 41",
+        ),
+        (np.tile(np.arange(N) < 15, (2, 1)), ValueError, "at least one batch of 16 samples in each subset, not 15"),
     ]:
         with pytest.raises(error, match=message):
             train(plain, data(), everything, RECIPE, 0)
     with pytest.raises(ValueError, match="epochs must be at least 1, not 0"):
         Recipe(epochs=0)
+    with pytest.raises(ValueError, match="learning_rate must be at least 0, not nan"):
+        Recipe(learning_rate=float("nan"))

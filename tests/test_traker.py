@@ -50,8 +50,8 @@ def test_scores_are_the_closed_form(
     # the same once more from the stored features, whose rounding then plays no part: a much sharper bound
     parts = []
     for model_id in range(len(CHECKPOINTS)):
-        train, targets = traker.store.train(model_id).columns, traker.store.targets(model_id, "test").columns
-        parts.append([a.astype(np.float64) for a in (train["weights"], train["features"], targets["features"])])
+        train, targets = traker.store.train(model_id), traker.store.targets(model_id, "test")
+        parts.append([a.astype(np.float64) for a in (train.weights, train.features, targets.features)])
     expected = ClosedForm(131, proj_dim, lambda_reg, [part[1] for part in parts], curvature, shrink)
     for part in parts:
         expected.add(*part)
@@ -103,10 +103,10 @@ def test_stored_features_are_projected_gradients(tmp_path: Path) -> None:
         gradients, weights = by_hand(state, TRAIN)
         expected, bound = projected(gradients, 8, model_id)
         rows = traker.store.train(model_id)
-        assert (np.abs(rows.columns["features"] - expected) <= bound).all()
-        np.testing.assert_allclose(rows.columns["weights"], weights, rtol=2 * EPS)
+        assert (np.abs(rows.features - expected) <= bound).all()
+        np.testing.assert_allclose(rows.weights, weights, rtol=2 * EPS)
         expected, bound = projected(by_hand(state, TARGETS)[0], 8, model_id)
-        assert (np.abs(traker.store.targets(model_id, "test").columns["features"] - expected) <= bound).all()
+        assert (np.abs(traker.store.targets(model_id, "test").features - expected) <= bound).all()
 
 
 @pytest.mark.parametrize("options", [{"proj_dim": 0}, {"proj_dim": 0, "grad_wrt": ["4.bias", "4.weight"]}])
@@ -115,14 +115,14 @@ def test_no_projection_keeps_the_gradients(tmp_path: Path, options: dict[str, An
     run(traker)
     gradients = by_hand(CHECKPOINTS[1], TRAIN, options.get("grad_wrt"))[0]
     assert traker.proj_dim == traker.grad_dim == gradients.shape[1]
-    np.testing.assert_allclose(traker.store.train(1).columns["features"], gradients, rtol=2 * EPS, atol=1e-12)
+    np.testing.assert_allclose(traker.store.train(1).features, gradients, rtol=2 * EPS, atol=1e-12)
 
 
 def test_a_subset_of_parameters_is_projected_as_a_gradient_of_its_own(tmp_path: Path) -> None:
     traker = build(tmp_path, grad_wrt=(name for name in ["4.bias", "4.weight"]))
     run(traker)
     expected, bound = projected(by_hand(CHECKPOINTS[0], TRAIN, ["4.weight", "4.bias"])[0], 8, 0)
-    assert (np.abs(traker.store.train(0).columns["features"] - expected) <= bound).all()
+    assert (np.abs(traker.store.train(0).features - expected) <= bound).all()
 
 
 def test_features_do_not_depend_on_chunks_nor_on_the_mode_of_the_model(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_features_do_not_depend_on_chunks_nor_on_the_mode_of_the_model(tmp_path:
     assert all(module.training for module in chunked.model.modules())
     for model_id, state in enumerate(CHECKPOINTS):
         _, bound = projected(by_hand(state, TRAIN)[0], 8, model_id)
-        difference = whole.store.train(model_id).columns["features"] - chunked.store.train(model_id).columns["features"]
+        difference = whole.store.train(model_id).features - chunked.store.train(model_id).features
         assert (np.abs(difference) <= 2 * bound).all()
 
 
@@ -222,14 +222,14 @@ def test_any_projector_and_task_of_traker_s_contract_work(tmp_path: Path) -> Non
     traker.finalize_features()
     assert projector.freed == 1
     rows = traker.store.train(3)
-    assert (rows.columns["weights"] == TRAIN[0][:, 0].float().numpy()).all()
+    assert (rows.weights == TRAIN[0][:, 0].float().numpy()).all()
     model = network()
     model.load_state_dict(CHECKPOINTS[0])
     model.eval()
     for i in range(N):
         parts = torch.autograd.grad(model(TRAIN[0][i : i + 1])[0, 0] ** 2, list(model.parameters()))
         expected = 4 * torch.cat([part.reshape(-1) for part in parts])
-        np.testing.assert_allclose(rows.columns["features"][i], expected, rtol=4 * EPS, atol=1e-12)
+        np.testing.assert_allclose(rows.features[i], expected, rtol=4 * EPS, atol=1e-12)
 
 
 def test_gradient_computers_are_given_each_checkpoint(tmp_path: Path) -> None:
@@ -292,7 +292,10 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
         ({"saver": object}, "saver and score_computer are not supported"),
         ({"score_computer": object}, "saver and score_computer are not supported"),
         ({"grad_wrt": ["head"]}, "no parameter head"),
-        ({"projector": type("P", (), {"grad_dim": 130, "proj_dim": 8})()}, "projector.grad_dim is 130, .* 131"),
+        (
+            {"projector": type("P", (), {"grad_dim": 130, "proj_dim": 8})()},
+            "projector.grad_dim must be 131, .*, not 130",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_a_folder_is_made(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -1,16 +1,48 @@
-"""The compiled module (csrc/bindings.cpp)."""
+"""The compiled module (csrc/bindings.cpp). Addresses, sizes and strides are integers; sizes and strides in elements."""
 
 from collections.abc import Callable
 
 DEFINITION: int
 VERSION: str
 
-# data pointer, dtype, columns, batch stride, sizes and strides of the trailing dimensions
-Part = tuple[int, int, int, int, list[int], list[int]]
-# kind, seed, stream, rows, batch, offset, terms, parts, out pointer, its batch stride, its row stride
-Projection = tuple[int, int, int, int, int, int, int, list[Part], int, int, int]
-# kind, seed, stream, columns, batch, offset, y, out pointer, its batch stride, its column stride
-Adjoint = tuple[int, int, int, int, int, int, Part, int, int, int]
+class Part:
+    def __init__(
+        self, *, data: int, dtype: int, columns: int, batch_stride: int, sizes: list[int], strides: list[int]
+    ) -> None: ...
+
+class Projection:
+    def __init__(
+        self,
+        *,
+        kind: int,
+        seed: int,
+        stream: int,
+        rows: int,
+        batch: int,
+        offset: int,
+        terms: int,
+        parts: list[Part],
+        out: int,
+        out_batch_stride: int,
+        out_row_stride: int,
+    ) -> None: ...
+
+class Adjoint:
+    def __init__(
+        self,
+        *,
+        kind: int,
+        seed: int,
+        stream: int,
+        columns: int,
+        batch: int,
+        offset: int,
+        y: Part,
+        out: int,
+        out_batch_stride: int,
+        out_column_stride: int,
+    ) -> None: ...
+
 # from bytes to an address on the device
 Allocate = Callable[[int], int]
 
@@ -23,7 +55,7 @@ def project_adjoint_cuda(
     adjoint: Adjoint, half_table: int, scratch: Allocate, device: int, cuda_stream: int, /
 ) -> None: ...
 def matrix(
-    kind: int, seed: int, stream: int, rows: int, row_count: int, columns: int, column_count: int, out: int, /
+    *, kind: int, seed: int, stream: int, rows: int, row_count: int, columns: int, column_count: int, out: int
 ) -> None: ...
 def normal_half_table() -> int: ...
 def instruction_sets() -> list[str]: ...

@@ -19,7 +19,7 @@ def integer(name: str, value: SupportsIndex, low: int, high: int | None = None) 
 
     Args:
         name: The argument's name, for messages.
-        value: What was given.
+        value: The value that was given.
         low: The smallest allowed value.
         high: The largest allowed value; None: any.
 
@@ -46,7 +46,7 @@ def real(name: str, value: SupportsFloat, low: float, high: float = math.inf, *,
 
     Args:
         name: The argument's name, for messages.
-        value: What was given.
+        value: The value that was given.
         low: The smallest allowed value.
         high: The largest allowed value.
         above: Excludes `low` itself.
@@ -74,11 +74,11 @@ def choice(name: str, value: object, allowed: Iterable[str]) -> str:
         TypeError: `value` is no string.
         ValueError: `value` is none of `allowed`.
     """
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {_given(value)}")
-    if value not in allowed:
+    if isinstance(value, str):
+        if value in allowed:
+            return value
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-    return value
+    raise TypeError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {_given(value)}")
 
 
 def indexes(name: str, values: Indices, end: int) -> npt.NDArray[np.uint64]:
@@ -143,18 +143,19 @@ def row_numbers(
 
 
 def _given(value: object) -> str:
-    """A value of a wrong type as text, with the type."""
+    """Returns a value of a wrong type as text, with the type."""
     return f"{type(value).__name__} ({value!r})"
 
 
 def _interval(low: int, high: int | None) -> str:
+    """Returns the allowed values as text."""
     if high is None:
         return f"at least {low}"
     return f"in [{low}, {_power(high)}]"
 
 
 def _power(number: int) -> str:
-    """A number as text: 2**48, 2**64 - 1, or its digits where it is small or no such power."""
+    """Returns a number as text: 2**48, 2**64 - 1, or its digits where it is small or no such power."""
     for text, power in ((f"2**{number.bit_length() - 1}", number), (f"2**{number.bit_length()} - 1", number + 1)):
         if power >= 2**17 and power & (power - 1) == 0:
             return text

@@ -1,57 +1,65 @@
-"""Many processes: which rows each has, and what they sum and gather (torch.distributed).
+"""Many processes that share the work: the rows of each, sums and lists over all of them (torch.distributed).
 
-Every process of a group gets the same calls and does its share of them. What they compute is exchanged through the
-store's folder, which all of them see, apart from sums and lists of the best scores. Groups use gloo, whose sums are
-taken in the processors' memory: X'X is float64 and small beside the features.
+Every process of a group gets the same calls and does its share of them. Results are exchanged through the store's
+folder, which all processes see, apart from sums and lists of the best scores. Groups use gloo, whose sums are taken in
+the processors' memory: X'X is float64, and small beside the features.
 """
 
 from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def share(total: int, rank: int, size: int) -> slice:
-    """The rows of one of `size` processes: contiguous, in the order of ranks, their numbers differ by at most one."""
+    """Returns the rows of one of `size` processes: contiguous, in the order of ranks, equal numbers up to one."""
     return slice(total * rank // size, total * (rank + 1) // size)
 
 
 _joined: weakref.WeakSet[Ranks] = weakref.WeakSet()
-_begun: list[bool] = []  # whether the group is ours to end
+_initialized_here = False  # True once torch.distributed was initialised here, and is to be ended here
 
 
 @atexit.register
 def _leave() -> None:
-    """Ends groups before the interpreter does: their threads must not let go of tensors when it is half gone."""
+    """Leaves groups before the interpreter ends: their threads must not let go of tensors when it is half gone."""
     for ranks in _joined:
-        ranks._group = None
-    if _begun and dist.is_initialized():
+        ranks.leave()
+    if _initialized_here and dist.is_initialized():
         dist.destroy_process_group()
 
 
 class Ranks:
-    """One of `size` processes that work together; of one process alone unless it was started otherwise."""
+    """This process's place among those that work together; it works alone unless it was started otherwise.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: The number of processes.
+    """
 
     def __init__(self, distributed: bool | None = None) -> None:
         """Joins the group.
 
         Args:
-            distributed: Whether to work together with the other processes; None: if torch.distributed is initialised,
-                or torchrun started the process, which initialises it with gloo.
+            distributed: True joins the other processes, False works alone. None joins them if torch.distributed is
+                initialised, or if torchrun started this process; it is then initialised with gloo.
 
         Raises:
             RuntimeError: It is True, but there is no group to join.
         """
-        self.rank, self.size, self._group = 0, 1, None
+        self.rank = 0
+        self.size = 1
+        self._group: Any = None
         if distributed is False or not dist.is_available():
             return
         if not dist.is_initialized():
@@ -60,19 +68,25 @@ class Ranks:
                     raise RuntimeError("distributed=True, but torch.distributed is not initialised; use torchrun")
                 return
             dist.init_process_group("gloo")
-            _begun.append(True)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            global _initialized_here
+            _initialized_here = True
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
         if self.size > 1:
-            # ranks wait for the slowest, however long; that one died shows at once by its connections
+            # ranks wait for the slowest one, however long; the death of one shows at once by its connections
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
             _joined.add(self)
 
+    def leave(self) -> None:
+        """Lets go of the group."""
+        self._group = None
+
     def rows(self, total: int) -> slice:
-        """This process's share of `total` rows."""
+        """Returns this process's share of `total` rows."""
         return share(total, self.rank, self.size)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, on the device of `value`."""
+        """Sums a tensor over all processes; the sum is on its device."""
         if self.size == 1:
             return value
         total = value.cpu()
@@ -80,16 +94,27 @@ class Ranks:
         return total.to(value.device)
 
     def gather(self, value: T) -> list[T]:
-        """What all processes have, in the order of ranks."""
+        """Collects a value of each process, in the order of ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        with self.together():
+            pass
+
+    def first(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Makes a call in the first process, for whose end the others wait; if it raises, all raise."""
+        with self.together():
+            if self.rank == 0:
+                call(*args, **kwargs)
+
     @contextmanager
     def together(self) -> Iterator[None]:
-        """At the end of the block waits for all; if one of them raised something, all do, and none waits in vain."""
+        """Lets all processes leave the block together: if one raises, all raise, and none waits in vain."""
         error = None
         try:
             yield

@@ -1,7 +1,7 @@
 """Trains many small models at once, each on its own subset of the training set: the truth that scores are judged by.
 
 Models of one architecture are stacked and trained together by vmap, which on small models is several times as fast as
-one after the other. `retrained_outputs` keeps what is finished on disk, so that a killed run goes on.
+one after the other. `retrained_outputs` keeps finished parts on disk, so that a killed run goes on from them.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .arguments import integer, real
+
 MODELS_AT_ONCE = 25
+"""Models that are stacked. Random numbers are drawn for so many together, so weights and outputs depend on it."""
 
 Models = dict[str, Tensor]
-"""Parameters and buffers by name, those of S models stacked: (S, ...) each."""
+"""Parameters and buffers of S models by name, stacked: (S, ...) each."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: SGD with momentum and weight decay, the step constant at first and then falling to 0.
+    """The settings of training: SGD with momentum and weight decay, the step constant at first and then falling to 0.
 
     Attributes:
-        epochs: Passes over the subset; a last batch that is not full is left out of each.
+        epochs: Passes over the subset; each leaves out the samples that do not fill a last batch.
         batch_size: Samples a step.
         learning_rate: The step's size during the first fifth of the steps.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        momentum: SGD's momentum.
+        weight_decay: SGD's weight decay.
     """
 
     epochs: int = 20
@@ -51,21 +54,33 @@ class Recipe:
 
         Raises:
             ValueError: A number is out of its range.
+            TypeError: A value is no number, or `epochs` or `batch_size` no integer.
         """
-        for name, low in {"epochs": 1, "batch_size": 1, "learning_rate": 0, "momentum": 0, "weight_decay": 0}.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        integer("epochs", self.epochs, 1)
+        integer("batch_size", self.batch_size, 1)
+        real("learning_rate", self.learning_rate, 0)
+        real("momentum", self.momentum, 0)
+        real("weight_decay", self.weight_decay, 0)
 
 
 def random_subsets(num_samples: int, count: int, seed: int, share: float = 0.5) -> NDArray[np.bool_]:
-    """`count` subsets of n = `num_samples` samples, of round(`share` · n) each, as masks (count, n) bool.
+    """Draws subsets of one size.
+
+    Args:
+        num_samples: Samples to choose from, n.
+        count: Subsets.
+        seed: Seed of the draws.
+        share: Share of the samples in each subset, which has round(`share` · n).
+
+    Returns:
+        Masks, (count, n) bool.
 
     Raises:
         ValueError: `share` leaves no sample in, or none out.
     """
     size = round(share * num_samples)
     if not 0 < size < num_samples:
-        raise ValueError(f"share must leave 1 to {num_samples - 1} of {num_samples} samples in, {share} leaves {size}")
+        raise ValueError(f"share must leave 1 to {num_samples - 1} of {num_samples} samples in, not {size}")
     first = np.tile(np.arange(num_samples) < size, (count, 1))
     return np.random.default_rng(seed).permuted(first, axis=1)
 
@@ -85,23 +100,26 @@ def train(
     Args:
         build: Makes a model with fresh random weights (from torch's global generator).
         data: The training set's tensors (n, ...): the model's input, then what `loss` takes after its output.
-        masks: (S, n) bool, the samples that each model sees, as many for each.
-        recipe: How to train.
-        seed: Of the weights and of the order of samples. A model depends on it and on its place in `masks`.
+        masks: (S, n) bool, the samples that each model sees, equally many for each.
+        recipe: The settings of training.
+        seed: Seed of the weights and of the order of samples. A model depends on it and on its own place in `masks`.
         loss: `loss(model(input), *rest)`, the mean over a batch.
-        title: Of the progress bar.
+        title: Title of the progress bar.
 
     Returns:
-        Parameters and buffers of the models in evaluation mode's sense, detached.
+        Parameters and buffers of the trained models, detached.
 
     Raises:
-        ValueError: Shapes do not fit, subsets differ in size, or have less than a batch.
+        ValueError: Shapes do not fit, or subsets differ in size or have less than a batch.
         TypeError: `masks` is not boolean.
     """
     subsets = _members(masks, len(data[0]))
     steps = subsets.shape[1] // recipe.batch_size
     if steps == 0:
-        raise ValueError(f"subsets have {subsets.shape[1]} samples, less than one batch of {recipe.batch_size}")
+        size = subsets.shape[1]
+        raise ValueError(
+            f"masks must have at least one batch of {recipe.batch_size} samples in each subset, not {size}"
+        )
     seeds = np.random.SeedSequence(seed).spawn(-(-len(subsets) // MODELS_AT_ONCE))
     trained = []
     with tqdm(total=len(subsets) * recipe.epochs, desc=title, unit="epoch", disable=None) as bar:
@@ -120,6 +138,7 @@ def _train_together(
     loss: Callable[..., Tensor],
     bar: tqdm[Any],
 ) -> Models:
+    """Trains one model on each of a few subsets of one size, whose samples' numbers are (S, size)."""
     device = data[0].device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**32)))
@@ -149,7 +168,7 @@ def _train_together(
 
 
 def _members(masks: NDArray[np.bool_], num_samples: int) -> NDArray[np.integer]:
-    """The numbers of the samples in each subset, (S, size)."""
+    """Checks masks, and returns the numbers of the samples in each subset, (S, size)."""
     masks = np.asarray(masks)
     if masks.dtype != np.bool_:
         raise TypeError(f"masks must be bool, not {masks.dtype}")
@@ -157,12 +176,12 @@ def _members(masks: NDArray[np.bool_], num_samples: int) -> NDArray[np.integer]:
         raise ValueError(f"masks must have shape (S, {num_samples}), as data has, not {masks.shape}")
     sizes = masks.sum(axis=1)
     if (sizes != sizes[0]).any():
-        raise ValueError(f"subsets must all have the same size; they have {sizes.min()} to {sizes.max()} samples")
+        raise ValueError(f"masks must have equally many samples in each subset, not {sizes.min()} to {sizes.max()}")
     return np.nonzero(masks)[1].reshape(len(masks), -1)
 
 
 def forward(build: Callable[[], nn.Module], models: Models, inputs: Tensor) -> Tensor:
-    """What S models in evaluation mode return for inputs (B, ...), stacked: (S, B, ...)."""
+    """Runs S models in evaluation mode on inputs (B, ...); returns their outputs stacked, (S, B, ...)."""
     model = build().to(inputs.device).eval()
 
     def outputs(state: Models) -> Tensor:
@@ -175,7 +194,7 @@ def forward(build: Callable[[], nn.Module], models: Models, inputs: Tensor) -> T
 
 
 def state_dict(models: Models, index: int) -> dict[str, Tensor]:
-    """The state dict of one of the models."""
+    """Returns the state dict of one of the models."""
     return {name: tensor[index] for name, tensor in models.items()}
 
 
@@ -192,7 +211,7 @@ def retrained_outputs(
     save_dir: str | os.PathLike[str] | None = None,
     title: str = "retraining",
 ) -> NDArray[np.float64]:
-    """Outputs of models retrained on subsets, averaged over `models_per_subset` models of each.
+    """Retrains models on subsets and returns their outputs, averaged over `models_per_subset` models of each subset.
 
     Args:
         build: As in `train`.
@@ -205,13 +224,14 @@ def retrained_outputs(
         loss: As in `train`.
         save_dir: Folder that keeps finished parts, so that the same call goes on after a crash. Parts of other data,
             masks, recipe or seed are not used; `build`, `evaluate` and `loss` are not compared.
-        title: Of the progress bar.
+        title: Title of the progress bar.
 
     Returns:
         (S, m) float64.
 
     Raises:
-        ValueError, TypeError: As in `train`.
+        ValueError: As in `train`.
+        TypeError: As in `train`.
     """
     _members(masks, len(data[0]))
     every = np.repeat(masks, models_per_subset, axis=0)
@@ -237,7 +257,7 @@ def retrained_outputs(
 
 
 def _key(data: Sequence[Tensor], masks: NDArray[np.bool_], recipe: Recipe, seed: int) -> str:
-    """A digest of what retrained models depend on, apart from code."""
+    """Returns a digest of all that retrained models depend on, apart from code."""
     sha = hashlib.sha256(json.dumps([asdict(recipe), seed, MODELS_AT_ONCE]).encode())
     for array in (*(x.detach().cpu().contiguous().numpy() for x in data), masks):
         sha.update(f"{array.dtype} {array.shape}".encode())

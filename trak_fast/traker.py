@@ -1,14 +1,11 @@
-"""TRAK, the driver: gradients, projection, features on disk and scores, with the methods of traker's TRAKer."""
+"""TRAK's driver: gradients, projection, features on disk and scores, with the methods of traker's TRAKer."""
 
 from __future__ import annotations
 
 import logging
-import math
 import operator
 import os
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,23 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .arguments import Indices, integer, row_numbers
+from .arguments import Indices, integer
 from .distributed import Ranks
-from .features.featurizer import Featurizer
-from .gradients.functional import FunctionalGradientComputer
-from .gradients.parameters import select_parameters
-from .projection.projector import NoProjection, Projector
-from .scoring import partial_grams as gram
-from .scoring.gram import gram_matrix, weighted_gram
-from .scoring.ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
-from .scoring.scores import Checkpoint, ScoreFile, ScoreMatrix
-from .scoring.solver import Solver
+from .features.featurizer import Featurizer, ProjectedGradients
+from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
+from .projection.projector import NoProjection, Projector, ProjectorLike
+from .recorder import Recorder
+from .scoring.estimator import Estimator, EstimatorSettings, ridge_setting
+from .scoring.scores import ScoreFile, ScoreMatrix
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
 from .store.folder import Store
-from .store.manifest import describe
+from .store.manifest import manifest_of
 from .store.rows import Rows
-from .tasks.base import Task
-from .tasks.registry import resolve_task
+from .tasks import Task, resolve_task
 
 
 class TRAKer:
@@ -52,9 +45,9 @@ class TRAKer:
 
     Attributes:
         proj_dim: Size of a feature, k.
-        grad_dim: Parameters that gradients are taken of, D.
+        grad_dim: Size of a gradient, D.
         store: The features on disk.
-        scores: What `finalize_scores` returned last.
+        scores: The last result of `finalize_scores`.
     """
 
     def __init__(
@@ -65,8 +58,8 @@ class TRAKer:
         save_dir: str | os.PathLike[str] = "./trak_results",
         load_from_save_dir: bool = True,
         device: str | torch.device | None = None,
-        gradient_computer: type[Any] = FunctionalGradientComputer,
-        projector: Any = None,
+        gradient_computer: type[GradientComputer] = FunctionalGradientComputer,
+        projector: ProjectorLike | None = None,
         saver: None = None,
         score_computer: None = None,
         proj_dim: int = 2048,
@@ -94,36 +87,36 @@ class TRAKer:
                 that is minus the training loss (`FunctionTask` takes another loss).
             train_set_size: Training samples, n.
             save_dir: Folder for features and scores.
-            load_from_save_dir: If False, what is stored for a checkpoint is deleted when it is first loaded, and
+            load_from_save_dir: If False, the stored features of a checkpoint are deleted when it is first loaded, and
                 other checkpoints in the folder are ignored.
-            device: Where to compute; the model is moved there. By default, where the model is.
+            device: The device to compute on; the model is moved there. By default, the model's.
             gradient_computer: A class with the constructor and methods of `FunctionalGradientComputer`.
             projector: An object with `proj_dim` (0: as many as parameters), `proj_type`, `project(grads, model_id)`
                 and `free_memory()`. By default `trak_fast.Projector` with the arguments below.
             saver: Not supported; features are stored by `trak_fast.store`.
-            score_computer: Not supported; scores are computed by `trak_fast.solver`.
+            score_computer: Not supported; scores are computed by `trak_fast.scoring`.
             proj_dim: Size of the projection, k; 0 for none.
-            logging_level: Of the logger "trak_fast".
+            logging_level: Level of the logger "trak_fast".
             use_half_precision: Stores training features in float16 with a factor for each sample, which halves the
                 folder and changes features by up to 2^-11. X'X is summed and solved in float64 all the same.
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
             grad_wrt: Names or patterns ("head.*") of the parameters to differentiate; all of them by default.
             lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features and from how far
-                those of the others differ (`solver.auto_ridge`). 0: plain TRAK, with the least-norm solution where X'X
-                is singular. With these, scores do not depend on the scale of P. Another number means what it means in
-                traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
+                those of the others differ (`scoring.ridge.auto_ridge`). 0: plain TRAK, with the least-norm solution
+                where X'X is singular. With these, scores do not depend on the scale of P. Another number means what it
+                means in traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
             proj_type: "rademacher" or "normal".
             chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
-            memory_budget: Bytes for gradients and what computing them keeps; by default a quarter of the memory that is
-                free, or half of it on a CUDA device. One sample is taken at a time where it is less than that needs.
-            distributed: Whether to share the work with the other processes of torch.distributed; by default if there
-                are any.
-            curvature: With lambda_reg="auto", whether the training samples weigh in X'X by the curvature of their
-                loss, where the task says it (`get_loss_curvature`; classification does). X'RX is then the Hessian of
-                the linearised model, which the paper's X'X approximates. With another `lambda_reg` it is X'X.
-            shrink_weights: With lambda_reg="auto", whether the weights Q of samples, where none is negative, are moved
-                a third of the way to their mean (`solver.shrunk_weights`). With another `lambda_reg` they stay.
+            memory_budget: Bytes for gradients and for the results that computing them keeps; by default a quarter of
+                the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
+                than that needs.
+            distributed: Shares the work with the other processes of torch.distributed; by default if there are any.
+            curvature: With lambda_reg="auto", weighs the training samples in X'X by the curvature of their loss, where
+                the task knows it (`get_loss_curvature`; classification does). X'RX is then the Hessian of the
+                linearised model, which the paper's X'X approximates. With another `lambda_reg` it is X'X.
+            shrink_weights: With lambda_reg="auto", moves the weights Q of samples, where none is negative, a third of
+                the way to their mean (`scoring.ridge.shrunk_weights`). With another `lambda_reg` they stay.
             normalize: Divides each feature, of training samples and targets, by its norm: cosine scores.
 
         Raises:
@@ -135,12 +128,17 @@ class TRAKer:
         self.train_set_size = integer("train_set_size", train_set_size, 1, 2**48)
         chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
         memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, 1)
-        self.lambda_reg = _ridge(lambda_reg)
-        self.curvature, self.shrink_weights, self.normalize = curvature, shrink_weights, normalize
+        settings = EstimatorSettings(
+            lambda_reg=ridge_setting(lambda_reg),
+            curvature=curvature,
+            shrink_weights=shrink_weights,
+            normalize=normalize,
+        )
         self.logger = logging.getLogger("trak_fast")
         self.logger.setLevel(logging_level)
 
-        self.model, self.task = model, resolve_task(task)
+        self.model = model
+        self.task = resolve_task(task)
         parameters = select_parameters(model, grad_wrt)
         if device is not None:
             model.to(device)
@@ -148,43 +146,51 @@ class TRAKer:
         self.device = first.device
         self.grad_dim = sum(parameter.numel() for parameter in parameters.values())
         self.gradient_computer = gradient_computer(
-            model=model, task=self.task, grad_dim=self.grad_dim, dtype=first.dtype, device=self.device,
+            model=model,
+            task=self.task,
+            grad_dim=self.grad_dim,
+            dtype=first.dtype,
+            device=self.device,
             grad_wrt=None if grad_wrt is None else list(parameters),
-        )  # fmt: skip
-
-        if projector is None:
-            projector = NoProjection() if proj_dim == 0 else Projector(
-                self.grad_dim, proj_dim, seed=projector_seed, proj_type=proj_type, device=self.device)  # fmt: skip
-        elif getattr(projector, "grad_dim", 0) not in (0, self.grad_dim):
-            raise ValueError(f"projector.grad_dim is {projector.grad_dim}, gradients have {self.grad_dim} elements")
+        )
+        if projector is None and proj_dim == 0:
+            projector = NoProjection()
+        elif projector is None:
+            projector = Projector(self.grad_dim, proj_dim, seed=projector_seed, proj_type=proj_type, device=self.device)
+        elif (grad_dim := getattr(projector, "grad_dim", 0)) not in (0, self.grad_dim):
+            raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector
         self.proj_dim = projector.proj_dim or self.grad_dim
-        self._featurizer = Featurizer(
-            *(model, self.task, self.gradient_computer, projector),
-            *(sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()), self.device),
-            *(chunk_size, memory_budget),
-        )
-        contents = describe(
+
+        contents = manifest_of(
             projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
         )
         self._ranks = Ranks(distributed)
         with self._ranks.together():
             self.store = Store(save_dir, contents, self.train_set_size, self.proj_dim)
+        self._estimator = Estimator(self.store, settings, task=self.task, grad_dim=self.grad_dim, device=self.device)
+        featurizer = Featurizer(
+            model,
+            self.task,
+            computer=ProjectedGradients(self.gradient_computer, projector),
+            gradient_computer=self.gradient_computer,
+            proj_dim=self.proj_dim,
+            gradient_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()),
+            device=self.device,
+            chunk_size=chunk_size,
+            memory_budget=memory_budget,
+        )
+        self._recorder = Recorder(featurizer, self._estimator, self._ranks)
 
         self.scores: np.memmap | None = None
         self._resume = load_from_save_dir
         self._seen: set[int] = set()  # checkpoints loaded by this object
-        self._model_id = 0
-        self._train: Rows | None = None
-        self._targets: Rows | None = None
-        self._sum: gram.PartialGram | None = None  # of what this process featurizes of the checkpoint
-        self._close_sum: Callable[[], object] | None = None
-        self._next = 0  # row that num_samples continues from
 
     def rows(self, total: int | None = None) -> range:
-        """The training samples, or those of another `total`, that this process computes; the others it passes over.
+        """Returns the training samples, or the rows of another `total`, that this process computes.
 
-        Under torchrun a loader of these alone (with `inds` in `featurize`) saves the reading of the rest.
+        It passes over the others. Under torchrun a loader of these alone (with `inds` in `featurize`) saves the
+        reading of the rest.
         """
         share = self._ranks.rows(self.train_set_size if total is None else total)
         return range(share.start, share.stop)
@@ -205,15 +211,12 @@ class TRAKer:
         model_id = self._load(checkpoint, model_id)
         forget = _allow_featurizing_already_registered or not (self._resume or model_id in self._seen)
         if forget:
-            with self._ranks.together():  # nobody has it open any more
-                pass
-        with self._ranks.together():
-            if forget and self._ranks.rank == 0:
-                self.store.forget(model_id)
+            self._ranks.wait()  # until nobody has it open any more
+            self._ranks.first(self.store.forget, model_id)
         with self._ranks.together():
             self.store.register(model_id, self.model.state_dict())
         self._seen.add(model_id)
-        self._train = self.store.train(model_id)
+        self._recorder.open_training(model_id, self.store.train(model_id))
 
     def featurize(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features and weightings of a batch of training samples that are not stored yet.
@@ -229,12 +232,7 @@ class TRAKer:
             TypeError: `inds` holds no integers, or `batch` no tensors.
             OSError: The disk is full, for example; the samples stored before are safe.
         """
-        if self._train is None:
-            raise RuntimeError("call load_checkpoint before featurize")
-        rows, following = row_numbers(batch, inds, num_samples, self._next, self.train_set_size)
-        own = self._claim(self._train, rows)
-        self._fill(self._train, batch, rows, own[~self._train.done[rows[own]]])
-        self._next = following
+        self._recorder.record_training(batch, inds, num_samples)
 
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:
         """Forms X'X of each checkpoint, once all its training samples are featurized.
@@ -249,31 +247,23 @@ class TRAKer:
         """
         self.projector.free_memory()
         with self._ranks.together():
-            if self._sum is not None:
-                self._sum.save()
+            self._recorder.save_sum()
         for model_id in self._progress(self._model_ids(model_ids), "finalizing features"):
             if not self.store.is_finalized(model_id):
                 self._finalize(model_id)
-        self._leave()
-        self._next = 0
+        self._recorder.close()
 
     def _finalize(self, model_id: int) -> None:
-        ranks, rows = self._ranks, self.store.train(model_id)
+        """Forms and stores the Gram matrices of a checkpoint."""
+        ranks = self._ranks
+        train = self.store.train(model_id)
         with ranks.together():
             hint = "; under torchrun, each rank is given all batches" if ranks.size > 1 else ""
-            rows.require_all(f"training samples of model_id {model_id} are not featurized{hint}")
-        part = torch.empty(0)
+            train.require_all(f"training samples of model_id {model_id} are not featurized{hint}")
         with ranks.together():
-            if self._sums:
-                folder = self.store.partial_grams(model_id)
-                curvature = self._curvature(rows.columns["weights"]) if self._weighted else None
-                part = gram.total(folder, rows, self._solver_device, ranks.rank, ranks.size, curvature)
-            elif ranks.rank == 0:
-                part = gram_matrix(rows.columns["features"], self._solver_device).unsqueeze(0)
-        matrix = ranks.sum(part) if self._sums else part
-        with ranks.together():
-            if ranks.rank == 0:
-                self.store.save_gram(model_id, matrix.cpu().numpy())
+            summand = self._estimator.gram_summand(model_id, train, ranks.rank, ranks.size)
+        gram = ranks.sum(summand) if self._estimator.sums_while_featurizing else summand
+        ranks.first(lambda: self.store.save_gram(model_id, gram.cpu().numpy()))
 
     def start_scoring_checkpoint(
         self, exp_name: str, checkpoint: Mapping[str, Tensor], model_id: int, num_targets: int
@@ -296,12 +286,13 @@ class TRAKer:
         self.store.check_weights(model_id, self.model.state_dict())
         self._seen.add(model_id)
         with self._ranks.together():
-            self._targets = self.store.targets(model_id, exp_name, integer("num_targets", num_targets, 1, 2**48))
+            targets = self.store.targets(model_id, exp_name, integer("num_targets", num_targets, 1, 2**48))
+        self._recorder.open_targets(model_id, targets)
 
     def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
 
-        What is stored for these targets is replaced, so that an experiment can be repeated with other targets.
+        Features that are stored for these targets are replaced, so that an experiment can be repeated with others.
 
         Args:
             batch: The tensors that the task asks for, (B, ...) each.
@@ -310,13 +301,10 @@ class TRAKer:
 
         Raises:
             RuntimeError: No checkpoint was opened for scoring.
-            ValueError, TypeError: as in `featurize`.
+            ValueError: As in `featurize`.
+            TypeError: As in `featurize`.
         """
-        if self._targets is None:
-            raise RuntimeError("call start_scoring_checkpoint before score")
-        rows, following = row_numbers(batch, inds, num_samples, self._next, len(self._targets.done))
-        self._fill(self._targets, batch, rows, self._claim(self._targets, rows))
-        self._next = following
+        self._recorder.record_targets(batch, inds, num_samples)
 
     def finalize_scores(
         self, exp_name: str, model_ids: Iterable[int] | None = None, allow_skip: bool = False
@@ -336,22 +324,19 @@ class TRAKer:
             RuntimeError: A checkpoint is not finalized or lacks targets.
             OSError: The disk has too little space.
         """
-        matrix, ranks = self._score_matrix(exp_name, model_ids, allow_skip), self._ranks
+        ranks = self._ranks
+        matrix = self._score_matrix(exp_name, model_ids, allow_skip)
         file = ScoreFile(self.store.scores_file(exp_name), matrix.shape)
         try:
-            with ranks.together():
-                if ranks.rank == 0:
-                    file.begin()
+            ranks.first(file.begin)
             with ranks.together():
                 file.fill(matrix, ranks.rows(self.train_set_size))
-            with ranks.together():
-                if ranks.rank == 0:
-                    file.publish()
+            ranks.first(file.publish)
         finally:
             if ranks.rank == 0:
                 file.discard()
         self.scores = self.store.scores(exp_name)
-        self._next = 0
+        self._recorder.rewind()
         return self.scores
 
     def top_scores(
@@ -371,27 +356,25 @@ class TRAKer:
             exp_name: The experiment.
             k: Scores for each target.
             model_ids: Checkpoints; all by default.
-            largest: Whether the highest.
+            largest: Computes the highest if True, the lowest if False.
             allow_skip: As in `finalize_scores`.
 
         Raises:
             As `finalize_scores`.
         """
         count = min(integer("k", k, 1), self.train_set_size)
-        matrix, ranks = self._score_matrix(exp_name, model_ids, allow_skip), self._ranks
+        ranks = self._ranks
+        matrix = self._score_matrix(exp_name, model_ids, allow_skip)
         with ranks.together():
             part = top_scores(matrix, ranks.rows(self.train_set_size), count, largest)
         result = merge_top_scores(ranks.gather(part), count)
-        with ranks.together():
-            if ranks.rank == 0:
-                result.save(self.store.scores_file(exp_name, ".highest.npz" if largest else ".lowest.npz"))
-        self._next = 0
+        ranks.first(result.save, self.store.scores_file(exp_name, ".highest.npz" if largest else ".lowest.npz"))
+        self._recorder.rewind()
         return result
 
     def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> ScoreMatrix:
-        """The scores of an experiment, once all its targets are there."""
-        with self._ranks.together():  # all have written their targets
-            pass
+        """Describes the scores of an experiment, once all its targets are there."""
+        self._ranks.wait()  # until all have written their targets
         used: dict[int, Rows] = {}
         with self._ranks.together():
             for model_id in self._model_ids(model_ids):
@@ -411,18 +394,10 @@ class TRAKer:
                     else f"exp_name {exp_name!r} has no checkpoint with all its targets"
                 )
             self._require_finalized(used)
-        rho = self._disagreement(used)
-        checkpoints = [
-            Checkpoint(self._solver(i, len(used), rho), self.store.train(i), rows.columns["features"])
-            for i, rows in used.items()
-        ]
-        weights = self._mean_weights(used)
-        if self.lambda_reg is None and self.shrink_weights:
-            weights = shrunk_weights(weights)
-        return ScoreMatrix(checkpoints, weights / len(used))
+        return self._estimator.score_matrix(used)
 
     def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[np.float32]:
-        """The score of each training sample for itself; high values point to wrong labels and outliers.
+        """Computes the score of each training sample for itself; high values point to wrong labels and outliers.
 
         This is the diagonal of the scores with the training set as targets, without computing the rest, and with the
         weights Q as they are (`shrink_weights` is for scores): how badly a sample is fitted says much about its label.
@@ -441,78 +416,30 @@ class TRAKer:
         self._require_finalized(ids)
         total = torch.zeros(self.train_set_size, dtype=torch.float64)
         with self._ranks.together():
-            rho, share = self._disagreement(ids), self._ranks.rows(len(total))
+            rho = self._estimator.disagreement(ids)
+            share = self._ranks.rows(len(total))
             for model_id in self._progress(ids, "self-influence"):
-                total[share] += self._solver(model_id, len(ids), rho).self_influence(share)
-        return (self._ranks.sum(total) / len(ids) * self._mean_weights(ids)).float().numpy()
+                total[share] += self._estimator.solver(model_id, len(ids), rho).self_influence(share)
+        return (self._ranks.sum(total) / len(ids) * self._estimator.mean_weights(ids)).float().numpy()
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
         model_id = integer("model_id", model_id, 0, 2**32 - 1)
-        self._leave()
+        self._recorder.close()
         self.model.load_state_dict(checkpoint)
         self.gradient_computer.load_model_params(self.model)
-        self._model_id, self._next = model_id, 0
         return model_id
 
-    def _leave(self) -> None:
-        """Ends featurizing or scoring a checkpoint."""
-        if self._close_sum is not None:
-            self._close_sum()
-        for rows in (self._train, self._targets):
-            if rows is not None:
-                rows.release()
-        self._train = self._targets = self._sum = self._close_sum = None
-
-    def _claim(self, stored: Rows, rows: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Positions in `rows` of those that this process computes, which are then kept from other processes."""
-        share = self._ranks.rows(len(stored.done))
-        positions = np.flatnonzero((rows >= share.start) & (rows < share.stop))
-        stored.claim(rows[positions])
-        return positions
-
-    @property
-    def _sums(self) -> bool:
-        """Whether X'X is summed while featurizing; where n < k, XX' is formed in the end."""
-        return self.proj_dim <= self.train_set_size
-
-    @property
-    def _weighted(self) -> bool:
-        """Whether samples weigh in X'X by the curvature of their loss."""
-        return self.lambda_reg is None and self.curvature and hasattr(self.task, "get_loss_curvature")
-
-    def _curvature(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
-        """∂²ℓ/∂f² of samples, from their weightings Q."""
-        task: Any = self.task
-        return np.asarray(task.get_loss_curvature(np.array(weights, np.float64)))
-
-    def _summing(self, stored: Rows) -> gram.PartialGram:
-        if self._sum is None:
-            folder = self.store.partial_grams(self._model_id)
-            self._sum = gram.PartialGram(
-                folder, self.train_set_size, self.proj_dim, self._solver_device, stored.locks, self._weighted
-            )
-            # also when the interpreter ends or this object goes without finalize_features
-            self._close_sum = weakref.finalize(self, self._sum.close)
-        return self._sum
-
-    def _fill(self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp], positions: NDArray[np.intp]) -> None:
-        """Computes what `stored` keeps of the samples at some positions of the batch, whose rows there are `rows`."""
-
-        def store(inds: NDArray[np.intp], values: dict[str, Tensor]) -> None:
-            written = stored.write(inds, **values)
-            if stored is self._train and self._sums and not self.store.is_finalized(self._model_id):
-                curvature = self._curvature(written["weights"]) if self._weighted else None
-                self._summing(stored).add(inds, written["features"], curvature)
-
-        shapes = {name: column.shape[1:] for name, column in stored.columns.items()}
-        self._featurizer.compute(batch, positions, rows[positions], shapes, self._model_id, store)
-
     def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:
+        """Shows the progress through some checkpoints, in the first process alone."""
         bar: Iterable[int] = tqdm(ids, desc=description, disable=None if self._ranks.rank == 0 else True)
         return bar
 
     def _model_ids(self, model_ids: Iterable[int] | None) -> list[int]:
+        """Returns the checkpoints to use: those given, or by default those stored.
+
+        With `load_from_save_dir=False` the default is those of them that this object has loaded.
+        """
         stored = self.store.model_ids()
         if model_ids is None:
             ids = stored if self._resume else [i for i in stored if i in self._seen]
@@ -529,55 +456,3 @@ class TRAKer:
     def _require_finalized(self, model_ids: Iterable[int]) -> None:
         if missing := [i for i in self._model_ids(model_ids) if not self.store.is_finalized(i)]:
             raise RuntimeError(f"model_ids {missing} are not finalized; call finalize_features first")
-
-    def _disagreement(self, model_ids: Iterable[int]) -> float:
-        """ρ between checkpoints, where the ridge depends on it."""
-        if self.lambda_reg is not None:
-            return 0.0
-        return disagreement([self.store.train(i).columns["features"] for i in model_ids], self.normalize)
-
-    def _solver(self, model_id: int, num_checkpoints: int, rho: float) -> Solver:
-        """The solver of one of `num_checkpoints` checkpoints whose scores are averaged and that differ by ρ."""
-        columns, weights = self.store.train(model_id).columns, None
-        features = columns["features"]
-        stored = torch.from_numpy(self.store.gram(model_id)).to(self._solver_device)
-        matrix = stored[0]
-        if self._weighted:
-            curvature = self._curvature(columns["weights"])
-            weights = curvature_weights(curvature)
-        if self.normalize:
-            matrix = gram_matrix(features, self._solver_device, weights, normalize=True)
-        elif weights is not None and len(matrix) < self.proj_dim:  # XX'
-            roots = torch.from_numpy(weights).to(matrix).sqrt()
-            matrix = matrix * roots[:, None] * roots
-        elif weights is not None and len(stored) == 2:
-            matrix = weighted_gram(matrix, stored[1], float(curvature.mean()))
-        elif weights is not None:  # finalized for another ridge
-            matrix = gram_matrix(features, self._solver_device, weights)
-        if self.lambda_reg is None:
-            ridge = auto_ridge(matrix, len(features), features.shape[1], num_checkpoints, rho)
-        else:
-            ridge = self.lambda_reg * self.grad_dim
-        solver = Solver(features, matrix, ridge, weights, self.normalize)
-        self.logger.info(
-            "model_id %d: ridge %.3g, %.3g times the mean squared norm of the features; condition number %.2g",
-            model_id, ridge, ridge * len(features) / (matrix.trace().item() or 1.0), solver.inverse.condition,
-        )  # fmt: skip
-        return solver
-
-    def _mean_weights(self, model_ids: Iterable[int]) -> Tensor:
-        weights = [np.array(self.store.train(model_id).columns["weights"], np.float64) for model_id in model_ids]
-        return torch.from_numpy(np.mean(weights, axis=0))
-
-    @property
-    def _solver_device(self) -> torch.device:
-        return self.device if self.device.type == "cuda" else torch.device("cpu")  # not all others have float64
-
-
-def _ridge(lambda_reg: float | str | None) -> float | None:
-    """`lambda_reg` with None for "auto"."""
-    if lambda_reg is None or (isinstance(lambda_reg, str) and lambda_reg == "auto"):
-        return None
-    if isinstance(lambda_reg, (str, bool)) or not 0 <= lambda_reg < math.inf:
-        raise ValueError(f'lambda_reg must be "auto" or a finite number >= 0, not {lambda_reg!r}')
-    return float(lambda_reg)

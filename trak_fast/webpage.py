@@ -1,4 +1,4 @@
-"""What the pages of `trak-fast demo` and `trak-fast bench` share: the frame, the style sheet, the looks of a chart.
+"""The frame, the style sheet and the looks of a chart that the pages of `trak-fast demo` and `trak-fast bench` share.
 
 Such a page needs no other file and reads well in light and dark.
 """
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK = "#7d7d7d"  # as far from white as from black: charts are transparent and shown on either
+INK = "#7d7d7d"
+"""Color of text in charts, as far from white as from black: charts are transparent and shown on either."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --text: #22262b; --soft: #666d75; --line: #dfe2e6; --fill: #f4f5f7;
@@ -36,12 +37,12 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
 
 
 def document(title: str, body: str, style: str) -> str:
-    """A page around its body.
+    """Puts the frame of a page around its body.
 
     Args:
-        title: Of the browser's window, as text.
+        title: Title of the browser's window, as text.
         body: HTML.
-        style: CSS for what only this page has.
+        style: CSS that only this page needs.
     """
     return f"""<!doctype html>
 <html lang="en">
@@ -59,7 +60,7 @@ def document(title: str, body: str, style: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """CSS or SVG without what only an editor needs."""
+    """Sets CSS or SVG in one line."""
     return " ".join(text.split())
 
 

@@ -1,13 +1,13 @@
-// The adjoint on the CPU: y is packed once, then each task makes the matrix for some columns, sums over all rows in
-// sums of its own, and adds them to the output.
+// The adjoint on the CPU: packs y once; then each task makes the matrix for some columns, sums over all rows in memory
+// of its thread, and adds the result to the output.
 //
 // Columns are cut into tasks at absolute positions, and one thread sums a task in a fixed order, so the result has the
-// same bits on any number of threads. The kernels' lanes hold columns in an order of their own, which is undone on the
-// way out.
+// same bits on any number of threads. The kernels' lanes hold columns in an order of their own, which is undone when
+// the sums are added to the output.
 #include <algorithm>
 
 #include "../normal_table.h"
-#include "../project.h"
+#include "../trak_fast.h"
 #include "choose.h"
 #include "columns.h"
 #include "team.h"
@@ -15,24 +15,23 @@
 namespace trak_fast {
 namespace {
 
-constexpr int64_t kAccSize = 1 << 17;    // floats in one thread's sums, to stay in a second-level cache
-constexpr int64_t kPanelSize = 1 << 20;  // floats of packed y in a pass
-constexpr int64_t kMaxSamples = 256;
-constexpr int64_t kColumnsPerTask = 2048;  // of whole groups
+constexpr int64_t kAccSize = 1 << 17;      // most floats in one thread's sums, to stay in a second-level cache
+constexpr int64_t kPanelSize = 1 << 20;    // most floats of packed y in a pass
+constexpr int64_t kMaxSamples = 256;       // of a pass
+constexpr int64_t kColumnsPerTask = 2048;  // a multiple of every kernel's group
 
-// A pass: some samples and rows of P, all columns.
+// One pass: some samples and rows of P, with all columns.
 class AdjointPass {
  public:
-  AdjointPass(const Adjoint& adjoint, const Columns& y, const AdjointKernel& kernel, int64_t first_sample,
-              int64_t samples, int64_t first_row, int64_t rows)
-      : a_(adjoint),
+  AdjointPass(const Adjoint& adjoint, const Columns& y, const AdjointKernel& kernel, const Piece& piece)
+      : adjoint_(adjoint),
         y_(y),
         kernel_(kernel),
-        first_sample_(first_sample),
-        samples_(samples),
-        first_row_(first_row),
-        rows_(rows),
-        units_(divide_up(rows, kUnit)),
+        first_sample_(piece.first_sample),
+        samples_(piece.samples),
+        first_row_(piece.first_row),
+        rows_(piece.rows),
+        units_(divide_up(rows_, kUnit)),
         first_group_(static_cast<int64_t>(adjoint.offset) / kernel.group_columns),
         end_group_(divide_up(static_cast<int64_t>(adjoint.offset) + adjoint.columns, kernel.group_columns)),
         groups_per_task_(kColumnsPerTask / kernel.group_columns),
@@ -47,7 +46,7 @@ class AdjointPass {
     const int64_t packs = units_ * samples_;
     const int64_t first_task = first_group_ / groups_per_task_;
     const int64_t tasks = divide_up(end_group_, groups_per_task_) - first_task;
-    const double work = static_cast<double>(a_.columns) * static_cast<double>(rows_ * samples_);
+    const double work = static_cast<double>(adjoint_.columns) * static_cast<double>(rows_ * samples_);
     if (work < kWorkForThreads) threads = 1;
     threads = static_cast<int>(std::min<int64_t>(threads, tasks));
     panel_ = allocate<float>(units_ * samples_ * kernel_.row_bytes / 4);
@@ -69,31 +68,45 @@ class AdjointPass {
     alignas(64) char buffer[kUnit * 4];
     const int64_t first = first_row_ + unit * kUnit;
     const void* values = y_.read(first_sample_ + sample, first, kUnit, buffer);
-    kernel_.pack({values, y_.all_bf16(), 1, sample, unit, samples_, units_, panel_.get()});
+    kernel_.pack({.columns = values,
+                  .raw_bf16 = y_.all_bf16(),
+                  .terms = 1,
+                  .row = sample,
+                  .unit = unit,
+                  .batch = samples_,
+                  .panel_units = units_,
+                  .panel = panel_.get()});
   }
 
   void multiply(int64_t group, float* acc) const {
     std::memset(acc, 0, static_cast<size_t>(kernel_.group_columns * samples_) * sizeof(float));
-    kernel_.multiply({a_.seed, a_.stream, static_cast<uint32_t>(first_row_), divide_up(rows_, kStep),
-                      static_cast<uint64_t>(group), samples_, panel_.get(), acc});
-    const int64_t first = group * kernel_.group_columns - static_cast<int64_t>(a_.offset);
-    const int64_t begin = std::max<int64_t>(-first, 0), end = std::min(kernel_.group_columns, a_.columns - first);
+    kernel_.multiply({.seed = adjoint_.seed,
+                      .stream = adjoint_.stream,
+                      .row = static_cast<uint32_t>(first_row_),
+                      .steps = divide_up(rows_, kStep),
+                      .group = static_cast<uint64_t>(group),
+                      .batch = samples_,
+                      .panel = panel_.get(),
+                      .acc = acc});
+    const int64_t first = group * kernel_.group_columns - static_cast<int64_t>(adjoint_.offset);
+    const int64_t begin = std::max<int64_t>(-first, 0), end = std::min(kernel_.group_columns, adjoint_.columns - first);
     alignas(64) float ordered[kColumnsPerTask];
     for (int64_t b = 0; b < samples_; ++b) {
       for (int64_t i = 0; i < kernel_.group_columns; ++i) {
         const int64_t vector = i / kernel_.lanes, lane = i % kernel_.lanes;
         ordered[columns_of_group_[static_cast<size_t>(i)]] = acc[(vector * samples_ + b) * kernel_.lanes + lane];
       }
-      float* out = a_.out + (first_sample_ + b) * a_.out_batch_stride + (first + begin) * a_.out_column_stride;
-      for (int64_t c = begin; c < end; ++c, out += a_.out_column_stride) *out += ordered[c];
+      float* out =
+          adjoint_.out + (first_sample_ + b) * adjoint_.out_batch_stride + (first + begin) * adjoint_.out_column_stride;
+      for (int64_t c = begin; c < end; ++c, out += adjoint_.out_column_stride) *out += ordered[c];
     }
   }
 
-  const Adjoint& a_;
+  const Adjoint& adjoint_;
   const Columns& y_;
   const AdjointKernel& kernel_;
   const int64_t first_sample_, samples_, first_row_, rows_, units_, first_group_, end_group_, groups_per_task_;
-  std::vector<int32_t> columns_of_group_;  // in the order of the sums
+  std::vector<int32_t> columns_of_group_;  // the column of each sum of a group
   Aligned<float> panel_, acc_;
 };
 
@@ -102,18 +115,19 @@ class AdjointPass {
 bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_set, int threads,
                          bool (*keep_going)()) {
   const DefaultFloats floats;
-  const AdjointKernel& kernel = choose_backend(instruction_set).adjoint[static_cast<int>(adjoint.kind)];
+  const AdjointKernel& kernel = kernel_for(adjoint.kind, choose_backend(instruction_set).adjoint);
   const std::vector<Part> parts{adjoint.y};
   const Columns y(parts);
   if (adjoint.columns == 0 || adjoint.batch == 0) return true;
-  if (adjoint.kind == Kind::normal) normal_half_table();  // built before threads ask for it
+  half_table_for(adjoint.kind);  // built before threads ask for it
   const int64_t samples_per_pass = std::min({kAccSize / kernel.group_columns, kMaxSamples, adjoint.batch});
   const int64_t rows_per_pass = kPanelSize / samples_per_pass / kUnit * kUnit;
   for (int64_t b = 0; b < adjoint.batch; b += samples_per_pass) {
     const int64_t samples = std::min(samples_per_pass, adjoint.batch - b);
     for (int64_t i = 0; i < y.count(); i += rows_per_pass) {
       const int64_t rows = std::min(rows_per_pass, y.count() - i);
-      if (!AdjointPass(adjoint, y, kernel, b, samples, i, rows).run(threads, keep_going)) return false;
+      const Piece piece = {.first_sample = b, .samples = samples, .first_row = i, .rows = rows};
+      if (!AdjointPass(adjoint, y, kernel, piece).run(threads, keep_going)) return false;
     }
   }
   return true;

@@ -1,9 +1,9 @@
-// The adjoint P'y for a group of columns: words of 128 rows are made with columns in the lanes, then used by the
-// projection's own inner loops, whose lanes are the output and whose other index is summed.
+// The adjoint P'y for a group of columns. The words of 128 rows are made with columns in the lanes; then the
+// projection's own inner loops use them, because their lanes are the output and their other index is summed.
 //
 // Normal entries are written as floats and multiplied as in fma_kernel.h. For Rademacher tables the index of a look-up
-// must hold several rows' bits of one column, where a word holds one row's bits of 32 columns: the words of 32 rows are
-// transposed as a 32 x 32 bit matrix, in all lanes at once, which costs a fraction of making them.
+// must hold several rows' bits of one column, but a word holds one row's bits of 32 columns. So the words of 32 rows
+// are transposed as a 32 x 32 bit matrix, in all lanes at once, which costs a fraction of making them.
 #pragma once
 #include "fma_kernel.h"
 #include "philox_columns.h"
@@ -11,12 +11,12 @@
 namespace trak_fast {
 namespace {
 
-// Vectors of sums in a group, and where the lanes stand: vector n, lane l is column column(n, l) of the group.
+// The columns of a group in the order of the kernels' sums: lane l of vector n is column(n, l) of the group.
 template <class L, Kind kind>
 struct AdjointGroup {
-  static constexpr int64_t kBlockColumns = kind == Kind::rademacher ? kRademacherBlock : kNormalBlock;
+  static constexpr int64_t kBlockColumns = KindTraits<kind>::block_columns;
   static constexpr int64_t kColumns = kBlockColumns * PhiloxColumns<L>::kBlocks;
-  static constexpr int kPerWord = kind == Kind::rademacher ? 32 : 2;  // vectors
+  static constexpr int kPerWord = KindTraits<kind>::entries_per_word;  // vectors
 
   static int64_t column(int64_t vector, int64_t lane) {
     const int64_t word = vector / kPerWord, i = vector % kPerWord, block = lane / 4 * kBlockColumns, t = lane % 4;
@@ -30,7 +30,7 @@ PhiloxColumns<L> philox_of(const AdjointMultiply& m) {
   return {kind, m.seed, m.stream, m.group * static_cast<uint64_t>(PhiloxColumns<L>::kBlocks)};
 }
 
-// Rows 128 * step onwards of the batch's panel.
+// Returns the batch's panel from row 128 * step of P on.
 static inline const float* panel_rows(const AdjointMultiply& m, int64_t step) {
   return m.panel + step / 4 * m.batch * kPanelRow + step % 4 * kStep;
 }
@@ -40,9 +40,9 @@ void adjoint_by_fma(const AdjointMultiply& m) {
   using Fma = FmaKernel<L, kind>;
   constexpr int kPerWord = AdjointGroup<L, kind>::kPerWord, kPerBlock = kRowBlock / L::kLanes;
   const PhiloxColumns<L> philox = philox_of<L, kind>(m);
-  const uint16_t* half = kind == Kind::normal ? normal_half_table() : nullptr;
+  const uint16_t* half = half_table_for(kind);
   typename L::Words words[kStep][4];
-  alignas(64) float p[kStep][kRowBlock];  // 32 columns, in the lanes' order
+  alignas(64) float p[kStep][kRowBlock];  // 32 columns in the order of the lanes
   for (int64_t step = 0; step < m.steps; ++step) {
     const uint32_t row = m.row + static_cast<uint32_t>(kStep * step);
     for (uint32_t j = 0; j < kStep; ++j) philox.words(row + j, words[j]);
@@ -65,7 +65,7 @@ void adjoint_by_fma(const AdjointMultiply& m) {
   }
 }
 
-// Bit c of a[r] becomes bit r of a[c], in every lane.
+// Moves bit c of a[r] to bit r of a[c], in every lane.
 template <class L>
 TRAK_FAST_INLINE void transpose_bits(typename L::Words (&a)[32]) {
   constexpr uint32_t masks[5] = {0x0000FFFF, 0x00FF00FF, 0x0F0F0F0F, 0x33333333, 0x55555555};
@@ -78,7 +78,7 @@ TRAK_FAST_INLINE void transpose_bits(typename L::Words (&a)[32]) {
   }
 }
 
-// Tables: the class template TableKernel over L.
+// Tables: TableKernel<L>.
 template <class L, class Tables>
 void adjoint_by_tables(const AdjointMultiply& m) {
   const PhiloxColumns<L> philox = philox_of<L, Kind::rademacher>(m);
@@ -95,12 +95,6 @@ void adjoint_by_tables(const AdjointMultiply& m) {
     }
     Tables::add_vectors(panel_rows(m, step), m.batch, words, m.acc);
   }
-}
-
-template <class L, Kind kind>
-constexpr AdjointKernel make_adjoint(void (*multiply)(const AdjointMultiply&)) {
-  using Group = AdjointGroup<L, kind>;
-  return {L::kLanes, Group::kColumns, kPanelRow * 4, pack_f32<Kind::normal>, multiply, Group::column};
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // AMX: bf16 tiles, 16 x 32 times 32 x 16 in sixteen cycles.
 //
 // P is the tile operand that holds pairs of columns: its register row n is bit n and bit n + 16 of sixteen rows' words.
-// P's tiles go through a small buffer in the first-level cache, written just ahead of their use, and the two are
-// interleaved by hand: while a tile product takes its sixteen cycles, the vector units make the next tile. A Rademacher
-// tile costs less than the products of 32 gradient rows with it, so for bigger batches it is simply made again for
-// every group of rows, whose sums then never leave the tile registers; a normal tile costs ten times that, so it is
-// used for up to 96 rows at once, and beyond that the sums of all groups come and go.
-#include "adjoint_kernel.h"
+// P's tiles pass through a small buffer in the first-level cache. Making a tile and multiplying by one are interleaved
+// by hand: a tile product takes sixteen cycles, in which the vector units make the next tile. A Rademacher tile costs
+// less than the products of 32 gradient rows with it, so a larger batch makes it again for every group of rows, and the
+// group's sums never leave the tile registers. A normal tile costs ten times as much, so it serves up to 96 rows at
+// once; beyond that the sums of all groups are loaded and stored.
+#include "float_backend.h"
 #include "lanes_avx512.h"
 #include "pack_bf16.h"
 #include "philox_rows.h"
@@ -24,8 +24,8 @@ struct Group {
   int64_t first, size;  // in tiles
 };
 
-// The group that a tile of rows belongs to. Rademacher: threes, then twos; a single one only if there is but one.
-// Normal: sixes and what is left.
+// Returns the group that a tile of rows belongs to. Rademacher: groups of three, then of two; a group of one only if
+// there is a single tile. Normal: groups of six, and the rest.
 template <Kind kind>
 TRAK_FAST_INLINE Group group_of(int64_t tile, int64_t tiles) {
   if (kind == Kind::normal) return {tile / 6 * 6, tiles - tile / 6 * 6 < 6 ? tiles % 6 : 6};
@@ -40,7 +40,7 @@ void pack(const Pack& p) {
   pack_terms(p, [&](const uint16_t* columns, int64_t row) {
     const Group group = group_of<kind>(row / kTileRows, p.batch / kTileRows);
     auto* out = static_cast<uint8_t*>(p.panel) +
-                (group.first * p.units + group.size * p.unit) * kTilesPerUnit * kTileBytes +
+                (group.first * p.panel_units + group.size * p.unit) * kTilesPerUnit * kTileBytes +
                 (row - group.first * kTileRows) * 64;
     const int64_t tile_stride = group.size * kTileBytes;
     const auto* pairs = reinterpret_cast<const uint8_t*>(columns);
@@ -68,8 +68,8 @@ void pack(const Pack& p) {
   });
 }
 
-// Sixteen +1/-1 tile rows from sixteen rows' words. One GF(2) affine product moves bit n of a word's upper byte to the
-// sign and sets the other bits of +-1's upper byte; the lower byte, 0x80, is never written.
+// Writes sixteen tile rows of +1 and -1 from sixteen rows' words. One GF(2) affine product moves bit n of a word's
+// upper byte to the sign and sets the other bits of the upper byte of +-1; the lower byte, 0x80, is never written.
 TRAK_FAST_INLINE void write_tile(__m512i words, uint8_t* tile) {
   const __mmask64 upper_bytes = 0xAAAAAAAAAAAAAAAA;
   __m512i ones[4];
@@ -83,9 +83,9 @@ TRAK_FAST_INLINE void write_tile(__m512i words, uint8_t* tile) {
   }
 }
 
-// Writes the Rademacher tiles of 32 rows, step after step, into two buffers in turn. Aligned to 4 KiB, and so is the
-// panel: then loads and the stores in flight seldom share their low twelve address bits, which the processor would take
-// for a dependence.
+// The Rademacher tiles of 32 rows, written step after step into two buffers in turn. They are aligned to 4 KiB, and so
+// is the panel: then loads and the stores in flight seldom share their low twelve address bits, which the processor
+// would take for a dependence.
 class RademacherTiles {
  public:
   RademacherTiles(const Multiply& m, uint32_t row)
@@ -97,14 +97,14 @@ class RademacherTiles {
   // The two tiles (rows 0-15 and 16-31) of columns 32 v of a step.
   const uint8_t* tiles(int64_t step, int v) const { return tiles_[step % 2][v][0]; }
 
-  // A quarter of a step: its two tiles at v. The words of the step after it are drawn at the same time.
+  // Writes a quarter of a step, its two tiles at v, and draws words of the next step at the same time.
   TRAK_FAST_INLINE void write(int64_t step, int v) {
     draw(step + 1, v);
     for (int g = 0; g < 2; ++g) write_tile(words_[step % 2][g][v], tiles_[step % 2][v][g]);
   }
 
  private:
-  // A quarter of a step's words: even rows, then odd rows, of one group of sixteen.
+  // Draws a quarter of a step's words: even rows, then odd rows, of one group of sixteen.
   TRAK_FAST_INLINE void draw(int64_t step, int quarter) {
     PhiloxRows<Avx512>::Calls half[1] = {philox_.begin(static_cast<uint32_t>(unit_ + static_cast<uint64_t>(step / 4)),
                                                        static_cast<uint32_t>(step % 4), quarter / 2, quarter % 2)};
@@ -114,18 +114,18 @@ class RademacherTiles {
   }
 
   alignas(4096) uint8_t tiles_[2][4][2][kTileBytes];
-  __m512i words_[2][2][4];  // of two steps
+  __m512i words_[2][2][4];  // [step % 2][rows 0-15, 16-31][word]
   PhiloxRows<Avx512> philox_;
   uint64_t unit_;
 };
 
-// Writes the normal tiles of sixteen rows, block after block, into a ring of four.
+// The normal tiles of sixteen rows, written block after block into a ring of four.
 class NormalTiles {
  public:
   // rows: 0 or 1, for rows 0-15 or 16-31 of the row block.
   NormalTiles(const Multiply& m, const PhiloxRows<Avx512>& philox, int rows)
       : philox_(philox),
-        block_(static_cast<uint32_t>(first_block(Kind::normal, m.unit))),
+        block_(static_cast<uint32_t>(first_block<Kind::normal>(m.unit))),
         rows_(rows),
         half_(normal_half_table()) {
     for (uint32_t t = 0; t < 2; ++t) philox_.words(block_, t, rows_, words_ + 4 * t);
@@ -133,8 +133,9 @@ class NormalTiles {
 
   const uint8_t* tile(int64_t block) const { return tiles_[block % 4]; }
 
-  // Blocks must be written in order. Gathers keep the load ports busy and Philox rounds the others, so the words of the
-  // next two t are drawn between the gathers for these; four independent calls hide the multiplications' latency.
+  // Writes the tile of a block; blocks must come in order. Gathers keep the load ports busy and Philox rounds the
+  // others, so the words of the next two t are drawn between the gathers for these two. Four independent calls hide the
+  // latency of the multiplications.
   TRAK_FAST_INLINE void write(int64_t block) {
     uint8_t* tile = tiles_[block % 4];
 #pragma GCC unroll 1
@@ -160,7 +161,7 @@ class NormalTiles {
 
  private:
   alignas(4096) uint8_t tiles_[4][kTileBytes];
-  __m512i words_[8];  // of the next two t
+  __m512i words_[8];  // for the next two t
   const PhiloxRows<Avx512>& philox_;
   uint32_t block_;
   int rows_;
@@ -172,11 +173,14 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
   TileConfig() {
-    for (int i = 0; i < 8; ++i) row_bytes[i] = 64, rows[i] = 16;
+    for (int i = 0; i < 8; ++i) {
+      row_bytes[i] = 64;
+      rows[i] = 16;
+    }
   }
 };
 
-// Rademacher: the sums of one group, in tile 2 i + w for gradient tile i and P's rows 16 w.
+// The sums of one group for Rademacher, in tile register 2 i + w for gradient tile i and P's rows from 16 w on.
 template <int kTiles>
 struct PairSums {
   static TRAK_FAST_INLINE void zero() {
@@ -206,8 +210,8 @@ struct PairSums {
     }
   }
 
-  // 32 columns. Gradients that are used once are loaded past the first-level cache. With six sums only two tiles are
-  // left, and the gradients are walked there and back.
+  // Adds the products of 32 columns. Gradients that are used once are loaded past the first-level cache. Six sums leave
+  // only two tile registers, so the gradients are walked there and back.
   static TRAK_FAST_INLINE void add(const uint8_t* gradients, const uint8_t* p) {
     if constexpr (kTiles < 3) {
       _tile_loadd(4, p, 64);
@@ -238,7 +242,8 @@ struct PairSums {
   }
 };
 
-// Normal: the sums of one group with sixteen rows of P, in tiles 0 to kTiles - 1. The intrinsics want literal numbers.
+// The sums of one group for normal, with sixteen rows of P, in tile registers 0 to kTiles - 1. The intrinsics want
+// literal numbers, hence the macro.
 template <int kTiles>
 struct StripSums {
 #define TRAK_FAST_EACH(statement)           \
@@ -298,7 +303,7 @@ void multiply_strip(NormalTiles& p, const uint8_t* gradients, int64_t units, flo
   StripSums<kTiles>::store(sums);
 }
 
-// Four blocks, already written, for one of several groups.
+// Multiplies four blocks that are already written, for one of several groups.
 template <int kTiles>
 void multiply_strip_step(const uint8_t* p, const uint8_t* gradients, bool first, float* sums) {
   if (first) {
@@ -310,7 +315,7 @@ void multiply_strip_step(const uint8_t* p, const uint8_t* gradients, bool first,
   StripSums<kTiles>::store(sums);
 }
 
-// Where a group's columns begin at a block of 32 within the call.
+// Returns the address of a group's gradients for a block of 32 columns, counted within the call.
 TRAK_FAST_INLINE const uint8_t* at(const Multiply& m, Group group, int64_t block) {
   return static_cast<const uint8_t*>(m.panel) +
          (group.first * m.panel_units * kTilesPerUnit + group.size * block) * kTileBytes;
@@ -334,7 +339,7 @@ void multiply_normal(const Multiply& m, uint32_t row, float* sums) {
                                                          multiply_strip_step<3>, multiply_strip_step<4>,
                                                          multiply_strip_step<5>, multiply_strip_step<6>};
   const int64_t tiles = m.batch / kTileRows;
-  const PhiloxRows<Avx512> philox(Kind::normal, m.seed, m.stream, row, first_block(Kind::normal, m.unit));
+  const PhiloxRows<Avx512> philox(Kind::normal, m.seed, m.stream, row, first_block<Kind::normal>(m.unit));
   for (int rows = 0; rows < 2; ++rows, sums += m.batch * 16) {
     NormalTiles p(m, philox, rows);
     if (tiles <= 6) {
@@ -364,7 +369,7 @@ void multiply(const Multiply& m) {
     } else {
       multiply_normal(m, row, sums);
     }
-    // The call's sum enters the total as one number: rounding grows with the number of calls, not of columns.
+    // The call's sum is added to the total as one number: rounding grows with the number of calls, not of columns.
     float* acc = m.acc + r * kRowBlock * m.batch;
     for (int64_t i = 0; i < kRowBlock * m.batch; i += 16) {
       _mm512_store_ps(acc + i, _mm512_add_ps(_mm512_load_ps(acc + i), _mm512_load_ps(sums + i)));
@@ -374,21 +379,24 @@ void multiply(const Multiply& m) {
 }
 
 template <Kind kind>
-constexpr Kernel make_kernel() {
-  return {true, kTileRows, kUnit * 2, 16, kind == Kind::rademacher ? 4 : 1, pack<kind>, multiply<kind>};
+constexpr Kernel make_kernel(int64_t row_blocks) {
+  return {.bf16 = true,
+          .batch_multiple = kTileRows,
+          .row_bytes = kUnit * 2,
+          .lanes = 16,
+          .row_blocks = row_blocks,
+          .pack = pack<kind>,
+          .multiply = multiply<kind>};
 }
 
-const Kernel kernels[2] = {make_kernel<Kind::rademacher>(), make_kernel<Kind::normal>()};
-
-const AdjointKernel adjoint_kernels[2] = {
-    make_adjoint<Avx512, Kind::rademacher>(adjoint_by_tables<Avx512, TableKernel<Avx512>>),
-    make_adjoint<Avx512, Kind::normal>(adjoint_by_fma<Avx512, Kind::normal>)};
-
-const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
+constexpr Kernels kernels = {.rademacher = make_kernel<Kind::rademacher>(4), .normal = make_kernel<Kind::normal>(1)};
 
 }  // namespace
 
 extern const Backend amx_backend;
-const Backend amx_backend = {"amx", kernel, adjoint_kernels};
+constexpr Backend amx_backend = {.name = "amx",
+                                 .kernels = kernels,
+                                 .kernels_of_one_term = kernels,
+                                 .adjoint = float_adjoints<Avx512, TableKernel<Avx512>>()};
 
 }  // namespace trak_fast

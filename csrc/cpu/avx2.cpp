@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "../normal_table.h"
-#include "adjoint_kernel.h"
+#include "float_backend.h"
 #include "table_kernel.h"
 
 namespace trak_fast {
@@ -39,7 +39,7 @@ struct Avx2 {
   static TRAK_FAST_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static TRAK_FAST_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
-  // Entry n of a table adds column c with a minus where bit c of n is set.
+  // Tables hold the signed sums of three columns: entry n subtracts column c where bit c of n is set, else adds it.
   static constexpr int kTableBits = 3;
   static TRAK_FAST_INLINE Floats table(const float* x) {
     const __m256i n = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -58,7 +58,7 @@ struct Avx2 {
     const __m256i positive = _mm256_srai_epi16(words, 15);  // all ones where u >= 32768
     const __m256i m = xor3(words, positive, _mm256_set1_epi16(0x7FFF));
     const __m256i sign = _mm256_andnot_si256(positive, _mm256_set1_epi16(static_cast<short>(0x8000)));
-    // 32-bit gathers that read an element early, so that the value lands in the high half.
+    // Gathers of 32 bits that begin an element early, so that the value lands in the high half.
     const auto* early = reinterpret_cast<const int*>(half - 1);
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
     const __m256i low = _mm256_i32gather_epi32(early, _mm256_andnot_si256(upper, m), 2);
@@ -74,19 +74,9 @@ struct Avx2 {
   }
 };
 
-const Kernel kernels[2] = {
-    {false, 1, kPanelRow * 4, 8, 16, pack_f32<Kind::rademacher>, TableKernel<Avx2>::multiply},
-    {false, 1, kPanelRow * 4, 8, 1, pack_f32<Kind::normal>, FmaKernel<Avx2, Kind::normal>::multiply}};
-
-const AdjointKernel adjoint_kernels[2] = {
-    make_adjoint<Avx2, Kind::rademacher>(adjoint_by_tables<Avx2, TableKernel<Avx2>>),
-    make_adjoint<Avx2, Kind::normal>(adjoint_by_fma<Avx2, Kind::normal>)};
-
-const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
-
 }  // namespace
 
 extern const Backend avx2_backend;
-const Backend avx2_backend = {"avx2", kernel, adjoint_kernels};
+constexpr Backend avx2_backend = float_backend<Avx2, TableKernel<Avx2>>("avx2");
 
 }  // namespace trak_fast

@@ -1,7 +1,7 @@
-// AVX-512 with the bf16 dot product: AVX-512's kernels, but normal entries and bf16 gradients are multiplied two
-// columns at a time. (Rademacher tables do more per instruction; floats would need two or three bf16 terms.) AMD's
-// processors do a dot product in the time of an FMA, Intel's take twice as long.
-#include "adjoint_kernel.h"
+// AVX-512 with the bf16 dot product: the kernels of AVX-512, but bf16 gradients meet normal entries two columns at a
+// time. (Rademacher tables do more per instruction; floats would need two or three bf16 terms.) AMD's processors do a
+// dot product in the time of an FMA, Intel's take twice as long.
+#include "float_backend.h"
 #include "lanes_avx512.h"
 #include "pack_bf16.h"
 #include "table_kernel.h"
@@ -48,11 +48,11 @@ void multiply_normal(const Multiply& m) {
   const uint16_t* half = normal_half_table();
   for (int64_t r = 0; r < m.row_blocks; ++r) {
     const PhiloxRows<Avx512> philox(Kind::normal, m.seed, m.stream, m.row + static_cast<uint32_t>(kRowBlock * r),
-                                    first_block(Kind::normal, m.unit));
+                                    first_block<Kind::normal>(m.unit));
     float* acc = m.acc + r * kRowBlock * m.batch;
     for (int64_t step = 0; step < 4 * m.units; ++step) {
       for (int64_t part = 0; part < 16; ++part) {
-        const auto block = static_cast<uint32_t>(first_block(Kind::normal, m.unit)) + static_cast<uint32_t>(4 * step);
+        const auto block = static_cast<uint32_t>(first_block<Kind::normal>(m.unit)) + static_cast<uint32_t>(4 * step);
         for (int v = 0; v < 2; ++v) {
           __m512i words[4];
           philox.words(block + static_cast<uint32_t>(part / 4), static_cast<uint32_t>(part % 4), v, words);
@@ -69,22 +69,21 @@ void multiply_normal(const Multiply& m) {
   }
 }
 
-const Kernel rademacher = {false, 1, kPanelRow * 4, 16, 16, pack_f32<Kind::rademacher>, TableKernel<Avx512>::multiply};
-const Kernel normal = {
-    false, 1, kPanelRow * 4, 16, 1, pack_f32<Kind::normal>, FmaKernel<Avx512, Kind::normal>::multiply};
-const Kernel normal_bf16 = {true, 1, kPairRow * 4, 16, 1, pack_pairs, multiply_normal};
-
-const AdjointKernel adjoint_kernels[2] = {
-    make_adjoint<Avx512, Kind::rademacher>(adjoint_by_tables<Avx512, TableKernel<Avx512>>),
-    make_adjoint<Avx512, Kind::normal>(adjoint_by_fma<Avx512, Kind::normal>)};
-
-const Kernel& kernel(Kind kind, int terms) {
-  return kind == Kind::rademacher ? rademacher : terms == 1 ? normal_bf16 : normal;
+constexpr Backend make_backend() {
+  Backend backend = float_backend<Avx512, TableKernel<Avx512>>("avx512_bf16");
+  backend.kernels_of_one_term.normal = {.bf16 = true,
+                                        .batch_multiple = 1,
+                                        .row_bytes = kPairRow * 4,
+                                        .lanes = 16,
+                                        .row_blocks = 1,
+                                        .pack = pack_pairs,
+                                        .multiply = multiply_normal};
+  return backend;
 }
 
 }  // namespace
 
 extern const Backend avx512_bf16_backend;
-const Backend avx512_bf16_backend = {"avx512_bf16", kernel, adjoint_kernels};
+constexpr Backend avx512_bf16_backend = make_backend();
 
 }  // namespace trak_fast

@@ -1,6 +1,6 @@
-// What an instruction set offers to the CPU projection. Each backend file (amx.cpp, avx512.cpp, ...) is compiled with
-// its own flags and exports one symbol, its Backend; everything else in it has internal linkage, so that no code made
-// for a newer processor can be linked into a caller meant for an older one.
+// The interface between the CPU drivers and the instruction sets. Each backend file (amx.cpp, avx512.cpp, ...) is
+// compiled with its own flags and exports one symbol, its Backend. Everything else in it has internal linkage, so that
+// no code made for a newer processor can be linked into a caller meant for an older one.
 #pragma once
 #include <cstdint>
 
@@ -15,13 +15,13 @@ constexpr int64_t kUnit = 512;     // columns that are packed together, at absol
 constexpr int64_t kStep = 128;     // columns that are made together: one t of a Rademacher block, or 4 normal blocks
 constexpr int64_t kMaxPanelRows = 256;
 
-// One packing call: 512 columns of one sample into rows `row` to `row + terms - 1` of a panel.
+// One packing call: writes 512 columns of one sample to rows `row` to `row + terms - 1` of a panel.
 struct Pack {
-  const void* columns;  // 512 floats, or 512 bf16 when raw
+  const void* columns;  // 512 floats, or 512 bf16 if raw
   bool raw_bf16;
-  int terms;  // bf16 terms that a float is split into (1 when raw, or when the panel holds floats)
+  int terms;  // bf16 terms that a float is split into; 1 if raw, or if the panel holds floats
   int64_t row, unit;
-  int64_t batch, units;  // the panel's size
+  int64_t batch, panel_units;  // the panel's size
   void* panel;
 };
 
@@ -31,8 +31,8 @@ struct Multiply {
   uint32_t stream;
   uint32_t row;
   int64_t row_blocks;
-  uint64_t unit;               // the first; unit .. unit + units - 1 share the Philox counter's high block bits
-  int64_t units;               // to multiply
+  uint64_t unit;               // the first unit
+  int64_t units;               // from it on, which share the Philox counter's high block bits
   int64_t batch, panel_units;  // the panel's size
   const void* panel;
   float* acc;  // [row_blocks][32 / lanes][batch][lanes]
@@ -42,9 +42,9 @@ struct Multiply {
 struct Kernel {
   bool bf16;               // the panel holds bf16 terms, else floats
   int64_t batch_multiple;  // panel rows come in multiples of this
-  int64_t row_bytes;       // of one panel row for one unit
+  int64_t row_bytes;       // bytes of one panel row for one unit
   int64_t lanes;
-  int64_t row_blocks;  // a good number for one call
+  int64_t row_blocks;  // a good number of them for one call
   void (*pack)(const Pack&);
   void (*multiply)(const Multiply&);
 };
@@ -55,8 +55,8 @@ struct AdjointMultiply {
   uint64_t seed;
   uint32_t stream;
   uint32_t row;
-  int64_t steps;   // of kStep rows; the panel is zero beyond the last row
-  uint64_t group;  // of columns: columns group * group_columns onwards
+  int64_t steps;   // kStep rows each; the panel is zero beyond the last row
+  uint64_t group;  // columns group * group_columns onwards
   int64_t batch;
   const float* panel;
   float* acc;  // [group_columns / lanes][batch][lanes]
@@ -64,17 +64,26 @@ struct AdjointMultiply {
 
 // The adjoint for one kind of matrix.
 struct AdjointKernel {
-  int64_t lanes, group_columns, row_bytes;  // row_bytes: of a panel row of 512 rows of P
+  int64_t lanes, group_columns;
+  int64_t row_bytes;  // bytes of one panel row for 512 rows of P
   void (*pack)(const Pack&);
   void (*multiply)(const AdjointMultiply&);
-  int64_t (*column)(int64_t vector, int64_t lane);  // within the group
+  int64_t (*column)(int64_t vector, int64_t lane);  // the column within the group that a lane holds
+};
+
+struct Kernels {
+  Kernel rademacher, normal;
+};
+
+struct AdjointKernels {
+  AdjointKernel rademacher, normal;
 };
 
 struct Backend {
   const char* name;
-  // terms: how many bf16 terms the input takes (1 for bf16 itself).
-  const Kernel& (*kernel)(Kind kind, int terms);
-  const AdjointKernel* adjoint;  // by kind
+  Kernels kernels;
+  Kernels kernels_of_one_term;  // for gradients that one bf16 term holds, as bf16 itself
+  AdjointKernels adjoint;
 };
 
 }  // namespace trak_fast

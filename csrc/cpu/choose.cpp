@@ -1,10 +1,10 @@
-// Looks at the processor once. On x86-64 the compiler's builtins check both the processor and the operating system's
-// support for the registers; AMX also needs the kernel's permission, which is asked for here.
+// Looks at the processor once, outside of all loops. On x86-64 the compiler's builtins check the processor and the
+// operating system's support for the registers. AMX also needs permission from Linux, which is asked for here.
 #include "choose.h"
 
 #include <stdexcept>
 
-#include "../project.h"
+#include "../trak_fast.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -33,7 +33,7 @@ struct Leaf7 {
   }
 };
 
-// Tile registers must be allowed for this process (Linux 5.16 and later; arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)).
+// Asks Linux (5.16 or later) for tile registers in this process: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
 bool amx_allowed() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;

@@ -1,4 +1,4 @@
-// Which backends this build has, and which of them this processor can run.
+// The choice of a backend among those that this build has and this processor can run.
 #pragma once
 #include <string>
 #include <vector>
@@ -7,7 +7,14 @@
 
 namespace trak_fast {
 
-// The best one for an empty name; std::invalid_argument for a name that is unknown or that this processor can't run.
+// Returns the backend of this name, or the best one for an empty name. Throws std::invalid_argument for a name that is
+// unknown or that this processor cannot run.
 const Backend& choose_backend(const std::string& name);
+
+// Returns the kernel for a kind, from Kernels or AdjointKernels.
+template <class All>
+const auto& kernel_for(Kind kind, const All& all) {
+  return kind == Kind::rademacher ? all.rademacher : all.normal;
+}
 
 }  // namespace trak_fast

@@ -1,9 +1,11 @@
-// Strides, dtypes and lists of tensors are dealt with here and nowhere else: a run of elements at one stride is copied
-// or converted to floats, run after run, until the wanted columns are there.
+// Strides, dtypes and lists of tensors end here, so that the kernels know none of them: runs of elements at one stride
+// are copied or converted to floats, one after the other, until all wanted columns are there.
 #include "columns.h"
 
 #include <algorithm>
 #include <cstring>
+
+#include "../floats.h"
 
 namespace trak_fast {
 namespace {
@@ -17,20 +19,7 @@ T load(const char* p) {
   return x;
 }
 
-// With selects only, so that it vectorises; exact for subnormal numbers whatever the processor's rounding flags say.
-float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7FFF;
-  const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24F;
-  uint32_t small_bits;
-  std::memcpy(&small_bits, &small, sizeof small_bits);
-  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7C00 ? 0x70000000U : 0x38000000U);
-  const uint32_t bits = sign | (magnitude < 0x400 ? small_bits : normal);
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-// Converts elements at a stride (in bytes); specialised for stride 1, where it vectorises.
+// Converts elements that are `stride` bytes apart. Neighbours have a loop of their own, which vectorises.
 template <class T, class Out, class Convert>
 void convert_run(const char* from, int64_t stride, int64_t count, Out* to, Convert convert) {
   if (stride == static_cast<int64_t>(sizeof(T))) {
@@ -40,6 +29,7 @@ void convert_run(const char* from, int64_t stride, int64_t count, Out* to, Conve
   }
 }
 
+// Reads `count` elements to place `at` of the buffer: as raw bf16, or else as floats.
 void read_run(Dtype dtype, const char* from, int64_t stride, int64_t count, bool raw, char* buffer, int64_t at) {
   if (raw) {
     convert_run<uint16_t>(from, stride, count, reinterpret_cast<uint16_t*>(buffer) + at, [](uint16_t x) { return x; });
@@ -57,17 +47,12 @@ void read_run(Dtype dtype, const char* from, int64_t stride, int64_t count, bool
       convert_run<uint16_t>(from, stride, count, to, half_to_float);
       break;
     case Dtype::bfloat16:
-      convert_run<uint16_t>(from, stride, count, to, [](uint16_t x) {
-        const uint32_t bits = static_cast<uint32_t>(x) << 16;
-        float f;
-        std::memcpy(&f, &bits, sizeof f);
-        return f;
-      });
+      convert_run<uint16_t>(from, stride, count, to, bf16_to_float);
       break;
   }
 }
 
-// Columns first .. first + count - 1 of one part.
+// Reads columns first .. first + count - 1 of one part's sample b to place `at` of the buffer.
 void read_part(const Part& part, int64_t b, int64_t first, int64_t count, bool raw, char* buffer, int64_t at) {
   const int64_t size = element_size(part.dtype), inner = static_cast<int64_t>(part.sizes.size()) - 1;
   while (count > 0) {

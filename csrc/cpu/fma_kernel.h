@@ -1,5 +1,5 @@
-// The kernel that multiplies: 128 columns of P for a row block are written as floats to the first-level cache, then
-// used for the whole batch, a few registers of rows times L::kFmaBatch gradients at a time.
+// The kernel that multiplies, for any kind: it writes 128 columns of P for a row block as floats to the first-level
+// cache and uses them for the whole batch, a few registers of rows times L::kFmaBatch gradients at a time.
 #pragma once
 #include "../normal_table.h"
 #include "pack_f32.h"
@@ -11,24 +11,27 @@ namespace {
 template <class L, Kind kind>
 class FmaKernel {
  public:
+  static constexpr bool kUsesTables = false;
+  static constexpr int64_t kRowBlocks = 1;
+
   static void multiply(const Multiply& m) {
     alignas(64) float p[kStep][kRowBlock];
-    const uint16_t* half = normal_half_table();
+    const uint16_t* half = half_table_for(kind);
     for (int64_t r = 0; r < m.row_blocks; ++r) {
       const PhiloxRows<L> philox(kind, m.seed, m.stream, m.row + static_cast<uint32_t>(kRowBlock * r),
-                                 first_block(kind, m.unit));
+                                 first_block<kind>(m.unit));
       float* acc = m.acc + r * kRowBlock * m.batch;
       for (int64_t unit = 0; unit < m.units; ++unit) {
         const float* rows = static_cast<const float*>(m.panel) + unit * m.batch * kPanelRow;
         for (int step = 0; step < 4; ++step) {
-          make(philox, first_block(kind, m.unit + static_cast<uint64_t>(unit)), step, half, p);
+          make(philox, first_block<kind>(m.unit + static_cast<uint64_t>(unit)), step, half, p);
           multiply_batch(rows + kStep * step, m.batch, p, acc);
         }
       }
     }
   }
 
-  // acc[i] += the sum over j of p[j][i] x[j], for the whole batch; x: rows of a panel, from the step's first column on.
+  // Adds the sum over j of p[j][i] x[j] to acc[i], for the whole batch. x: the panel, from the step's first column on.
   static TRAK_FAST_INLINE void multiply_batch(const float* x, int64_t batch, const float (*p)[kRowBlock], float* acc) {
     int64_t b = 0;
     for (; b + L::kFmaBatch <= batch; b += L::kFmaBatch) multiply_rows<L::kFmaBatch>(x, batch, b, p, acc);
@@ -37,21 +40,19 @@ class FmaKernel {
 
  private:
   using Floats = typename L::Floats;
+  static constexpr int kCalls = kStep / (4 * KindTraits<kind>::entries_per_word);  // Philox calls for a row and step
   static constexpr int kVectors = kRowBlock / L::kLanes;
   // Registers of rows: more where they are narrow, to share each gradient's load.
   static constexpr int kFmaVectors = L::kLanes < 8 ? 4 : 2;
 
-  // One step's entries, p[column in the panel's order][row].
+  // Writes one step's entries as p[column in the panel's order][row].
   static void make(const PhiloxRows<L>& philox, uint64_t block, int step, const uint16_t* half, float (*p)[kRowBlock]) {
     for (int v = 0; v < kVectors; ++v) {
-      for (int part = 0; part < (kind == Kind::rademacher ? 1 : 16); ++part) {
+      for (int part = 0; part < kCalls; ++part) {
+        const int call = kCalls * step + part;  // within the unit: block after block, with four values of t in each
         typename L::Words words[4];
-        if (kind == Kind::rademacher) {
-          philox.words(static_cast<uint32_t>(block), static_cast<uint32_t>(step), v, words);
-        } else {
-          philox.words(static_cast<uint32_t>(block) + static_cast<uint32_t>(4 * step + part / 4),
-                       static_cast<uint32_t>(part % 4), v, words);
-        }
+        philox.words(static_cast<uint32_t>(block) + static_cast<uint32_t>(call / 4), static_cast<uint32_t>(call % 4), v,
+                     words);
         for (int w = 0; w < 4; ++w) {
           if constexpr (kind == Kind::rademacher) {
             for (int bit = 0; bit < 32; ++bit) {

@@ -16,7 +16,7 @@ struct Avx512 {
   using Floats = __m512;
 
   static TRAK_FAST_INLINE Wide wide(uint64_t x) { return _mm512_set1_epi64(static_cast<long long>(x)); }
-  // first, first + 2, ...
+  // Returns first, first + 2, first + 4, ...
   static TRAK_FAST_INLINE Wide wide_rows(uint32_t first) {
     return _mm512_add_epi64(wide(first), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
   }
@@ -42,7 +42,7 @@ struct Avx512 {
   static TRAK_FAST_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static TRAK_FAST_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-  // Signed sums of four columns: entry n of a table adds column c with a minus where bit c of n is set.
+  // Tables hold the signed sums of four columns: entry n subtracts column c where bit c of n is set, else adds it.
   static constexpr int kTableBits = 4;
   static TRAK_FAST_INLINE Floats table(const float* x) {
     const __m512i n = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -59,12 +59,13 @@ struct Avx512 {
     return _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(mask)));
   }
 
-  // Sixteen pairs of normal entries (bf16; even column low, odd column high).
+  // Returns sixteen pairs of normal entries as bf16: the even column's in the low half, the odd one's in the high half.
   static TRAK_FAST_INLINE Words normal_pairs(Words words, const uint16_t* half) {
     const __m512i positive = _mm512_srai_epi16(words, 15);  // all ones where u >= 32768
     const __m512i m = _mm512_ternarylogic_epi32(words, positive, _mm512_set1_epi16(0x7FFF), 0x96);
     const __m512i even = _mm512_and_si512(m, _mm512_set1_epi32(0xFFFF)), odd = _mm512_srli_epi32(m, 16);
-    // 32-bit gathers of 16-bit elements; the odd ones read an element early, which puts their value in the high half.
+    // Gathers of 32 bits for 16-bit elements. The odd ones begin an element early, which puts their value in the high
+    // half.
     const __m512i zero = _mm512_setzero_si512();
     const __m512i low = _mm512_mask_i32gather_epi32(zero, 0xFFFF, even, half, 2);
     const __m512i top = _mm512_mask_i32gather_epi32(zero, 0xFFFF, odd, half - 1, 2);

@@ -10,8 +10,8 @@
 namespace trak_fast {
 namespace {
 
-// Nearest bf16 (in a float's upper half), ties to even. NaN stays NaN, and a finite float never becomes infinite: the
-// few above the largest bf16 are cut instead, and the next term carries the rest.
+// Returns the nearest bf16, in a float's upper half, ties to even. NaN stays NaN, and a finite float never becomes
+// infinite: the few above the largest bf16 are cut instead, and the next term carries the rest.
 inline __m512i nearest_bf16(__m512i bits) {
   const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -22,13 +22,14 @@ inline __m512i nearest_bf16(__m512i bits) {
   return _mm512_and_si512(r, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
 }
 
-// What a term leaves: nothing of an infinity, where inf - inf would be NaN.
+// Returns x - term, but zero for an infinite term, where inf - inf would be NaN.
 inline __m512 rest_of(__m512 x, __m512i term) {
   const __m512i magnitude = _mm512_and_si512(term, _mm512_set1_epi32(0x7FFFFFFF));
   const __mmask16 finite = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
   return _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(term));
 }
 
+// Splits 512 floats into kTerms rows of bf16.
 template <int kTerms>
 inline void split_bf16(const float* x, uint16_t (*out)[kUnit]) {
   // The upper 16 bits of 32 floats: elements 1, 3, 5, ... of two registers.

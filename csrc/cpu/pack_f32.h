@@ -4,6 +4,7 @@
 #pragma once
 #include <cstring>
 
+#include "../floats.h"
 #include "backend.h"
 
 namespace trak_fast {
@@ -11,14 +12,8 @@ namespace {
 
 constexpr int64_t kPanelRow = kUnit + 16;
 
-inline float bf16_to_float(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-// Where column j of a unit goes. Rademacher: (t, word, bit), so that a word's bits are in order; normal: as it is.
+// Writes one unit's columns to a panel row. Rademacher: in the order (t, word, bit), so that a word's bits meet them
+// one after the other. Normal: in their natural order.
 template <Kind kind>
 void pack_f32(const Pack& p) {
   float* out = static_cast<float*>(p.panel) + (p.unit * p.batch + p.row) * kPanelRow;
@@ -29,14 +24,14 @@ void pack_f32(const Pack& p) {
     for (int64_t j = 0; j < kUnit; ++j) floats[j] = bf16_to_float(raw[j]);
     x = floats;
   }
-  if (kind == Kind::normal) {
+  if constexpr (kind == Kind::normal) {
     std::memcpy(out, x, kUnit * sizeof(float));
-    return;
-  }
-  for (int64_t v = 0; v < 4; ++v) {
-    for (int64_t t = 0; t < 4; ++t) {
-      for (int64_t e = 0; e < 2; ++e) {
-        for (int64_t n = 0; n < 16; ++n) out[128 * t + 32 * v + 16 * e + n] = x[128 * v + 8 * n + 2 * t + e];
+  } else {
+    for (int64_t v = 0; v < 4; ++v) {
+      for (int64_t t = 0; t < 4; ++t) {
+        for (int64_t e = 0; e < 2; ++e) {
+          for (int64_t n = 0; n < 16; ++n) out[128 * t + 32 * v + 16 * e + n] = x[128 * v + 8 * n + 2 * t + e];
+        }
       }
     }
   }

@@ -1,14 +1,15 @@
 // Philox words with columns in the lanes, for the adjoint, where rows of P are summed and columns are the output.
 //
-// The lanes of a group are the values of t (0 to 3) of one block after the other, so one call a lane makes one row of
-// 4 blocks (with L::kLanes = 16). As in philox_rows.h the first rounds mix only what changes, here the row: the rest of
-// rounds 1 to 3 is done once for the group.
+// The lanes of a group are the values of t (0 to 3) of one block after the other, so one call a lane makes one row of 4
+// blocks (if L::kLanes is 16). As in philox_rows.h, the first rounds are shared: only the row changes here, and the
+// rest of rounds 1 to 3 is done once for the group.
 #pragma once
 #include "philox_rows.h"
 
 namespace trak_fast {
 namespace {
 
+// The words of a group of columns, row after row.
 template <class L>
 class PhiloxColumns : public PhiloxRounds<L> {
   using PhiloxRounds<L>::key0_;
@@ -18,7 +19,7 @@ class PhiloxColumns : public PhiloxRounds<L> {
   using typename PhiloxRounds<L>::Calls;
   using Wide = typename L::Wide;
   using Words = typename L::Words;
-  static constexpr int kBlocks = L::kLanes / 4;  // of a group
+  static constexpr int kBlocks = L::kLanes / 4;  // in a group
 
   // block: the group's first, a multiple of kBlocks.
   PhiloxColumns(Kind kind, uint64_t seed, uint32_t stream, uint64_t block) : PhiloxRounds<L>(seed) {
@@ -27,7 +28,7 @@ class PhiloxColumns : public PhiloxRounds<L> {
       alignas(64) uint64_t x[5][kHalf];
       for (int n = 0; n < kHalf; ++n) {
         const auto lane = static_cast<uint32_t>(2 * n + odd);
-        // Rounds 1 and 2 and half of 3, as far as they are the same for all rows.
+        // The share of rounds 1, 2 and half of 3 that is the same for all rows.
         const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * counter_tag(kind, lane % 4, block);
         const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * static_cast<uint32_t>(block + lane / 4);
         const uint64_t q1 = kPhiloxM1 * ((p0 >> 32) ^ stream ^ key1_[0]);
@@ -42,7 +43,7 @@ class PhiloxColumns : public PhiloxRounds<L> {
     }
   }
 
-  // The four words of one row.
+  // Makes the four words of one row.
   TRAK_FAST_INLINE void words(uint32_t row, Words out[4]) const {
     Calls calls[2] = {begin(row, fixed_[0]), begin(row, fixed_[1])};
     this->finish(calls);

@@ -1,16 +1,17 @@
 // Philox words for the 32 rows of a row block, over a lane type L (see lanes_avx512.h for what it offers).
 //
 // Calls run in the 64-bit lanes of L::Wide: the 32 x 32 bit multiplication reads the low halves only, so products are
-// used as they are and no lane is ever cleaned. The first rounds mix only what changes: the row enters through counter
-// word 1 and the block through word 0, so round 1 and half of round 2 are done once for the row block, and the
-// column block's share of rounds 1 to 3 once with scalars. That leaves 47 of 60 vector operations (with L::xor3).
+// used as they are and no lane is ever cleaned. The row enters the counter through word 1 and the block through word 0,
+// so the first rounds have shares that do not depend on both: round 1 and half of round 2 are done once for the row
+// block, and the column block's share of rounds 1 to 3 once with scalars. That leaves 47 of 60 vector operations (with
+// L::xor3).
 #pragma once
 #include "backend.h"
 
 namespace trak_fast {
 namespace {
 
-// The rounds that are not special, for calls in the low halves of 64-bit lanes.
+// The rounds from the fourth on, which are the same wherever the lanes come from.
 template <class L>
 class PhiloxRounds {
  public:
@@ -18,16 +19,19 @@ class PhiloxRounds {
 
   explicit PhiloxRounds(uint64_t seed) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int r = 0; r < kPhiloxRounds; ++r, k0 += kPhiloxW0, k1 += kPhiloxW1) key0_[r] = k0, key1_[r] = k1;
+    for (int r = 0; r < kPhiloxRounds; ++r, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+      key0_[r] = k0;
+      key1_[r] = k1;
+    }
   }
 
-  // Calls on their way: the counter's words after some rounds, in the low halves of 64-bit lanes.
+  // Unfinished calls: the counter's words after some rounds, in the low halves of 64-bit lanes.
   struct Calls {
     Wide c[4];
   };
 
-  // One more round, r from kFirstRound up to kPhiloxRounds - 1, for some calls. They share the keys in registers: left
-  // to the compiler, every operation would read its key from memory, where kernels have no load to spare.
+  // Performs round r, from kFirstRound up to kPhiloxRounds - 1, for n calls. They share the keys in registers: the
+  // compiler by itself would read a key from memory for every operation, and kernels have no load to spare.
   static constexpr int kFirstRound = 3;
   template <int n>
   TRAK_FAST_INLINE void round(int r, Calls (&calls)[n]) const {
@@ -49,6 +53,7 @@ class PhiloxRounds {
   uint64_t key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // 32 bits, kept wide: vector operations read them from memory
 };
 
+// The words of a row block, with its rows in the lanes.
 template <class L>
 class PhiloxRows : public PhiloxRounds<L> {
   using PhiloxRounds<L>::key0_;
@@ -60,7 +65,7 @@ class PhiloxRows : public PhiloxRounds<L> {
   using Wide = typename L::Wide;
   using Words = typename L::Words;
 
-  // Every block asked for later must share the bits above 2^32 of `block`, and every t lie in first_t .. last_t.
+  // Blocks that are asked for later must share the bits above 2^32 of `block`, and t must lie in first_t .. last_t.
   PhiloxRows(Kind kind, uint64_t seed, uint32_t stream, uint32_t row, uint64_t block, uint32_t first_t = 0,
              uint32_t last_t = 3)
       : PhiloxRounds<L>(seed), stream_(stream) {
@@ -78,9 +83,9 @@ class PhiloxRows : public PhiloxRounds<L> {
     }
   }
 
-  // Rounds 1 to 3 for the even (0) or odd (1) rows of vector v.
+  // Performs rounds 1 to 3 for the even (0) or odd (1) rows of vector v.
   TRAK_FAST_INLINE Calls begin(uint32_t block, uint32_t t, int v, int odd) const {
-    // As far as they are the same for all rows.
+    // The share of these rounds that is the same for all rows, with scalars.
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * block;
     const uint64_t p1 = kPhiloxM1 * ((p0 >> 32) ^ stream_ ^ key1_[0]);
     const uint64_t p2 = kPhiloxM0 * ((p1 >> 32) ^ low1_[t] ^ key0_[1]);
@@ -91,7 +96,7 @@ class PhiloxRows : public PhiloxRounds<L> {
              L::wide(p2)}};
   }
 
-  // The four words of vector v's rows for one block and t.
+  // Makes the four words of vector v's rows for one block and t.
   TRAK_FAST_INLINE void words(uint32_t block, uint32_t t, int v, Words out[4]) const {
     Calls calls[2] = {begin(block, t, v, 0), begin(block, t, v, 1)};
     this->finish(calls);
@@ -103,9 +108,10 @@ class PhiloxRows : public PhiloxRounds<L> {
   Wide product_[4][kVectors][2];
 };
 
-// The first Philox block of a unit of columns.
-static inline constexpr uint64_t first_block(Kind kind, uint64_t unit) {
-  return kind == Kind::rademacher ? unit : unit * static_cast<uint64_t>(kUnit / kNormalBlock);
+// Returns the first Philox block of a unit of columns.
+template <Kind kind>
+constexpr uint64_t first_block(uint64_t unit) {
+  return unit * static_cast<uint64_t>(kUnit / KindTraits<kind>::block_columns);
 }
 
 }  // namespace

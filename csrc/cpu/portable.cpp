@@ -1,7 +1,7 @@
-// Any processor: vectors of four floats as GCC and Clang offer them everywhere (NEON on arm64, SSE2 on x86-64), and
-// multiplication for both kinds.
+// The backend for any processor: vectors of four floats, which GCC and Clang offer everywhere (NEON on arm64, SSE2 on
+// x86-64), and multiplication for both kinds.
 #include "../normal_table.h"
-#include "adjoint_kernel.h"
+#include "float_backend.h"
 
 namespace trak_fast {
 namespace {
@@ -47,7 +47,7 @@ struct Portable {
   static TRAK_FAST_INLINE Floats sign_of_bit(Words words, int bit) {
     return reinterpret_cast<Floats>((words << (31 - bit) & 0x80000000) ^ 0x3F800000);
   }
-  // Without a branch on the sign, which no processor could predict.
+  // Takes no branch on the sign, which no processor could predict.
   static TRAK_FAST_INLINE void normal(Words words, const uint16_t* half, Floats& even, Floats& odd) {
     using Halves = uint16_t __attribute__((vector_size(16)));
     const Halves u = reinterpret_cast<Halves>(words);
@@ -64,22 +64,9 @@ struct Portable {
   static TRAK_FAST_INLINE uint64_t low(uint64_t x) { return x & 0xFFFFFFFF; }
 };
 
-template <Kind kind>
-constexpr Kernel make_kernel() {
-  return {false, 1, kPanelRow * 4, 4, 1, pack_f32<kind>, FmaKernel<Portable, kind>::multiply};
-}
-
-const Kernel kernels[2] = {make_kernel<Kind::rademacher>(), make_kernel<Kind::normal>()};
-
-const AdjointKernel adjoint_kernels[2] = {
-    make_adjoint<Portable, Kind::rademacher>(adjoint_by_fma<Portable, Kind::rademacher>),
-    make_adjoint<Portable, Kind::normal>(adjoint_by_fma<Portable, Kind::normal>)};
-
-const Kernel& kernel(Kind kind, int) { return kernels[static_cast<int>(kind)]; }
-
 }  // namespace
 
 extern const Backend portable_backend;
-const Backend portable_backend = {"portable", kernel, adjoint_kernels};
+constexpr Backend portable_backend = float_backend<Portable, FmaKernel<Portable, Kind::rademacher>>("portable");
 
 }  // namespace trak_fast

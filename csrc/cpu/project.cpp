@@ -1,15 +1,14 @@
 // The CPU projection: pack, multiply, reduce, on threads.
 //
-// Columns are cut into chunks at absolute positions, rows of P into blocks, and a phase multiplies some chunks while it
-// packs the next ones, its tasks handed out by a counter. How the sum is cut depends on the shape alone and each piece
-// is summed by one thread in a fixed order, so the result has the same bits on any number of threads. With few rows
-// there would be few tasks: then several chunks go side by side into sums of their own, added in order at the end.
-#include "../project.h"
-
+// Columns are cut into chunks at absolute positions, and rows of P into blocks. A phase multiplies some chunks and
+// packs the next ones; a counter hands its tasks out to the threads. The cut depends on the shape alone and one thread
+// sums each piece in a fixed order, so the result has the same bits on any number of threads. Few rows would make few
+// tasks: then several chunks are multiplied side by side, each into sums of its own, which are added in order at the
+// end.
 #include <algorithm>
-#include <cstring>
 
 #include "../normal_table.h"
+#include "../trak_fast.h"
 #include "choose.h"
 #include "columns.h"
 #include "team.h"
@@ -17,31 +16,30 @@
 namespace trak_fast {
 namespace {
 
-constexpr int64_t kChunkBytes = 1 << 20;   // one chunk's panel, to stay in a second-level cache
-constexpr int64_t kPanelsBytes = 8 << 20;  // all chunks of a phase
-constexpr int64_t kAccBytes = 16 << 20;    // all sums
+constexpr int64_t kChunkBytes = 1 << 20;   // most bytes of one chunk's panel, to stay in a second-level cache
+constexpr int64_t kPanelsBytes = 8 << 20;  // most bytes of the panels of a phase
+constexpr int64_t kAccBytes = 16 << 20;    // most bytes of all sums
 constexpr int64_t kMaxChunkUnits = 16;     // a power of two: then no chunk spans two values of the high block bits
-constexpr int64_t kTasksWanted = 32;       // enough for this many threads
-constexpr int64_t kRowsPerPass = 16384;
-constexpr int64_t kPackUnits = 4;  // one packing task: this many units of one sample
+constexpr int64_t kTasksWanted = 32;       // tasks of a phase that keep so many threads busy
+constexpr int64_t kRowsPerPass = 16384;    // most rows of P in a pass
+constexpr int64_t kPackUnits = 4;          // units of one sample in a packing task
 
-// A pass: at most kMaxPanelRows panel rows and kRowsPerPass rows of P, all columns.
+// One pass: at most kMaxPanelRows panel rows and kRowsPerPass rows of P, with all columns.
 class Pass {
  public:
-  Pass(const Projection& projection, const Columns& columns, const Kernel& kernel, int terms, int64_t first_sample,
-       int64_t samples, int64_t first_row, int64_t rows)
-      : p_(projection),
+  Pass(const Projection& projection, const Columns& columns, const Kernel& kernel, int terms, const Piece& piece)
+      : projection_(projection),
         columns_(columns),
         kernel_(kernel),
         terms_(terms),
-        first_sample_(first_sample),
-        samples_(samples),
-        first_row_(first_row),
-        rows_(rows),
-        batch_(divide_up(samples * terms, kernel.batch_multiple) * kernel.batch_multiple),
-        row_blocks_(divide_up(rows, kRowBlock)),
+        first_sample_(piece.first_sample),
+        samples_(piece.samples),
+        first_row_(piece.first_row),
+        rows_(piece.rows),
+        batch_(divide_up(samples_ * terms, kernel.batch_multiple) * kernel.batch_multiple),
+        row_blocks_(divide_up(rows_, kRowBlock)),
         row_tasks_(divide_up(row_blocks_, kernel.row_blocks)) {
-    const auto start = static_cast<int64_t>(p_.offset);
+    const auto start = static_cast<int64_t>(projection_.offset);
     first_unit_ = start / kUnit;
     end_unit_ = divide_up(start + columns.count(), kUnit);
     const int64_t unit_bytes = batch_ * kernel.row_bytes, acc_bytes = row_blocks_ * kRowBlock * batch_ * 4;
@@ -83,7 +81,8 @@ class Pass {
 
  private:
   struct Chunk {
-    int64_t unit, units, segment;  // unit: absolute; units: 0 past the end
+    int64_t unit, units;  // the first one's absolute number; 0 units past the end
+    int64_t segment;
     char* panel;
   };
 
@@ -91,8 +90,10 @@ class Pass {
     const int64_t index = round * segments_ + segment;
     const int64_t begin = std::max((first_chunk_ + index) * chunk_units_, first_unit_);
     const int64_t end = std::min((first_chunk_ + index + 1) * chunk_units_, end_unit_);
-    return {begin, index < chunks_ ? end - begin : 0, segment,
-            panels_.get() + (round % 2 * segments_ + segment) * panel_bytes_};
+    return {.unit = begin,
+            .units = index < chunks_ ? end - begin : 0,
+            .segment = segment,
+            .panel = panels_.get() + (round % 2 * segments_ + segment) * panel_bytes_};
   }
 
   void pack(int64_t round, int64_t task) const {
@@ -100,9 +101,16 @@ class Pass {
     const int64_t sample = task / sample_packs_ % samples_, first = task % sample_packs_ * kPackUnits;
     alignas(64) char buffer[kUnit * 4];
     for (int64_t u = first; u < std::min(first + kPackUnits, c.units); ++u) {
-      const int64_t column = (c.unit + u) * kUnit - static_cast<int64_t>(p_.offset);
+      const int64_t column = (c.unit + u) * kUnit - static_cast<int64_t>(projection_.offset);
       const void* columns = columns_.read(first_sample_ + sample, column, kUnit, buffer);
-      kernel_.pack({columns, columns_.all_bf16(), terms_, sample * terms_, u, batch_, chunk_units_, c.panel});
+      kernel_.pack({.columns = columns,
+                    .raw_bf16 = columns_.all_bf16(),
+                    .terms = terms_,
+                    .row = sample * terms_,
+                    .unit = u,
+                    .batch = batch_,
+                    .panel_units = chunk_units_,
+                    .panel = c.panel});
     }
   }
 
@@ -110,27 +118,35 @@ class Pass {
     const Chunk c = chunk(round, task / row_tasks_);
     if (c.units == 0) return;
     const int64_t block = task % row_tasks_ * kernel_.row_blocks;
-    kernel_.multiply({p_.seed, p_.stream, static_cast<uint32_t>(first_row_ + block * kRowBlock),
-                      std::min(kernel_.row_blocks, row_blocks_ - block), static_cast<uint64_t>(c.unit), c.units, batch_,
-                      chunk_units_, c.panel, acc_.get() + c.segment * acc_size_ + block * kRowBlock * batch_});
+    kernel_.multiply({.seed = projection_.seed,
+                      .stream = projection_.stream,
+                      .row = static_cast<uint32_t>(first_row_ + block * kRowBlock),
+                      .row_blocks = std::min(kernel_.row_blocks, row_blocks_ - block),
+                      .unit = static_cast<uint64_t>(c.unit),
+                      .units = c.units,
+                      .batch = batch_,
+                      .panel_units = chunk_units_,
+                      .panel = c.panel,
+                      .acc = acc_.get() + c.segment * acc_size_ + block * kRowBlock * batch_});
   }
 
-  // Adds segments and terms, always in the same order, into the output.
+  // Adds the sums of all segments and terms, always in the same order, to the output.
   void reduce() const {
     for (int64_t b = 0; b < samples_; ++b) {
-      float* out = p_.out + (first_sample_ + b) * p_.out_batch_stride + first_row_ * p_.out_row_stride;
+      float* out = projection_.out + (first_sample_ + b) * projection_.out_batch_stride +
+                   first_row_ * projection_.out_row_stride;
       for (int64_t i = 0; i < rows_; ++i) {
         const float* acc = acc_.get() + (i / kernel_.lanes * batch_ + b * terms_) * kernel_.lanes + i % kernel_.lanes;
         float sum = 0;
         for (int64_t s = 0; s < segments_; ++s) {
           for (int t = terms_ - 1; t >= 0; --t) sum += acc[s * acc_size_ + t * kernel_.lanes];
         }
-        out[i * p_.out_row_stride] += sum;
+        out[i * projection_.out_row_stride] += sum;
       }
     }
   }
 
-  const Projection& p_;
+  const Projection& projection_;
   const Columns& columns_;
   const Kernel& kernel_;
   const int terms_;
@@ -149,34 +165,19 @@ bool project_cpu(const Projection& projection, const std::string& instruction_se
   const Columns columns(projection.parts);
   if (columns.count() == 0 || projection.batch == 0) return true;
   const int input_terms = columns.all_bf16() ? 1 : projection.terms;
-  const Kernel& kernel = backend.kernel(projection.kind, input_terms);
+  const Kernel& kernel = kernel_for(projection.kind, input_terms == 1 ? backend.kernels_of_one_term : backend.kernels);
   const int terms = kernel.bf16 ? input_terms : 1;
-  if (projection.kind == Kind::normal) normal_half_table();  // built before threads ask for it
+  half_table_for(projection.kind);  // built before threads ask for it
   const int64_t samples_per_pass = kMaxPanelRows / terms;
   for (int64_t b = 0; b < projection.batch; b += samples_per_pass) {
     const int64_t samples = std::min(samples_per_pass, projection.batch - b);
     for (int64_t i = 0; i < projection.rows; i += kRowsPerPass) {
       const int64_t rows = std::min(kRowsPerPass, projection.rows - i);
-      if (!Pass(projection, columns, kernel, terms, b, samples, i, rows).run(threads, keep_going)) return false;
+      const Piece piece = {.first_sample = b, .samples = samples, .first_row = i, .rows = rows};
+      if (!Pass(projection, columns, kernel, terms, piece).run(threads, keep_going)) return false;
     }
   }
   return true;
-}
-
-void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* rows, int64_t row_count,
-                    const uint64_t* columns, int64_t column_count, float* out) {
-  const uint16_t* half = kind == Kind::normal ? normal_half_table() : nullptr;
-  for (int64_t r = 0; r < row_count; ++r) {
-    for (int64_t c = 0; c < column_count; ++c, ++out) {
-      if (kind == Kind::rademacher) {
-        *out = rademacher_entry(seed, stream, rows[r], columns[c]);
-      } else {
-        const uint32_t bits = static_cast<uint32_t>(normal_bits(half, normal_index(seed, stream, rows[r], columns[c])))
-                              << 16;
-        std::memcpy(out, &bits, sizeof bits);
-      }
-    }
-  }
 }
 
 }  // namespace trak_fast

@@ -1,9 +1,9 @@
 // Rademacher without multiplications: a few bits of a row's word index a table of signed sums of as many columns.
 //
-// One in-register permutation by the word (vpermps) picks, for every row in the register, the signed sum of 4 (AVX-512)
-// or 3 (AVX2) columns, exactly in fp32; one addition adds it. The shift that brings the next bits down is shared by the
-// batch. That is 64 multiply-adds in two instructions where FMA does 16 in one. Tables for one step of 128 columns
-// and kTableBatch gradient rows fill the first-level cache, and serve all rows of the call.
+// One permutation of a register by the word (vpermps) picks the signed sum of 4 columns (AVX-512) or 3 (AVX2), exactly
+// in fp32, for every row in the register; one addition adds it. The batch shares the shift that brings the next bits
+// down. That is 64 multiply-adds in two instructions, where FMA does 16 in one. Tables for one step of 128 columns and
+// kTableBatch gradient rows fill the first-level cache, and serve all rows of the call.
 #pragma once
 #include "pack_f32.h"
 #include "philox_rows.h"
@@ -14,6 +14,9 @@ namespace {
 template <class L>
 class TableKernel {
  public:
+  static constexpr bool kUsesTables = true;
+  static constexpr int64_t kRowBlocks = 16;
+
   static void multiply(const Multiply& m) {
     int64_t b = 0;
     for (; b + L::kTableBatch <= m.batch; b += L::kTableBatch) multiply_rows<L::kTableBatch>(m, b);
@@ -21,8 +24,8 @@ class TableKernel {
     for (; b < m.batch; ++b) multiply_rows<1>(m, b);
   }
 
-  // For the adjoint: acc += the signed sums of 128 panel columns, vector after vector. words[n / 32][..][n % 32] holds
-  // the signs of vector n, four words of 32 columns each.
+  // Adds the signed sums of 128 panel columns to acc, vector after vector: the adjoint's use of the tables.
+  // words[n / 32][..][n % 32] holds the signs of vector n, four words of 32 columns each.
   static void add_vectors(const float* x, int64_t batch, const typename L::Words (&words)[4][4][32], float* acc) {
     int64_t b = 0;
     for (; b + L::kTableBatch <= batch; b += L::kTableBatch) add_vectors<L::kTableBatch>(x, batch, b, words, acc);

@@ -1,5 +1,5 @@
-// What the CPU drivers share: threads that work off tasks phase by phase, aligned memory, and a floating-point mode of
-// their own.
+// Tools of the CPU drivers: threads that work off tasks phase by phase, aligned memory, and the default floating-point
+// mode. The threads are started for each call and meet by spinning, so that nothing is left running between calls.
 #pragma once
 #include <atomic>
 #include <cfenv>
@@ -13,12 +13,13 @@
 #include <thread>
 #include <vector>
 
+#include "../floats.h"
+
 namespace trak_fast {
 namespace {
 
-constexpr double kWorkForThreads = 4e6;  // multiply-adds below which starting threads costs more than it gains
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Multiply-adds below which starting threads costs more than it gains.
+constexpr double kWorkForThreads = 4e6;
 
 template <class T>
 struct FreeMemory {
@@ -27,7 +28,7 @@ struct FreeMemory {
 template <class T>
 using Aligned = std::unique_ptr<T[], FreeMemory<T>>;
 
-// Zeroed, aligned to a page.
+// Returns zeroed memory for `count` elements, aligned to a page.
 template <class T>
 Aligned<T> allocate(int64_t count) {
   const auto bytes =
@@ -38,8 +39,14 @@ Aligned<T> allocate(int64_t count) {
   return Aligned<T>(p);
 }
 
-// The default floating-point environment: a caller's flush-to-zero mode must not change the result. Threads started
-// within inherit it.
+// The share of one pass: some samples and some rows of P, with all columns.
+struct Piece {
+  int64_t first_sample, samples;
+  int64_t first_row, rows;
+};
+
+// Sets the default floating-point environment for a scope: a caller's flush-to-zero mode must not change the result.
+// Threads that are started in the scope inherit it.
 class DefaultFloats {
  public:
   DefaultFloats() {
@@ -54,11 +61,11 @@ class DefaultFloats {
   std::fenv_t saved_;
 };
 
-// Tasks of consecutive phases, done by a team of threads that starts and ends with the object's run().
+// A team of threads for the tasks of consecutive phases. The threads start and end with run().
 class Team {
  public:
-  // Runs task(phase, i, worker) for i < tasks in each phase, phases one after the other; worker < threads tells who
-  // does it, 0 being the caller. Returns false if keep_going said no.
+  // Runs task(phase, i, worker) for i < tasks in each phase, phases one after the other. `worker` < threads is the
+  // number of the thread that runs it; the caller's is 0. Returns false if keep_going said no.
   template <class Task>
   bool run(int threads, int64_t phases, int64_t tasks, bool (*keep_going)(), const Task& task) {
     const auto work = [&](int worker) {
@@ -83,7 +90,7 @@ class Team {
         });
       }
     } catch (const std::system_error&) {
-      // No more threads to be had: those there are do the work.
+      // The system refuses more threads: go on with those that started.
     }
     size_.store(static_cast<int>(others.size()) + 1);
     work(0);
@@ -92,8 +99,8 @@ class Team {
   }
 
  private:
-  // A barrier. The last to arrive opens the next phase, or ends the work for all: if each thread looked at stop_ for
-  // itself, some might begin a phase that others never join.
+  // Waits for all threads. The last one to arrive opens the next phase, or ends the work for all: if each thread looked
+  // at stop_ for itself, some might begin a phase that others never join.
   void meet() {
     const int64_t phase = phase_.load();
     if (arrived_.fetch_add(1) + 1 == size_.load()) {

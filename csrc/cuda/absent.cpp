@@ -1,7 +1,7 @@
 // Stands in for the CUDA part in a build without a CUDA compiler.
 #include <stdexcept>
 
-#include "../project.h"
+#include "../trak_fast.h"
 
 namespace trak_fast {
 

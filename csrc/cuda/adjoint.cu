@@ -6,6 +6,7 @@
 // columns of a ±1 row, so the warps make the words of 16 rows each and share them.
 #include <algorithm>
 
+#include "../floats.h"
 #include "launch.cuh"
 #include "panel.h"
 #include "tile.cuh"
@@ -37,12 +38,13 @@ struct RowWords {
 
 template <Kind kind, int width, int terms>
 struct Config {
+  static constexpr bool shares_words = kBlocksPerUnit<kind> == 1;
   static constexpr int stage_bytes = terms * width * 128;
   // Words of a stage: [row group][upper or lower row][lane], twice.
-  static constexpr int word_count = kind == Kind::rademacher ? kWarps * 2 * 32 : 0;
+  static constexpr int word_count = shares_words ? kWarps * 2 * 32 : 0;
   static constexpr int words_at = kStages * stage_bytes;
   static constexpr int table_at = words_at + kStages * word_count * static_cast<int>(sizeof(RowWords));
-  static constexpr int shared_bytes = table_at + (kind == Kind::normal ? 2 * kNormalHalf : 0);
+  static constexpr int shared_bytes = table_at + kTableBytes<kind>;
 };
 
 // Starts the copy of 64 rows' values of y: samples of one term follow each other, swizzled as in tile_sm80.cu.
@@ -64,12 +66,12 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
   char* shared = ptx::dynamic_shared();
   auto* words = reinterpret_cast<RowWords*>(shared + C::words_at);
   auto* table = reinterpret_cast<uint16_t*>(shared + C::table_at);
-  if constexpr (kind == Kind::normal) copy_half_table(table, job.half_table);
+  if constexpr (KindTraits<kind>::needs_table) copy_half_table(table, job.half_table);
 
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t t = static_cast<uint32_t>(lane % 4), g = static_cast<uint32_t>(lane / 4);
   const int64_t unit = job.first_unit + blockIdx.x, first_sample = int64_t{blockIdx.y} * width;
-  const auto block = static_cast<uint64_t>(unit * (kUnit / block_columns(kind)));
+  const auto block = static_cast<uint64_t>(unit * kBlocksPerUnit<kind>);
   const auto block_high = static_cast<uint32_t>(block >> 32);
   const uint32_t one = packed_one<true>();
   const int stage_count = static_cast<int>(job.panel_columns / kStageRows);
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
     load(stage + 1);
     const uint32_t row = job.first_row + static_cast<uint32_t>(stage * kStageRows) + g;
     RowWords* stage_words = words + stage % kStages * C::word_count;
-    if constexpr (kind == Kind::rademacher) {
+    if constexpr (C::shares_words) {
       const PhiloxCalls<kind, 1> calls(job.generator, row + 16 * static_cast<uint32_t>(warp), 0, t, block_high);
       typename PhiloxCalls<kind, 1>::State made[2];
       calls.finish(static_cast<uint32_t>(block), made);
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
     const char* columns = shared + stage % kStages * C::stage_bytes;
     // Normal entries take so many registers that the compiler must not make those of several steps at once. With eight
     // samples two steps share an ldmatrix.
-#pragma unroll(kind == Kind::rademacher ? kStageRows / 16 : width == 8 ? 2 : 1)
+#pragma unroll(C::shares_words ? kStageRows / 16 : width == 8 ? 2 : 1)
     for (int step = 0; step < kStageRows / 16; ++step) {
       uint32_t b[terms][groups][2];
 #pragma unroll
@@ -125,19 +127,22 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
         }
       }
       uint32_t upper[4] = {}, lower[4] = {};
-      if constexpr (kind == Kind::rademacher) {
+      if constexpr (C::shares_words) {
         upper[0] = stage_words[2 * step * 32 + lane].v[warp];  // this warp's 128 columns
         lower[0] = stage_words[(2 * step + 1) * 32 + lane].v[warp];
       }
       const PhiloxCalls<kind, 1> calls(job.generator, row + 16 * static_cast<uint32_t>(step), 0, t, block_high);
 #pragma unroll
       for (int f = 0; f < kFragments; ++f) {
-        if constexpr (kind == Kind::normal) {
+        if constexpr (!C::shares_words) {
           if (f % 2 == 0) {
             typename PhiloxCalls<kind, 1>::State made[2];
             calls.finish(static_cast<uint32_t>(block) + static_cast<uint32_t>((warp * kFragments + f) / 2), made);
 #pragma unroll
-            for (int v = 0; v < 4; ++v) upper[v] = made[0].c[v], lower[v] = made[1].c[v];
+            for (int v = 0; v < 4; ++v) {
+              upper[v] = made[0].c[v];
+              lower[v] = made[1].c[v];
+            }
           }
         }
         uint32_t p[4];
@@ -172,26 +177,28 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
 template <Kind kind, int width, int terms>
 void launch_adjoint(const Job& job, void* stream) {
   constexpr int64_t most_blocks = int64_t{1} << 30;
-  const int64_t units = (job.offset + job.columns + kUnit - 1) / kUnit - job.offset / kUnit;
+  const int64_t units = divide_up(job.offset + job.columns, kUnit) - job.offset / kUnit;
   Job part = job;
   for (int64_t u = 0; u < units; u += most_blocks) {
     part.first_unit = job.offset / kUnit + u;
     const dim3 grid(static_cast<unsigned>(std::min(most_blocks, units - u)),
-                    static_cast<unsigned>((job.batch + width - 1) / width));
+                    static_cast<unsigned>(divide_up(job.batch, width)));
     launch(adjoint<kind, width, terms>, grid, kThreads, Config<kind, width, terms>::shared_bytes, stream, part);
   }
 }
 
 template <Kind kind, int width>
 void launch_terms(int terms, const Job& job, void* stream) {
-  terms == 1 ? launch_adjoint<kind, width, 1>(job, stream) : launch_adjoint<kind, width, 3>(job, stream);
+  if (terms == 1) {
+    launch_adjoint<kind, width, 1>(job, stream);
+  } else {
+    launch_adjoint<kind, width, 3>(job, stream);
+  }
 }
 
 // Samples of a pass, and the rows of P of a launch, rounded up to what a stage holds.
 constexpr int64_t kPassSamples = 256;
-int64_t launch_rows(const Adjoint& a) {
-  return (std::min(a.y.columns, kLaunchRows) + kStageRows - 1) / kStageRows * kStageRows;
-}
+int64_t launch_rows(const Adjoint& a) { return divide_up(std::min(a.y.columns, kLaunchRows), kStageRows) * kStageRows; }
 
 // bf16 terms that hold all bits of bf16, or of any other type up to float32.
 int terms_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? 1 : 3; }
@@ -217,14 +224,22 @@ void project_adjoint_cuda(const Adjoint& a, const void* half_table, const Alloca
     job.out = a.out + b * a.out_batch_stride;
     for (int64_t row = 0; row < a.y.columns; row += panel_columns) {
       job.first_row = static_cast<uint32_t>(row);
-      launch_pack({PanelType::bf16_terms, terms, b, job.batch, row, panel_columns, 0, panel}, {a.y}, stream);
-      if (a.kind == Kind::rademacher) {
-        job.batch <= 8 ? launch_terms<Kind::rademacher, 8>(terms, job, stream)
-                       : launch_terms<Kind::rademacher, 32>(terms, job, stream);
-      } else {
-        job.batch <= 8 ? launch_terms<Kind::normal, 8>(terms, job, stream)
-                       : launch_terms<Kind::normal, 32>(terms, job, stream);
-      }
+      launch_pack({.type = PanelType::bf16_terms,
+                   .terms = terms,
+                   .first_sample = b,
+                   .samples = job.batch,
+                   .first_column = row,
+                   .columns = panel_columns,
+                   .offset = 0,
+                   .panel = panel},
+                  {a.y}, stream);
+      with_kind(a.kind, [&](auto kind) {
+        if (job.batch <= 8) {
+          launch_terms<kind, 8>(terms, job, stream);
+        } else {
+          launch_terms<kind, 32>(terms, job, stream);
+        }
+      });
     }
   }
 }

@@ -14,9 +14,12 @@ namespace trak_fast {
 constexpr int kUnit = 512;                 // columns that kernels treat together, at absolute positions modulo 512
 constexpr int kStepsPerUnit = kUnit / 16;  // columns of one multiplication: 16
 
-__host__ __device__ constexpr int block_columns(Kind kind) {
-  return static_cast<int>(kind == Kind::rademacher ? kRademacherBlock : kNormalBlock);
-}
+template <Kind kind>
+constexpr int kBlocksPerUnit = kUnit / KindTraits<kind>::block_columns;
+
+// Shared memory that the normal table's upper half takes.
+template <Kind kind>
+constexpr int kTableBytes = KindTraits<kind>::needs_table ? kNormalHalf * static_cast<int>(sizeof(uint16_t)) : 0;
 
 // Keys of all rounds and the stream, as a kernel parameter: operations read them from there without a register.
 struct Generator {

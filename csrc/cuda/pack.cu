@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../floats.h"
 #include "launch.cuh"
 #include "panel.h"
 #include "ptx.cuh"
@@ -48,34 +49,6 @@ static_assert(sizeof(Pack) <= 4096, "kernel parameters have 4 KiB on every archi
 struct alignas(16) Vector {
   uint32_t x[4];
 };
-
-__device__ __forceinline__ float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-__device__ __forceinline__ uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// Exact for subnormal numbers too.
-__device__ __forceinline__ float half_to_float(uint32_t h) {
-  const uint32_t sign = (h & 0x8000) << 16, magnitude = h & 0x7FFF;
-  const float small = static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24F;
-  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7C00 ? 0x70000000U : 0x38000000U);
-  return float_of(sign | (magnitude < 0x400 ? bits_of(small) : normal));
-}
-
-// The nearest bf16, ties to even, but for finite values never infinity.
-__device__ __forceinline__ uint32_t nearest_bf16(float x) {
-  const uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return 0x7FC0;
-  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  return (rounded & 0x7FFF) == 0x7F80 && magnitude != 0x7F800000 ? rounded - 1 : rounded;
-}
 
 // What a launch's parts hold. Its own code for each: of one dtype, no element asks what it is.
 enum class Source { copied_16_bits, float32, float64, mixed };
@@ -120,7 +93,7 @@ __device__ __forceinline__ float load_float(const char* p, int dtype) {
       case Dtype::float16:
         return half_to_float(load<uint16_t>(p));
       default:
-        return float_of(static_cast<uint32_t>(load<uint16_t>(p)) << 16);
+        return bf16_to_float(load<uint16_t>(p));
     }
   }
 }
@@ -162,7 +135,7 @@ __device__ __forceinline__ void load_neighbours(Values<source == Source::copied_
     for (int v = 0; v < 2; ++v) {
       const auto vector = load<Vector>(p + 16 * v);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values.x[4 * v + i] = float_of(vector.x[i]);
+      for (int i = 0; i < 4; ++i) values.x[4 * v + i] = float_from_bits(vector.x[i]);
     }
   } else {
     const int size = source == Source::float32 ? 4 : source == Source::float64 ? 8 : element_size(dtype);
@@ -184,13 +157,14 @@ __device__ __forceinline__ Vector split_off_term(Values<false>& values) {
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      packed.x[i] = nearest_bf16(values.x[2 * i]) | nearest_bf16(values.x[2 * i + 1]) << 16;
+      const uint32_t even = nearest_bf16(values.x[2 * i]), odd = nearest_bf16(values.x[2 * i + 1]);
+      packed.x[i] = even | odd << 16;
     }
   }
 #pragma unroll
   for (int i = 0; i < kGroup; i += 2) {
-    values.x[i] -= float_of(packed.x[i / 2] << 16);
-    values.x[i + 1] -= float_of(packed.x[i / 2] & 0xFFFF0000U);
+    values.x[i] -= float_from_bits(packed.x[i / 2] << 16);
+    values.x[i + 1] -= float_from_bits(packed.x[i / 2] & 0xFFFF0000U);
   }
   return packed;
 }
@@ -301,8 +275,11 @@ bool add_part(Pack& job, int& shape_count, const Part& part, int64_t end) {
     std::copy(part.sizes.begin(), part.sizes.end(), shape.sizes);
     std::copy(part.strides.begin(), part.strides.end(), shape.strides);
   }
-  job.parts[job.part_count++] = {static_cast<const char*>(part.data), end, part.batch_stride,
-                                 static_cast<int32_t>(part.dtype), side_by_side ? -1 : shape_count++};
+  job.parts[job.part_count++] = {.data = static_cast<const char*>(part.data),
+                                 .end = end,
+                                 .batch_stride = part.batch_stride,
+                                 .dtype = static_cast<int32_t>(part.dtype),
+                                 .shape = side_by_side ? -1 : shape_count++};
   return true;
 }
 
@@ -349,8 +326,8 @@ void launch_pack(const PackJob& job, const std::vector<Part>& parts, void* strea
     const bool all = i == parts.size() || end >= job.columns;
     pack_job.end = all ? job.columns : end / kGroup * kGroup;
     const int64_t groups = (pack_job.end - pack_job.begin) / kGroup;
-    const dim3 grid(static_cast<unsigned>((groups + kThreads - 1) / kThreads),
-                    static_cast<unsigned>((job.samples + kRows - 1) / kRows));
+    const dim3 grid(static_cast<unsigned>(divide_up(groups, kThreads)),
+                    static_cast<unsigned>(divide_up(job.samples, kRows)));
     launch(kernel, grid, kThreads, 0, stream, pack_job);
     pack_job.begin = pack_job.end;
   }

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../project.h"
+#include "../trak_fast.h"
 
 namespace trak_fast {
 

@@ -6,8 +6,9 @@
 // The cut depends on the shapes and the device alone, so the same call gives the same bits.
 #include <algorithm>
 
+#include "../floats.h"
 #include "../normal_table.h"
-#include "../project.h"
+#include "../trak_fast.h"
 #include "launch.cuh"
 #include "panel.h"
 #include "tile.cuh"
@@ -21,8 +22,6 @@ constexpr int64_t kSpanColumns = 1 << 30;  // of one launch: TMA's coordinates, 
 // A tensor that has fewer columns or elements is packed with its neighbours: a launch of its own would cost more.
 constexpr int64_t kDirectColumns = 1 << 16, kDirectElements = 1 << 22;
 constexpr int kLeastUnits = 4;  // that a split is worth starting for
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Family { sm80, sm90, sm90_wide };
 
@@ -84,7 +83,7 @@ class Plan {
     cut_columns();
     for (int64_t b = 0; b < p_.batch; b += passes_.back().samples) {
       const int64_t samples = pass_samples(b), panel_rows = samples * terms_;
-      passes_.push_back({b, samples, cut(panel_rows)});
+      passes_.push_back({.first = b, .samples = samples, .cut = cut(panel_rows)});
       sums_bytes_ = std::max(sums_bytes_, passes_.back().cut.sums_bytes);
       panel_bytes_ = std::max(panel_bytes_, panel_rows * longest_launch(panel_rows, true) * kUnit * 2);
     }
@@ -127,8 +126,16 @@ class Plan {
           from = to;
         }
       }
-      launch_reduce({sums, c.splits, p_.rows, int64_t{c.batch_tiles} * c.shape.width, samples, terms_, add,
-                     p_.out + b * p_.out_batch_stride, p_.out_batch_stride, p_.out_row_stride},
+      launch_reduce({.sums = sums,
+                     .splits = c.splits,
+                     .rows = p_.rows,
+                     .width = int64_t{c.batch_tiles} * c.shape.width,
+                     .samples = samples,
+                     .terms = terms_,
+                     .add = add,
+                     .out = p_.out + b * p_.out_batch_stride,
+                     .batch_stride = p_.out_batch_stride,
+                     .row_stride = p_.out_row_stride},
                     stream);
     }
   }
@@ -168,7 +175,7 @@ class Plan {
   }
 
   Cut cut(int64_t panel_rows) const {
-    Cut c = {shape(panel_rows), 0, 1, 0};
+    Cut c = {.shape = shape(panel_rows), .batch_tiles = 0, .splits = 1, .sums_bytes = 0};
     c.batch_tiles = static_cast<int>(divide_up(panel_rows, c.shape.width));
     const int64_t blocks = divide_up(p_.rows, c.shape.rows) * c.batch_tiles;
     const int64_t room = int64_t{multiprocessors_} * c.shape.blocks_per_multiprocessor;
@@ -230,7 +237,7 @@ class Plan {
       const bool large = part.columns >= kDirectColumns && part.columns * p_.batch >= kDirectElements;
       const bool direct = is_panel(part) && aligned && (large || p_.parts.size() == 1);
       if (part.columns > 0 && (direct || spans_.empty() || spans_.back().direct)) {
-        spans_.push_back({i, i + 1, column, column + part.columns, direct});
+        spans_.push_back({.first = i, .last = i + 1, .begin = column, .end = column + part.columns, .direct = direct});
       } else if (part.columns > 0) {
         spans_.back().last = i + 1;
         spans_.back().end = column + part.columns;
@@ -244,7 +251,7 @@ class Plan {
     const int64_t skipped = begin / 8 * 8;  // keeps the address aligned
     const auto* data = static_cast<const uint16_t*>(part.data) + b * part.batch_stride + skipped;
     const int64_t stride = p_.batch == 1 ? divide_up(part.columns, 8) * 8 : part.batch_stride;
-    return {data, stride, samples, end - skipped, skipped};
+    return {.data = data, .row_stride = stride, .rows = samples, .columns = end - skipped, .first = skipped};
   }
 
   Panel pack(const Span& span, int64_t b, int64_t samples, int64_t offset, int64_t first, int64_t columns,
@@ -252,8 +259,16 @@ class Plan {
     const std::vector<Part> parts(p_.parts.begin() + static_cast<int64_t>(span.first),
                                   p_.parts.begin() + static_cast<int64_t>(span.last));
     const PanelType type = native_ ? PanelType::copy_16_bits : PanelType::bf16_terms;
-    launch_pack({type, terms_, b, samples, first, columns, static_cast<uint64_t>(offset), panel}, parts, stream);
-    return {panel, columns, samples * terms_, columns, first};
+    launch_pack({.type = type,
+                 .terms = terms_,
+                 .first_sample = b,
+                 .samples = samples,
+                 .first_column = first,
+                 .columns = columns,
+                 .offset = static_cast<uint64_t>(offset),
+                 .panel = panel},
+                parts, stream);
+    return {.data = panel, .row_stride = columns, .rows = samples * terms_, .columns = columns, .first = first};
   }
 
   const Projection& p_;

@@ -2,6 +2,7 @@
 //
 // A block reads 32 samples of eight rows of P, side by side in memory, and writes them transposed, eight rows side by
 // side, which fills the 32-byte sectors of both. The order of additions depends on the shape alone: no atomics.
+#include "../floats.h"
 #include "launch.cuh"
 #include "panel.h"
 #include "ptx.cuh"
@@ -43,8 +44,8 @@ __global__ void __launch_bounds__(kThreads) reduce(const __grid_constant__ Reduc
 }  // namespace
 
 void launch_reduce(const ReduceJob& job, void* stream) {
-  const dim3 grid(static_cast<unsigned>((job.rows + kRows - 1) / kRows),
-                  static_cast<unsigned>((job.samples + kSamples - 1) / kSamples));
+  const dim3 grid(static_cast<unsigned>(divide_up(job.rows, kRows)),
+                  static_cast<unsigned>(divide_up(job.samples, kSamples)));
   launch(reduce, grid, kThreads, kRows * (kSamples + 1) * static_cast<int>(sizeof(float)), stream, job);
 }
 

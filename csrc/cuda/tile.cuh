@@ -91,31 +91,37 @@ __device__ __forceinline__ void copy_half_table(uint16_t* shared, const uint16_t
   }
 }
 
-// Calls `launch` with the kind, whether elements are bf16, and the width as constants: a kernel's template arguments.
-template <class Launch>
-void with_constants(Kind kind, bool bf16, int width, const Launch& launch) {
-  const auto with_width = [&](auto k, auto b) {
-    switch (width) {
-      case 8:
-        return launch(k, b, std::integral_constant<int, 8>());
-      case 16:
-        return launch(k, b, std::integral_constant<int, 16>());
-      case 32:
-        return launch(k, b, std::integral_constant<int, 32>());
-      case 64:
-        return launch(k, b, std::integral_constant<int, 64>());
-      case 128:
-        return launch(k, b, std::integral_constant<int, 128>());
-      default:
-        return launch(k, b, std::integral_constant<int, 256>());
-    }
-  };
-  const auto with_type = [&](auto k) { bf16 ? with_width(k, std::true_type()) : with_width(k, std::false_type()); };
-  if (kind == Kind::rademacher) {
-    with_type(std::integral_constant<Kind, Kind::rademacher>());
-  } else {
-    with_type(std::integral_constant<Kind, Kind::normal>());
+// Calls `use` with the width as a constant: a kernel's template argument.
+template <class Use>
+void with_width(int width, const Use& use) {
+  switch (width) {
+    case 8:
+      return use(std::integral_constant<int, 8>());
+    case 16:
+      return use(std::integral_constant<int, 16>());
+    case 32:
+      return use(std::integral_constant<int, 32>());
+    case 64:
+      return use(std::integral_constant<int, 64>());
+    case 128:
+      return use(std::integral_constant<int, 128>());
+    default:
+      return use(std::integral_constant<int, 256>());
   }
+}
+
+// Calls `use` with the kind, the element type (true: bf16, false: fp16) and the width as constants.
+template <class Use>
+void with_constants(Kind kind, bool bf16, int width, const Use& use) {
+  with_kind(kind, [&](auto k) {
+    with_width(width, [&](auto w) {
+      if (bf16) {
+        use(k, std::true_type(), w);
+      } else {
+        use(k, std::false_type(), w);
+      }
+    });
+  });
 }
 
 // Panel rows of one batch tile and rows of P of one row tile, of the kernel that serves a number of panel rows.

@@ -3,6 +3,7 @@
 // Eight warps stand one above the other: each makes its own 16 or 32 rows of P and multiplies them with the same panel
 // columns, which arrive in shared memory by cp.async, a few stages of 128 columns ahead. The panel is the B operand, so
 // that a small batch fills an instruction whose smaller side is 8. P exists in registers alone.
+#include "../floats.h"
 #include "launch.cuh"
 #include "tile.cuh"
 
@@ -12,14 +13,17 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kStageColumns = 128, kStagesPerUnit = kUnit / kStageColumns, kStepsPerStage = kStageColumns / 16;
 constexpr int kSharedBytes = 99 * 1024;  // what a block may have on every one of these architectures
-constexpr int kTableBytes = 2 * kNormalHalf;
+
+// With the table beside it, a panel of 128 rows would not leave room for two stages.
+template <Kind kind>
+constexpr int kWidest = KindTraits<kind>::needs_table ? 64 : 128;
 
 template <Kind kind, int width>
 struct Config {
   static constexpr int tiles = width <= 64 ? 2 : 1;  // 16-row fragments of a warp
   static constexpr int rows = kWarps * 16 * tiles;
   static constexpr int stage_bytes = width * kStageColumns * 2;
-  static constexpr int table_bytes = kind == Kind::normal ? kTableBytes : 0;
+  static constexpr int table_bytes = kTableBytes<kind>;
   static constexpr int stages = (kSharedBytes - table_bytes) / stage_bytes < 3 ? 2 : 3;
   static constexpr int shared_bytes = stages * stage_bytes + table_bytes;
   static constexpr int blocks_per_multiprocessor = 2 * shared_bytes <= kSharedBytes ? 2 : 1;
@@ -70,15 +74,15 @@ template <Kind kind, bool bf16, int width>
 __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_multiprocessor)
     tile_sm80(const __grid_constant__ Tile tile) {
   using C = Config<kind, width>;
-  constexpr int tiles = C::tiles, groups = width / 8;
+  constexpr int tiles = C::tiles, groups = width / 8, blocks_per_unit = kBlocksPerUnit<kind>;
   char* stages = ptx::dynamic_shared();
   auto* table = reinterpret_cast<uint16_t*>(stages + C::stages * C::stage_bytes);
-  if constexpr (kind == Kind::normal) copy_half_table(table, tile.half_table);
+  if constexpr (KindTraits<kind>::needs_table) copy_half_table(table, tile.half_table);
 
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t first_row = blockIdx.x * C::rows + static_cast<uint32_t>(warp * 16 * tiles + lane / 4);
   const Share share(tile);
-  const int64_t first_block = share.first_unit * (kUnit / block_columns(kind));
+  const int64_t first_block = share.first_unit * blocks_per_unit;
   const auto block_high = static_cast<uint32_t>(first_block >> 32);
   const uint32_t one = packed_one<bf16>();
   const int offset = operand_offset<width>();
@@ -107,12 +111,12 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
   typename PhiloxCalls<kind, tiles>::State words[2 * tiles];
   for (int stage = 0; stage < share.units * kStagesPerUnit; ++stage) {
     const int unit = stage / kStagesPerUnit, quarter = stage % kStagesPerUnit;
-    const auto block = static_cast<uint32_t>(first_block + unit * (kUnit / block_columns(kind)));
+    const auto block = static_cast<uint32_t>(first_block + unit * blocks_per_unit);
     ptx::cp_async_wait<C::stages - 2>();
     ptx::block_barrier();  // this stage is there for all, and all are done with the one that is loaded next
     load(stage + C::stages - 1);
     const char* columns = stages + stage % C::stages * C::stage_bytes;
-    if constexpr (kind == Kind::rademacher) {
+    if constexpr (blocks_per_unit == 1) {
       if (quarter == 0) {
         // Two calls at a time, with nothing kept in between: the sums need the registers.
 #pragma unroll
@@ -136,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
     uint32_t b[4];
 #pragma unroll
     for (int s = 0; s < kStepsPerStage; ++s) {
-      if constexpr (kind == Kind::normal) {
+      if constexpr (blocks_per_unit > 1) {
         if (s % 2 == 0) calls.finish(block + static_cast<uint32_t>((quarter * kStepsPerStage + s) / 2), words);
       }
       uint32_t a[tiles][4];
@@ -161,36 +165,34 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
 template <Kind kind, bool bf16, int width>
 void launch_width(const Tile& tile, void* stream) {
   using C = Config<kind, width>;
-  const dim3 grid(static_cast<unsigned>((tile.rows + C::rows - 1) / C::rows), static_cast<unsigned>(tile.batch_tiles),
+  const dim3 grid(static_cast<unsigned>(divide_up(tile.rows, C::rows)), static_cast<unsigned>(tile.batch_tiles),
                   static_cast<unsigned>(tile.splits));
   launch(tile_sm80<kind, bf16, width>, grid, kThreads, C::shared_bytes, stream, tile);
 }
 
 template <Kind kind, int width>
 TileShape shape() {
-  return {width, Config<kind, width>::rows, Config<kind, width>::blocks_per_multiprocessor};
+  using C = Config<kind, width>;
+  return {.width = width, .rows = C::rows, .blocks_per_multiprocessor = C::blocks_per_multiprocessor};
 }
 
 }  // namespace
 
 TileShape tile_shape_sm80(Kind kind, int64_t panel_rows) {
-  if (kind == Kind::normal) {
-    // With the table beside it, a panel of 128 rows would not leave room for two stages.
-    if (panel_rows <= 8) return shape<Kind::normal, 8>();
-    if (panel_rows <= 16) return shape<Kind::normal, 16>();
-    if (panel_rows <= 32) return shape<Kind::normal, 32>();
-    return shape<Kind::normal, 64>();
-  }
-  if (panel_rows <= 8) return shape<Kind::rademacher, 8>();
-  if (panel_rows <= 16) return shape<Kind::rademacher, 16>();
-  if (panel_rows <= 32) return shape<Kind::rademacher, 32>();
-  if (panel_rows <= 64) return shape<Kind::rademacher, 64>();
-  return shape<Kind::rademacher, 128>();
+  TileShape found = {};
+  with_kind(kind, [&](auto k) {
+    int width = 8;
+    while (width < panel_rows && width < kWidest<k>) width *= 2;
+    with_width(width, [&](auto w) {
+      if constexpr (w <= kWidest<k>) found = shape<k, w>();
+    });
+  });
+  return found;
 }
 
 void launch_tile_sm80(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {
   with_constants(kind, bf16, shape.width, [&](auto k, auto b, auto width) {
-    if constexpr (width <= (k == Kind::normal ? 64 : 128)) launch_width<k, b, width>(tile, stream);
+    if constexpr (width <= kWidest<k>) launch_width<k, b, width>(tile, stream);
   });
 }
 

@@ -7,6 +7,7 @@
 // compiler. What an H100 made of other choices stands in benchmarks/results/NOTES.md.
 #include <utility>
 
+#include "../floats.h"
 #include "launch.cuh"
 #include "tensor_map.cuh"
 #include "tile.cuh"
@@ -16,28 +17,26 @@ namespace {
 
 constexpr int kStages = 4;
 constexpr int kBoxColumns = 64;  // 128 bytes: one swizzled row
-constexpr int kTableBytes = 2 * kNormalHalf;
 
 template <Kind kind, int width>
 struct Config {
-  static constexpr bool signs = kind == Kind::rademacher;
-  static constexpr int consumers = width <= (signs ? 32 : 64) ? 4 : 2;  // warpgroups that multiply
+  static constexpr bool table = KindTraits<kind>::needs_table;
+  static constexpr int consumers = width <= (table ? 64 : 32) ? 4 : 2;  // warpgroups that multiply
   static constexpr int threads = 128 * (1 + consumers);
-  static constexpr int registers = consumers == 4 ? 112 : 240;                      // of a thread that multiplies
-  static constexpr int tiles = width == 256 || (consumers == 4 && !signs) ? 1 : 2;  // 64-row fragments of a warpgroup
+  static constexpr int registers = consumers == 4 ? 112 : 240;                     // of a thread that multiplies
+  static constexpr int tiles = width == 256 || (consumers == 4 && table) ? 1 : 2;  // 64-row fragments of a warpgroup
   static constexpr int rows = consumers * 64 * tiles;
-  static constexpr int depth = !signs && width <= 32 ? 4 : 2;  // sets of fragment registers
+  static constexpr int depth = table && width <= 32 ? 4 : 2;  // sets of fragment registers
   // Whether a step's share of the next words is made beside the next fragments, after the wait for their registers, or
   // before it. Measured: beside is better where the table is looked up and in narrow tiles, before is at 64 rows and
   // more.
-  static constexpr bool words_after_wait = !signs || width <= 32;
-  static constexpr bool keeps_rows = !signs || width != 32;  // else registers are short
+  static constexpr bool words_after_wait = table || width <= 32;
+  static constexpr bool keeps_rows = table || width != 32;  // else registers are short
   static constexpr int stores_at_once = consumers == 4 ? 1 : width <= 64 ? width / 8 : 8;
   static constexpr int stage_columns = width <= 32 ? 256 : width <= 128 ? 128 : 64;
   static constexpr int stage_bytes = width * stage_columns * 2;
   static constexpr int steps = stage_columns / 16;  // of one stage
-  static constexpr int table_bytes = kind == Kind::normal ? kTableBytes : 0;
-  static constexpr int barriers_at = kStages * stage_bytes + table_bytes;
+  static constexpr int barriers_at = kStages * stage_bytes + kTableBytes<kind>;
   static constexpr int shared_bytes = barriers_at + 2 * kStages * static_cast<int>(sizeof(uint64_t));
   static_assert(shared_bytes <= 227 * 1024, "too much shared memory");
   static_assert(depth >= 2 && depth <= steps, "a stage must outlast the wgmmas that are under way");
@@ -49,7 +48,9 @@ struct Slot {
   uint32_t parity = 0;
 
   __device__ __forceinline__ void advance() {
-    if (++index == kStages) index = 0, parity ^= 1;
+    if (++index < kStages) return;
+    index = 0;
+    parity ^= 1;
   }
 };
 
@@ -110,7 +111,7 @@ struct WordStream {
   using Calls = PhiloxCalls<kind, tiles, keeps_rows>;
   static constexpr int kCalls = Calls::kCalls;
   // Steps that share a block's words, in which the next block's are made: rounds are spread over them.
-  static constexpr int kSteps = kind == Kind::rademacher ? kStepsPerUnit : 2;
+  static constexpr int kSteps = kStepsPerUnit / kBlocksPerUnit<kind>;
   static constexpr int kRounds = kCalls * (kPhiloxRounds - Calls::kFirstRound);
 
   Calls calls;
@@ -129,10 +130,10 @@ struct WordStream {
     for (int i = kRounds * part / kSteps; i < kRounds * (part + 1) / kSteps; ++i) {
       calls.round(next[i % kCalls], Calls::kFirstRound + i / kCalls);
     }
-    if (part == kSteps - 1) turn();
+    if (part == kSteps - 1) advance();
   }
 
-  __device__ __forceinline__ void turn() {
+  __device__ __forceinline__ void advance() {
 #pragma unroll
     for (int c = 0; c < kCalls; ++c) now[c] = next[c];
   }
@@ -163,7 +164,7 @@ __device__ __forceinline__ void unroll(const Body& body) {
 template <Kind kind, bool bf16, int width>
 __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, const Tile& tile) {
   using C = Config<kind, width>;
-  constexpr int tiles = C::tiles, depth = C::depth, blocks_per_unit = kUnit / block_columns(kind);
+  constexpr int tiles = C::tiles, depth = C::depth, blocks_per_unit = kBlocksPerUnit<kind>;
   const int consumer = static_cast<int>(threadIdx.x / 128) - 1;
   const int warp = static_cast<int>(threadIdx.x / 32 % 4);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -172,10 +173,10 @@ __device__ __forceinline__ void multiply(const Block<kind, bf16, width>& block, 
   const uint32_t one = packed_one<bf16>();
 
   using Words = WordStream<kind, tiles, C::keeps_rows>;
-  Words words = {
-      {tile.generator, first_row, 64, static_cast<uint32_t>(lane % 4), static_cast<uint32_t>(first_block >> 32)},
-      {},
-      {}};
+  Words words = {.calls = {tile.generator, first_row, 64, static_cast<uint32_t>(lane % 4),
+                           static_cast<uint32_t>(first_block >> 32)},
+                 .now = {},
+                 .next = {}};
   words.calls.finish(static_cast<uint32_t>(first_block), words.now);
 
   float sums[tiles][width / 2];
@@ -250,9 +251,8 @@ __global__ void __launch_bounds__(Config<kind, width>::threads, 1)
   const Block<kind, bf16, width> block(tile);
   // Warpgroups whose rows are all beyond P's leave the multiprocessor to the others.
   const int64_t rows_left = tile.rows - int64_t{blockIdx.x} * C::rows;
-  const int busy =
-      rows_left >= C::rows ? C::consumers : static_cast<int>((rows_left + 64 * C::tiles - 1) / (64 * C::tiles));
-  if constexpr (kind == Kind::normal) copy_half_table(block.table, tile.half_table);
+  const int busy = rows_left >= C::rows ? C::consumers : static_cast<int>(divide_up(rows_left, 64 * C::tiles));
+  if constexpr (KindTraits<kind>::needs_table) copy_half_table(block.table, tile.half_table);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&block.full[i], 1);
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(Config<kind, width>::threads, 1)
 template <Kind kind, bool bf16, int width>
 void launch_width(const Tile& tile, void* stream) {
   using C = Config<kind, width>;
-  const dim3 grid(static_cast<unsigned>((tile.rows + C::rows - 1) / C::rows), static_cast<unsigned>(tile.batch_tiles),
+  const dim3 grid(static_cast<unsigned>(divide_up(tile.rows, C::rows)), static_cast<unsigned>(tile.batch_tiles),
                   static_cast<unsigned>(tile.splits));
   const ptx::TensorMap map = make_tensor_map(tile.panel, bf16, kBoxColumns, width);
   launch(tile_sm90<kind, bf16, width>, grid, C::threads, C::shared_bytes, stream, tile, map);
@@ -289,10 +289,11 @@ int count_rows(Kind kind, int width) {
 
 TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
   int width = 8;
-  // Making normal entries costs more than reading the panel twice as often, so they always serve 256 rows at once.
-  const int widest = wide || kind == Kind::normal ? 256 : 128;
+  // Looking entries up costs more than reading the panel twice as often, so they always serve 256 rows at once.
+  const bool costly = with_kind(kind, [](auto k) { return KindTraits<k>::needs_table; });
+  const int widest = wide || costly ? 256 : 128;
   while (width < panel_rows && width < widest) width *= 2;
-  return {width, count_rows(kind, width), 1};
+  return {.width = width, .rows = count_rows(kind, width), .blocks_per_multiprocessor = 1};
 }
 
 void launch_tile_sm90(Kind kind, bool bf16, const TileShape& shape, const Tile& tile, void* stream) {

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import warm
 from trak_fast import info
 from trak_fast.bench import candidates, runner, tables, worker
 from trak_fast.bench.case import Case
-from trak_fast.bench.results import load
+from trak_fast.bench.results import Absent, Check, Omission, Results, Timing, load
 from trak_fast.bench.settings import Settings, defaults
 from trak_fast.cli import main
 
@@ -34,39 +34,39 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(folder)
 
 
-def run(path: Path, budget: float = 30.0, **changes: Any) -> dict[str, Any]:
+def run(path: Path, budget: float = 30.0, **changes: Any) -> Results:
     settings = dataclasses.replace(SETTINGS, **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm.python())
         return runner.Run(settings, path / "results.json", budget, "bench_candidates").run()
 
 
-def statuses(results: dict[str, Any], kind: str) -> dict[str, set[tuple[str, str | None]]]:
+def statuses(entries: Sequence[Timing | Check | Omission]) -> dict[str, set[tuple[str, str | None]]]:
     found: dict[str, set[tuple[str, str | None]]] = {}
-    for entry in results[kind]:
-        found.setdefault(entry["candidate"], set()).add((entry["status"], entry["error"]))
+    for entry in entries:
+        status = (entry.status, entry.error) if isinstance(entry, Omission) else ("ok", None)
+        found.setdefault(entry.candidate, set()).add(status)
     return found
 
 
 def test_failures_do_not_stop_the_rest(tmp_path: Path) -> None:
     only = ("good", "failing", "dying", "unable", "absent", "picky", "hanging")
     results = run(tmp_path, budget=15.0, only=only, grad_dims=(64,))
-    facts = results["candidates"]
-    assert {name: facts[name]["status"] for name in only} == {
-        "good": "found", "failing": "found", "dying": "found", "unable": "failed", "absent": "missing",
-        "picky": "found", "hanging": "found",
-    }  # fmt: skip
-    assert facts["unable"]["error"] == "ValueError: does not even import"
-    assert facts["absent"]["error"] == "no_such_library is not installed: pip install no-such-package"
-    for kind in ("timings", "checks"):
-        assert statuses(results, kind) == {
+    assert set(results.present) == {"good", "failing", "dying", "picky", "hanging"}
+    assert {name: facts for name, facts in results.candidates.items() if isinstance(facts, Absent)} == {
+        "unable": Absent("failed", "ValueError: does not even import"),
+        "absent": Absent("missing", "no_such_library is not installed: pip install no-such-package"),
+    }
+    assert set(results.candidates) == set(only)
+    for entries in (results.timings, results.checks):
+        assert statuses(entries) == {
             "good": {("ok", None)},
             "failing": {("failed", "RuntimeError: out of luck")},
             "dying": {("failed", "its process ended with status 3")},
             "picky": {("skipped", "dtype float32: it has float64")},
         }
-    assert results["left"] == {"hanging": 2}
-    assert not results["finished"]
+    assert results.left == {"hanging": 2}
+    assert not results.finished
     text = tables.terminal(results)
     assert "failing, B = 4, D = 64, k = 16, float32, rademacher: RuntimeError: out of luck" in text
     assert "no time for some cases of hanging (2)" in text
@@ -79,11 +79,12 @@ def test_rounds_are_interleaved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     calls = log.read_text().split("make good 64\n")[1].splitlines()
     turns = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
     assert turns == ["good", "other"] * (1 + runner.ROUNDS)
-    for entry in results["timings"]:
-        assert len(entry["rounds"]) == runner.ROUNDS
-        assert all(1 <= len(part) <= runner.REPEATS for part in entry["rounds"])
-    other = next(entry for entry in results["timings"] if entry["candidate"] == "other")
-    assert other["median"] >= 0.01  # what it sleeps
+    assert len(results.measured) == 2
+    for timing in results.measured:
+        assert len(timing.rounds) == runner.ROUNDS
+        assert all(1 <= len(part) <= runner.REPEATS for part in timing.rounds)
+    other = next(timing for timing in results.measured if timing.candidate == "other")
+    assert other.median >= 0.01  # what it sleeps
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,55 +97,52 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(runner.Run, "_check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    before = json.loads((tmp_path / "results.json").read_text())
-    assert [(entry["candidate"], entry["case"]["grad_dim"]) for entry in before["timings"]] == [
-        ("good", 128), ("other", 128),
-    ]  # fmt: skip
+    before = load(tmp_path / "results.json")
+    assert [(timing.candidate, timing.case.grad_dim) for timing in before.measured] == [("good", 128), ("other", 128)]
     monkeypatch.setattr(runner.Run, "_check", whole)
     monkeypatch.setenv("BENCH_TEST_LOG", str(log))
     results = run(tmp_path)
-    derived = {"floor_seconds", "of_floor"}  # from this machine's ceilings, which are measured again
-    kept, old = (
-        [{name: value for name, value in entry.items() if name not in derived} for entry in entries]
-        for entries in (results["timings"][:2], before["timings"])
+    kept, old = (  # all but what follows from this machine's ceilings, which are measured again
+        [dataclasses.replace(timing, floor_seconds=None, of_floor=None) for timing in timings]
+        for timings in (results.measured[:2], before.measured)
     )
     assert kept == old
-    assert [entry["case"]["grad_dim"] for entry in results["timings"]] == [128, 128, 64, 64]
-    assert len(results["checks"]) == 2
-    assert results["finished"]
+    assert [timing.case.grad_dim for timing in results.measured] == [128, 128, 64, 64]
+    assert len(results.checked) == 2
+    assert results.finished
     assert "make good 128\n" not in log.read_text()
-    assert results["started"] == before["started"]
-    assert results["seconds"] > before["seconds"]
+    assert results.started == before.started
+    assert results.seconds > before.seconds
 
 
 def test_a_finished_run_or_another_one_is_kept(tmp_path: Path) -> None:
     first = run(tmp_path, grad_dims=(64,), check_dims=(), only=("good",))
-    assert first["finished"]
+    assert first.finished
     second = run(tmp_path, grad_dims=(96,), check_dims=(), only=("good",))
-    assert [entry["case"]["grad_dim"] for entry in second["timings"]] == [96]
+    assert [timing.case.grad_dim for timing in second.measured] == [96]
     kept = sorted(tmp_path.glob("results-*.json"))
-    assert [json.loads(path.read_text()) for path in kept] == [first]
+    assert [load(path) for path in kept] == [first]
 
 
 def test_no_time_measures_nothing_and_says_so(tmp_path: Path) -> None:
     results = run(tmp_path, budget=1e-9)
-    assert results["timings"] == results["checks"] == []
-    assert results["left"] == {"good": 3, "other": 3}
+    assert results.timings == results.checks == []
+    assert results.left == {"good": 3, "other": 3}
     assert "no time for some cases of good (3), other (3)" in tables.terminal(results)
 
 
 def test_checks_find_what_is_wrong(tmp_path: Path) -> None:
     results = run(tmp_path, grad_dims=(64,), only=("good", "paired", "moody"))
-    found = {entry["candidate"]: entry["found"] for entry in results["checks"]}
-    assert found["good"]["error"] < 1e-6
-    assert found["good"]["equal_columns"] == 0
-    assert found["good"]["repeatable"]
-    assert found["good"]["remade"]
-    assert found["good"]["column_dim"] == pytest.approx(48, rel=0.1)
-    assert found["paired"]["error"] == pytest.approx(1e-3, rel=0.01)
-    assert found["paired"]["equal_columns"] == 48
-    assert found["paired"]["column_dim"] == pytest.approx(95 / (1 + 94 / 48), rel=0.1)
-    assert not found["moody"]["repeatable"]
+    found = {check.candidate: check.found for check in results.checked}
+    assert found["good"].error < 1e-6
+    assert found["good"].equal_columns == 0
+    assert found["good"].repeatable
+    assert found["good"].remade
+    assert found["good"].column_dim == pytest.approx(48, rel=0.1)
+    assert found["paired"].error == pytest.approx(1e-3, rel=0.01)
+    assert found["paired"].equal_columns == 48
+    assert found["paired"].column_dim == pytest.approx(95 / (1 + 94 / 48), rel=0.1)
+    assert not found["moody"].repeatable
 
 
 def test_one_thing_is_varied_at_a_time() -> None:
@@ -168,7 +166,7 @@ def test_candidates_of_this_machine_project() -> None:
         info()["instruction_sets"]
     )
     for name in ("torch, matrix in memory", "torch, in chunks", "scikit-learn Gaussian", "scikit-learn sparse"):
-        kind = there[name].kinds[0]
+        kind = there[name].proj_types[0]
         case = Case(8, 3000, 512, "float32", kind, "cpu")
         grads = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
         y = there[name].make(case)(grads)
@@ -255,16 +253,16 @@ def imagined(project: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytes
     return session
 
 
-CUDA_CASE = {"batch": 4, "grad_dim": 8, "proj_dim": 8, "dtype": "float32", "proj_type": "normal", "device": "cuda"}
+CUDA_CASE = Case(batch=4, grad_dim=8, proj_dim=8, dtype="float32", proj_type="normal", device="cuda")
 
 
 def test_a_gpu_is_timed_by_events_and_its_memory_counted(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     session = imagined(lambda grads: gpu.append("project") or grads[:, :8], monkeypatch)
-    first = session.prepare(**CUDA_CASE)
-    assert first["memory_bytes"] == 5000 - 1000 - 4 * 4 * 8
+    first = session.prepare(CUDA_CASE)
+    assert first.memory_bytes == 5000 - 1000 - 4 * 4 * 8
     assert gpu[-4:] == ["synchronize", "project", "synchronize", "max_memory_allocated"]
     gpu.clear()
-    assert session.time(10.0, 2) == {"seconds": [pytest.approx(0.003)] * 2}
+    assert session.time(10.0, 2) == [pytest.approx(0.003)] * 2
     assert gpu == ["record", "project", "record", "wait"] * 2
     gpu.clear()
     session.release()
@@ -282,7 +280,7 @@ def test_memory_is_given_back_after_a_failure(gpu: list[str], monkeypatch: pytes
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gpu.append(f"kept: {alive[-1]() is not None}"))
     answers: list[dict[str, Any]] = []
-    request = json.dumps({"op": "prepare", **CUDA_CASE})
+    request = json.dumps({"op": "prepare", "case": CUDA_CASE.asdict()})
     monkeypatch.setattr(worker, "PeakMemory", lambda device: None)
     alive.append(lambda: None)  # type: ignore[arg-type]
     worker.serve(imagined(fails, monkeypatch), [request], lambda content: answers.append({**content, "then": gpu[-1]}))
@@ -300,27 +298,23 @@ def test_a_broken_gpu_ends_the_process(gpu: list[str], monkeypatch: pytest.Monke
         raise RuntimeError("misaligned")
 
     answers: list[dict[str, Any]] = []
-    request = json.dumps({"op": "prepare", **CUDA_CASE})
+    request = json.dumps({"op": "prepare", "case": CUDA_CASE.asdict()})
     with pytest.raises(RuntimeError, match="illegal memory access"):
         worker.serve(imagined(breaks, monkeypatch), [request, request], answers.append)
     assert answers == [{"error": "RuntimeError: misaligned"}]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--budget", "0"], "budget must be above 0, not 0.0"),
-        (["--batches", "0"], "batches must be at least 1, not 0"),
-        (["--dtypes", "int8"], "dtypes has int8, allowed are float32, bfloat16, float16"),
-        (["--proj-types", "uniform"], "uniform"),
-        (["--device", "tpu"], "invalid choice: 'tpu'"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["bench", *arguments])
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+def test_a_refused_run_writes_nothing_and_keeps_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("earlier")
+    for budget, only, message in (
+        (30.0, ("zzz", "yyy"), r"only must be part of one of 'good', .* not 'zzz' or 'yyy'"),
+        (0.0, ("good",), r"budget must be in \(0, 1e\+07\], not 0"),
+    ):
+        for folder in (tmp_path, tmp_path / "new"):
+            with pytest.raises(ValueError, match=message):
+                run(folder, budget, only=only)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert (tmp_path / "results.json").read_text() == "earlier"
 
 
 def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,14 +323,14 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     options += ["--proj-types", "rademacher", "--check-dims", "700", "--check-proj-dim", "64", "--only", ours]
     assert main(["bench", "--output", str(tmp_path), *options]) == 0
     results = load(tmp_path / "results.json")
-    assert results["finished"]
-    (check,) = results["checks"]
-    assert check["found"]["matrix"] == "reference"
-    assert check["found"]["error"] < 1e-5
-    assert check["found"]["repeatable"]
-    assert check["found"]["remade"]
-    (timing,) = [entry for entry in results["timings"] if entry["candidate"] == ours]
-    assert timing["memory_bytes"] < 64 << 20
+    assert results.finished
+    (check,) = results.checked
+    assert check.found.matrix == "reference"
+    assert check.found.error < 1e-5
+    assert check.found.repeatable
+    assert check.found.remade
+    (timing,) = [timing for timing in results.measured if timing.candidate == ours]
+    assert timing.memory_bytes < 64 << 20
     output = capsys.readouterr().out
     assert "B = 4, D = 2,000, k = 64, float32, rademacher" in output
     assert "<svg" not in output
@@ -350,7 +344,8 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
 IMPORT_THE_BENCH = """
 import sys, torch
 torch.cuda._lazy_init = None  # calling it now fails
-from trak_fast.bench import candidates, page, plan, rates, runner, worker
+from trak_fast.bench import candidates, page, runner, worker
+from trak_fast.plan import predict
 print(sorted({name.split(".")[0] for name in sys.modules} & {"trak", "dattri", "bergson", "matplotlib", "sjlt"}))
 """
 

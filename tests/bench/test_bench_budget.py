@@ -5,16 +5,16 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor
 
 from trak_fast.bench import runner, settings
-from trak_fast.bench.budget import Budget, Task
+from trak_fast.bench.budget import Budget, Measurement
 from trak_fast.bench.candidates import Candidate
 from trak_fast.bench.case import Case
 from trak_fast.bench.process import TookTooLong
+from trak_fast.bench.results import Ceilings, FirstCall, Present, Quality, Results, Timing
 
 SECONDS_PER_ENTRY = {"fast": 1e-11, "usual": 1e-9, "slow": 1e-8, "slower": 4e-8, "liar": 3e-7}
 SETTINGS = dataclasses.replace(settings.defaults("cpu"), dtypes=("float32",), threads=1)
@@ -32,20 +32,28 @@ class Simulated:
     def __init__(self, module: str, candidate: Candidate, settings: settings.Settings) -> None:
         self.name, self.alive, self.once = candidate.name, True, 0.0
 
-    def ask(self, op: str, limit: float, **arguments: Any) -> dict[str, Any]:
-        if op == "open":
-            rate = 1e-9 if self.name == "liar" else SECONDS_PER_ENTRY[self.name]
-            return {"version": "1", "entries": 10**6, "seconds": rate * 10**6}
-        if op == "ceilings":
-            return {"copy_bytes_per_second": 1e10, "flop_per_second": dict.fromkeys(("float32", "float64"), 1e11)}
-        if op == "release":
-            return {}
-        if op == "time":
-            self._spend(self.once, limit)
-            return {"seconds": [self.once]}
-        self.once = SECONDS_PER_ENTRY[self.name] * Case(**arguments).matrix_entries
-        self._spend(self.once * (5 if op == "check" else 1) + 0.001, limit)
-        return {"make_seconds": 0.0, "first_seconds": self.once, "memory_bytes": 0}
+    def open(self, limit: float) -> Present:
+        rate = 1e-9 if self.name == "liar" else SECONDS_PER_ENTRY[self.name]
+        return Present("1", 10**6, rate * 10**6)
+
+    def ceilings(self, limit: float) -> Ceilings:
+        return Ceilings(1e10, dict.fromkeys(("float32", "float64"), 1e11))
+
+    def prepare(self, case: Case, limit: float) -> FirstCall:
+        self.once = SECONDS_PER_ENTRY[self.name] * case.matrix_entries
+        self._spend(self.once + 0.001, limit)
+        return FirstCall(0.0, self.once, 0)
+
+    def time(self, seconds: float, repeats: int, limit: float) -> list[float]:
+        self._spend(self.once, limit)
+        return [self.once]
+
+    def check(self, case: Case, limit: float) -> Quality:
+        self._spend(5 * SECONDS_PER_ENTRY[self.name] * case.matrix_entries + 0.001, limit)
+        return Quality(True, True, 0.0, "identity", None, None, 0.0, 0.0, 1.0)
+
+    def release(self, limit: float) -> None:
+        pass
 
     def _spend(self, seconds: float, limit: float) -> None:
         Simulated.now += min(seconds, limit)
@@ -57,8 +65,8 @@ class Simulated:
         pass
 
 
-def simulated(monkeypatch: pytest.MonkeyPatch, path: Path, budget: float, *names: str) -> dict[str, Any]:
-    """Results of a run, and what the clock says at its end as `now`."""
+def simulated(monkeypatch: pytest.MonkeyPatch, path: Path, budget: float, *names: str) -> Results:
+    """Results of a run, at whose end `Simulated.now` is the clock."""
     module = types.ModuleType("simulated_candidates")
     candidates = [Candidate(name, "torch", unused) for name in names]
     module.everything = lambda device: candidates  # type: ignore[attr-defined]
@@ -66,12 +74,11 @@ def simulated(monkeypatch: pytest.MonkeyPatch, path: Path, budget: float, *names
     monkeypatch.setattr(runner, "Worker", Simulated)
     monkeypatch.setattr(runner, "time", types.SimpleNamespace(monotonic=lambda: Simulated.now))
     Simulated.now = 0.0
-    results = runner.Run(SETTINGS, path / "results.json", budget, "simulated_candidates").run()
-    return {**results, "now": Simulated.now}
+    return runner.Run(SETTINGS, path / "results.json", budget, "simulated_candidates").run()
 
 
-def measured(results: dict[str, Any], name: str, kind: str) -> list[dict[str, Any]]:
-    return [entry for entry in results[kind] if entry["candidate"] == name]
+def timings_of(results: Results, name: str) -> list[Timing]:
+    return [timing for timing in results.measured if timing.candidate == name]
 
 
 @pytest.mark.parametrize("budget", [20.0, 100.0])
@@ -80,33 +87,32 @@ def test_what_is_quick_is_never_left_out(
     budget: float, burden: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = simulated(monkeypatch, tmp_path, budget, *burden, "fast")
-    assert len(measured(results, "fast", "timings")) == len(SETTINGS.cases())
-    assert len(measured(results, "fast", "checks")) == len(SETTINGS.checks())
-    assert all(len(entry["rounds"]) > 1 for entry in measured(results, "fast", "timings"))
-    assert "slower" not in burden or results["left"]["slower"]
-    assert results["now"] <= budget + max(3, budget / 30)
+    assert len(timings_of(results, "fast")) == len(SETTINGS.cases())
+    assert sum(check.candidate == "fast" for check in results.checked) == len(SETTINGS.checks())
+    assert all(len(timing.rounds) > 1 for timing in timings_of(results, "fast"))
+    assert "slower" not in burden or results.left["slower"]
+    assert Simulated.now <= budget + max(3, budget / 30)
 
 
 def test_the_slow_ones_get_what_is_left_the_cheapest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["slower", "slow", "usual", "fast"]
     results = simulated(monkeypatch, tmp_path, 60.0, *names)
-    done = {Case(**entry["case"]) for entry in measured(results, "slower", "timings")}
+    done = {timing.case for timing in timings_of(results, "slower")}
     left = set(SETTINGS.cases()) - done
     assert done
     assert left
     assert max(case.matrix_entries for case in done) <= min(case.matrix_entries for case in left)
-    assert set(results["left"]) <= {"slow", "slower"}
-    assert results["now"] > 40
-    order = [(Case(**entry["case"]), entry["candidate"]) for entry in results["timings"]]
+    assert set(results.left) <= {"slow", "slower"}
+    assert Simulated.now > 40
+    order = [(entry.case, entry.candidate) for entry in results.timings]
     assert order == sorted(order, key=lambda pair: (SETTINGS.cases().index(pair[0]), names.index(pair[1])))
 
 
 def test_everything_is_measured_where_time_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = simulated(monkeypatch, tmp_path, 400.0, "fast", "usual", "slow", "slower")
-    assert results["finished"]
-    assert results["now"] < 400
-    cases = [Case(**entry["case"]) for entry in measured(results, "fast", "timings")]
-    assert cases == SETTINGS.cases()
+    assert results.finished
+    assert Simulated.now < 400
+    assert [timing.case for timing in timings_of(results, "fast")] == SETTINGS.cases()
 
 
 def test_what_took_too_long_gets_a_longer_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +120,13 @@ def test_what_took_too_long_gets_a_longer_turn(tmp_path: Path, monkeypatch: pyte
     one = dataclasses.replace(SETTINGS, batches=(32,), grad_dims=(1 << 16,), proj_dims=(1024,), check_dims=())
     monkeypatch.setitem(globals(), "SETTINGS", dataclasses.replace(one, proj_types=("normal",)))
     results = simulated(monkeypatch, tmp_path, 60.0, "liar")
-    assert results["finished"]
-    assert results["now"] == pytest.approx(3 + 12 + 2 * SECONDS_PER_ENTRY["liar"] * (1 << 26), abs=0.01)  # and a round
-    assert not simulated(monkeypatch, tmp_path, 15.0, "liar")["finished"]
+    assert results.finished
+    assert Simulated.now == pytest.approx(3 + 12 + 2 * SECONDS_PER_ENTRY["liar"] * (1 << 26), abs=0.01)  # and a round
+    assert not simulated(monkeypatch, tmp_path, 15.0, "liar").finished
 
 
 def test_small_shapes_do_not_raise_predictions() -> None:
-    budget, task = Budget(300.0, 10), Task("timings", Case(1, 10**6, 10**3, "float32", "normal", "cpu"), "a")
+    budget, measurement = Budget(300.0, 10), Measurement("a", Case(1, 10**6, 10**3, "float32", "normal", "cpu"))
     for entries, seconds, predicted in (
         (10**6, 0.1, 100.0),
         (10**8, 5.0, 50.0),
@@ -128,20 +134,20 @@ def test_small_shapes_do_not_raise_predictions() -> None:
         (10**7, 0.4, 40.0),
     ):
         budget.learn("a", entries, seconds)
-        assert budget.cost(task) == pytest.approx(predicted)
-    budget.overran(task._replace(case=Case(1, 10, 10, "float32", "normal", "cpu")), 10.0)
-    assert budget.cost(task) == pytest.approx(10.0 * 10**7)
+        assert budget.cost(measurement) == pytest.approx(predicted)
+    budget.overran(measurement._replace(case=Case(1, 10, 10, "float32", "normal", "cpu")), 10.0)
+    assert budget.cost(measurement) == pytest.approx(10.0 * 10**7)
 
 
 def test_limits_end_with_the_budget() -> None:
-    budget, task = Budget(300.0, 10), Task("timings", Case(1, 10**6, 10**3, "float32", "normal", "cpu"), "a")
-    assert budget.limit(task, 300.0) == 10
+    budget, measurement = Budget(300.0, 10), Measurement("a", Case(1, 10**6, 10**3, "float32", "normal", "cpu"))
+    assert budget.limit(measurement, 300.0) == 10
     budget.learn("a", 10**9, 20.0)
-    assert budget.limit(task, 300.0) == 80
-    assert budget.limit(task, 30.0) == 40
-    budget.overran(task, 80.0)
-    assert budget.cost(task) == pytest.approx(80)
-    check = task._replace(kind="checks")
+    assert budget.limit(measurement, 300.0) == 80
+    assert budget.limit(measurement, 30.0) == 40
+    budget.overran(measurement, 80.0)
+    assert budget.cost(measurement) == pytest.approx(80)
+    check = measurement._replace(is_check=True)
     budget.overran(check, 80.0)
     assert budget.cost(check) == pytest.approx(80)
-    assert budget.affordable([check, task], 40.0) == {task}
+    assert budget.affordable([check, measurement], 40.0) == {measurement}

@@ -1,6 +1,10 @@
 """What the benchmark computes from its measurements, against values by hand, and what it shows."""
 
+import dataclasses
+import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,38 +12,63 @@ import torch
 
 from trak_fast.bench import figures, page, quality, tables, units, worker
 from trak_fast.bench.case import Case
+from trak_fast.bench.environment import Device, Environment, Machine, TorchBuild
+from trak_fast.bench.results import (
+    Absent,
+    Ceilings,
+    Check,
+    FirstCall,
+    Omission,
+    Present,
+    Quality,
+    Results,
+    Timing,
+    load,
+    save,
+)
+from trak_fast.bench.settings import defaults
 
 CASE = Case(32, 1000, 100, "float32", "rademacher", "cpu")
-CEILINGS = {"copy_bytes_per_second": 1e9, "flop_per_second": {"float32": 1e11, "bfloat16": 1e13, "float16": 1e11}}
+CEILINGS = Ceilings(1e9, {"float32": 1e11, "bfloat16": 1e13, "float16": 1e11})
 
 
-def timing(name: str, rounds: list[list[float]], case: Case = CASE) -> dict[str, Any]:
-    entry = {"candidate": name, "case": case.asdict(), "status": "ok", "error": None, "dense": True, "rounds": rounds}
-    entry |= {"memory_bytes": 3 << 20, "warm": True}
-    return {**entry, **figures.summarize(entry, CEILINGS)}
+def timing(name: str, rounds: list[list[float]], case: Case = CASE, *, dense: bool = True) -> Timing:
+    return figures.summarize(name, case, dense, FirstCall(0.0, rounds[0][0], 3 << 20), rounds, CEILINGS)
 
 
-def results(*timings: dict[str, Any]) -> dict[str, Any]:
-    machine = {"system": "Linux", "python": "3.11", "processor": "a <fast> one", "cores": 2}
-    found = {"error": 2.5e-7, "norm_distortion": 0.0625, "inner_distortion": 0.0442, "effective_dim": 512.0}
-    found |= {"column_dim": 511.0, "equal_columns": 3, "repeatable": True, "remade": True}
-    case = Case(1, 650, 512, "float32", "rademacher", "cpu").asdict()
-    return {
-        "started": "2026-01-02T03:04:05+00:00", "finished": True, "left": {}, "settings": {"threads": 2},
-        "environment": {"machine": machine, "torch": {"version": "2.9"}, "trak_fast": {"version": "0.1"}},
-        "ceilings": CEILINGS, "candidates": {"fast_jl": {"status": "missing", "error": "no <such> thing"}},
-        "timings": list(timings),
-        "checks": [{"candidate": "trak_fast amx", "case": case, "status": "ok", "error": None, "found": found}],
-    }  # fmt: skip
+def results(*timings: Timing) -> Results:
+    case = Case(1, 650, 512, "float32", "rademacher", "cpu")
+    found = Quality(
+        repeatable=True, remade=True, error=2.5e-7, matrix="reference", column_dim=511.0, equal_columns=3,
+        norm_distortion=0.0625, inner_distortion=0.0442, effective_dim=512.0,
+    )  # fmt: skip
+    return Results(
+        started="2026-01-02T03:04:05+00:00", finished=True, left={}, seconds=1.0,
+        settings=dataclasses.replace(defaults("cpu"), threads=2),
+        environment=Environment(
+            machine=Machine("Linux", "3.11", "a <fast> one", 2, 1 << 30), trak_fast={"version": "0.1"},
+            torch=TorchBuild("2.9", None, ""), variables={},
+        ),
+        ceilings=CEILINGS, candidates={"fast_jl": Absent("missing", "no <such> thing")}, timings=list(timings),
+        checks=[Check("trak_fast amx", case, 0.5, found)],
+    )  # fmt: skip
 
 
 def test_rates_by_hand() -> None:
     summary = timing("a", [[0.1, 0.2], [0.3, 0.4, 0.5]])
-    assert summary["median"] == 0.3
-    assert (summary["low"], summary["high"]) == (0.2, 0.4)
-    assert summary["flop_per_second"] == pytest.approx(2 * 32 * 1000 * 100 / 0.3)
-    assert summary["gradient_bytes_per_second"] == pytest.approx(128_000 / 0.3)
-    assert summary["samples_per_second"] == pytest.approx(32 / 0.3)
+    assert summary.median == 0.3
+    assert (summary.low, summary.high) == (0.2, 0.4)
+    assert summary.flop_per_second == pytest.approx(2 * 32 * 1000 * 100 / 0.3)
+    assert summary.gradient_bytes_per_second == pytest.approx(128_000 / 0.3)
+    assert summary.samples_per_second == pytest.approx(32 / 0.3)
+    assert summary.warm
+
+
+def test_a_timing_without_rounds_is_its_first_call() -> None:
+    cold = figures.summarize("a", CASE, True, FirstCall(0.5, 2.0, None), [], None)
+    assert (cold.warm, cold.rounds, cold.median) == (False, [[2.0]], 2.0)
+    assert cold.floor_seconds is cold.of_floor is None
+    assert figures.with_floor(cold, CEILINGS).of_floor == pytest.approx(figures.floor_seconds(CASE, CEILINGS) / 2)
 
 
 def test_floor_by_hand() -> None:
@@ -50,16 +79,14 @@ def test_floor_by_hand() -> None:
     half = Case(32, 1000, 1000, "bfloat16", "normal", "cpu")
     assert figures.floor_seconds(half, CEILINGS) == pytest.approx((32 * 1000 * 2 + 32 * 1000 * 4) / 1e9)
     entry = timing("a", [[1e-3]])
-    assert entry["of_floor"] == pytest.approx(moved / 1e9 / 1e-3)
-    assert figures.summarize({**entry, "dense": False}, CEILINGS)["of_floor"] is None
+    assert entry.of_floor == pytest.approx(moved / 1e9 / 1e-3)
+    assert timing("a", [[1e-3]], dense=False).of_floor is None
 
 
 def test_the_better_ceiling_counts() -> None:
-    found = {"copy_bytes_per_second": 2e9, "flop_per_second": {"float32": 9e10, "bfloat16": 2e13, "float16": 1e11}}
+    found = Ceilings(2e9, {"float32": 9e10, "bfloat16": 2e13, "float16": 1e11})
     assert figures.better(None, found) == found
-    assert figures.better(CEILINGS, found) == {
-        "copy_bytes_per_second": 2e9, "flop_per_second": {"float32": 1e11, "bfloat16": 2e13, "float16": 1e11},
-    }  # fmt: skip
+    assert figures.better(CEILINGS, found) == Ceilings(2e9, {"float32": 1e11, "bfloat16": 2e13, "float16": 1e11})
 
 
 def test_changes_beyond_noise() -> None:
@@ -81,12 +108,12 @@ def test_changes_beyond_noise() -> None:
         timing("once", [[0.1], [0.1]]),
         timing("elsewhere", [[1.0], [1.0]], other),
     )
-    rows = {row["candidate"]: row for row in figures.compare(before, after)}
-    assert {name: row["verdict"] for name, row in rows.items()} == {
+    changes = {change.candidate: change for change in figures.compare(before, after)}
+    assert {name: change.verdict for name, change in changes.items()} == {
         "faster": "faster", "slower": "slower", "noisy": "same", "hardly": "same", "once": "one sample",
     }  # fmt: skip
-    assert rows["faster"]["ratio"] == pytest.approx(2)
-    text = tables.compared(list(rows.values()))
+    assert changes["faster"].ratio == pytest.approx(2)
+    text = tables.compared(list(changes.values()))
     assert re.search(r"slower +B = 32, D = 1,000, .* 1 s +1.5 s +× 0.67 +slower", text)
     assert re.search(r"faster .* 1 s +500 ms +× 2.00 +faster", text)
     assert text.endswith("2 of 5 timings are the same within noise, 1 have too few samples to tell")
@@ -96,7 +123,7 @@ def test_a_slow_stretch_is_no_change() -> None:
     """Many samples of few rounds must not count as independent ones."""
     before = results(timing("a", [[1.0] * 5, [1.0] * 5, [1.5] * 5]))
     after = results(timing("a", [[1.2] * 5, [1.2] * 5, [1.25] * 5]))
-    assert figures.compare(before, after)[0]["verdict"] == "same"
+    assert figures.compare(before, after)[0].verdict == "same"
 
 
 def test_units() -> None:
@@ -154,9 +181,9 @@ def test_distortion_by_hand() -> None:
     grads = torch.tensor([[3.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     projected = torch.tensor([[3.0 * 1.1**0.5, 0.0], [0.4, (0.9 * 4 - 0.16) ** 0.5]], dtype=torch.float64)
     found = quality.distortion(grads, projected)
-    assert found["norm_distortion"] == pytest.approx(0.1)
-    assert found["effective_dim"] == pytest.approx(200)
-    assert found["inner_distortion"] == pytest.approx(3 * 1.1**0.5 * 0.4 / 6)
+    assert found.norms == pytest.approx(0.1)
+    assert found.effective_dim == pytest.approx(200)
+    assert found.inner_products == pytest.approx(3 * 1.1**0.5 * 0.4 / 6)
 
 
 def test_columns_by_hand() -> None:
@@ -164,8 +191,8 @@ def test_columns_by_hand() -> None:
     columns = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [half, half]], dtype=torch.float64)
     for block in (1, 2, 1024):
         found = quality.columns(columns, block)
-        assert found["equal_columns"] == 1
-        assert found["column_dim"] == pytest.approx(3 / (1 + 0.5 + 0.5), rel=1e-6)
+        assert found.equal_columns == 1
+        assert found.column_dim == pytest.approx(3 / (1 + 0.5 + 0.5), rel=1e-6)
 
 
 def test_peak_memory_sees_what_was_freed() -> None:
@@ -175,3 +202,100 @@ def test_peak_memory_sees_what_was_freed() -> None:
     if peak is None:
         pytest.skip("this system does not tell")
     assert 46 << 20 < peak < 64 << 20
+
+
+REPOSITORY = Path(__file__).parents[1]
+PUBLISHED = sorted((REPOSITORY / "benchmarks" / "results").glob("*-bench.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_results_are_read_and_written_byte_for_byte(path: Path, tmp_path: Path) -> None:
+    save(tmp_path / "again.json", load(path))
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_pages_follow_from_the_results(path: Path) -> None:
+    """All but the plots, which are as the version of matplotlib draws them."""
+
+    def without_plots(html: str) -> list[str]:
+        return re.sub("<svg.*?</svg>", "", html, flags=re.DOTALL).splitlines()
+
+    published = path.with_suffix(".html").read_text(encoding="utf-8")
+    assert without_plots(page.page(load(path))) == without_plots(published)
+
+
+def test_the_table_of_the_readme_follows_from_published_results() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    assert any(tables.replace_table(readme, load(path)) == readme for path in PUBLISHED)
+
+
+def every_entry() -> Results:
+    """Results with an entry of each type, on a GPU that this machine need not have."""
+    whole = results(timing("a", [[0.1, 0.2], [0.3]]), timing("sparse", [[1.0]], dense=False))
+    whole.timings.append(Omission("b", CASE, "failed", "RuntimeError: out of luck"))
+    whole.checks.append(Omission("b", CASE, "skipped", "dtype float32: it has float16"))
+    whole.candidates |= {"a": Present("1.0", 10, 0.5), "b": Absent("failed", "ValueError")}
+    whole.left = {"a": 3}
+    whole.settings = dataclasses.replace(whole.settings, device="cuda", only=("a", "b"))
+    whole.environment = dataclasses.replace(whole.environment, device=Device("H100", "9.0", 80 << 30, 132))
+    return whole
+
+
+def test_results_come_back_from_their_file(tmp_path: Path) -> None:
+    for whole in (results(), every_entry(), dataclasses.replace(every_entry(), ceilings=None)):
+        save(tmp_path / "results.json", whole)
+        assert load(tmp_path / "results.json") == whole
+
+
+def changed(*keys: str | int, to: object) -> Callable[[dict[str, Any]], None]:
+    """Makes a function that sets a value deep in an object."""
+
+    def change(content: Any) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed("format", to=2),
+        changed("format", to=None),
+        changed("unknown", to=1),
+        changed("seconds", to="1"),
+        changed("finished", to=1),
+        changed("left", to=[]),
+        changed("left", "a", to=1.5),
+        changed("settings", to=None),
+        changed("settings", "batches", to=4),
+        changed("settings", "batches", to=[0]),
+        changed("settings", "threads", to=True),
+        changed("environment", "machine", to={}),
+        changed("ceilings", "flop_per_second", "float32", to=None),
+        changed("candidates", "a", "status", to="missing"),
+        changed("candidates", "a", "version", to=1),
+        changed("timings", to={"a": 1}),
+        changed("timings", 0, to=3),
+        changed("timings", 0, "status", to="failed"),
+        changed("timings", 0, "rounds", to=[]),
+        changed("timings", 0, "rounds", to=[[]]),
+        changed("timings", 0, "median", to=0),
+        changed("timings", 0, "case", "batch", to="32"),
+        changed("timings", 0, "extra", to=1),
+        changed("checks", 0, "found", to={}),
+        lambda content: content.pop("checks"),
+        lambda content: content["timings"][0].pop("median"),
+        lambda content: content["timings"][0].pop("status"),
+    ],
+)
+def test_other_files_are_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    save(path, every_entry())
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"results.json holds no results of trak-fast bench \(format 1\)"):
+        load(path)

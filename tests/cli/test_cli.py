@@ -1,8 +1,10 @@
 """The command line: what it prints, and what it says when it can't do as asked."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 
 import trak_fast
+from trak_fast.bench import runner
 from trak_fast.cli import main
 from trak_fast.demo import digits
 from trak_fast.demo import run as demo
+from trak_fast.plan import rates
 
 
 def test_module_and_version() -> None:
@@ -38,33 +42,157 @@ def test_info_as_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "command"),
-        (["attribute"], "attribute"),
-        (["info", "--yaml"], "--yaml"),
-        (["demo", "--subsets", "many"], "--subsets: invalid int value: 'many'"),
-        (["demo", "--subsets", "1"], "subsets must be in [2, 100000], not 1"),
-        (["demo", "--proj-dim", "0"], "proj_dim must be in [1, 4294967296], not 0"),
-        (["demo", "--checkpoints", "0"], "checkpoints must be in [1, 1000], not 0"),
-        (["demo", "--nets-per-subset", "0"], "nets_per_subset must be in [1, 1000], not 0"),
-        (["demo", "--epochs", "0"], "epochs must be in [1, 10000], not 0"),
-        (["demo", "--seed", "-1"], "seed must be in [0, 4294967295], not -1"),
-        (["demo", "--train-size", "1797"], "train_size must be in [256, 1787], not 1797"),
-        (["demo", "--test-size", "451"], "test_size must be in [12, 450], not 451"),
-        (["demo", "--flipped", "0"], "flipped must be in [1/1347, 0.5], not 0.0"),
-        (["demo", "--flipped", "nan"], "flipped must be in [1/1347, 0.5], not nan"),
-        (["demo", "--threads", "0"], "threads must be at least 1, not 0"),
-    ],
+    ("arguments", "message"), [([], "command"), (["attribute"], "attribute"), (["info", "--yaml"], "--yaml")]
 )
-def test_wrong_arguments_are_named(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_unknown_commands_and_flags_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "run", lambda *_: pytest.fail("ran"))
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+REQUIRED = {"demo": [], "bench": [], "plan": ["--params", "10", "--proj-dim", "8", "--samples", "9"]}
+INTEGERS = {  # and the least and the largest value of each
+    "demo": {
+        "--proj-dim": (1, 2**32), "--checkpoints": (1, 1000), "--subsets": (2, 100_000), "--nets-per-subset": (1, 1000),
+        "--epochs": (1, 10_000), "--train-size": (256, 1785), "--test-size": (12, 450), "--seed": (0, 2**32 - 1),
+        "--threads": (1, 1024),
+    },
+    "bench": {
+        "--batches": (1, 2**32), "--grad-dims": (1, 2**48), "--proj-dims": (1, 2**32), "--check-dims": (1, 2**48),
+        "--check-proj-dim": (1, 2**32), "--threads": (1, 1024),
+    },
+    "plan": {
+        "--params": (1, 2**48), "--proj-dim": (1, 2**32), "--samples": (1, 2**48), "--targets": (0, 2**48),
+        "--checkpoints": (1, 2**32), "--batch": (1, 2**32), "--tokens": (1, 2**48), "--processes": (1, 2**32),
+    },
+}  # fmt: skip
+REALS = {
+    "demo": {"--flipped": ("0", "0.51")}, "bench": {"--budget": ("0", "1e8")}, "plan": {"--gradient-seconds": ("1e10",)}
+}  # fmt: skip
+CHOICES = {
+    "bench": {"--device": "cpu, cuda", "--dtypes": "float32, bfloat16, float16", "--proj-types": "rademacher, normal"},
+    "plan": {"--device": "cpu, cuda", "--dtype": "float32, bfloat16, float16", "--proj-type": "rademacher, normal"},
+}
+NOT_FINITE = ("nan", "inf", "-1e400", "1" + "0" * 400)
+
+
+def wrong_arguments() -> Iterator[tuple[str, str, str, str]]:
+    """Command, flag, wrong value, and the expression that the end of the message matches."""
+    for command, flags in INTEGERS.items():
+        for flag, (low, high) in flags.items():
+            for value in (low - 1, -1, high + 1, 10**30):
+                yield command, flag, str(value), rf"in \[{low}, [0-9* -]+\], not {value}"
+            for text in (*NOT_FINITE, "1.5", "many", ""):
+                yield command, flag, text, r"an integer, not (str|float) \(.+\)"
+    for command, reals in REALS.items():
+        for flag, values in reals.items():
+            for text in (*values, "-1", *NOT_FINITE):
+                yield command, flag, text, r"in [(\[]\S+, \S+\], not \S+"
+            yield command, flag, "many", r"a number, not str \('many'\)"
+    for command, choices in CHOICES.items():
+        for flag, allowed in choices.items():
+            for text in ("zzz", ""):
+                yield command, flag, text, re.escape(f"one of {str(allowed.split(', '))[1:-1]}, not {text!r}")
+    yield "bench", "--only", "zzz", r"part of one of 'trak_fast .+', .*'scikit-learn sparse', not 'zzz'"
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Makes the commands fail the test where they begin to work, and looks for files that they wrote."""
+    for module, name in ((demo, "run"), (runner.Run, "run"), (rates, "calibrate")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("ran"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("command", "flag", "value", "allowed"), list(wrong_arguments()))
+def test_every_flag_refuses_wrong_values(
+    command: str, flag: str, value: str, allowed: str, nothing_runs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, *REQUIRED[command], f"{flag}={value}"]) == 2
+    name = flag.removeprefix("--").replace("-", "_")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"trak-fast: error: {name} must be {allowed}\n", captured.err)
+
+
+def test_no_flag_is_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
+    """The switches, the files and the help have no wrong values; files that are missing or no results come below."""
+    without = {"--help", "--json", "--full", "--half", "--output", "--compare", "--bench", "--only"}
+    for command in REQUIRED:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - without
+        assert flags == {*INTEGERS[command], *REALS[command], *CHOICES.get(command, {})}
+
+
+@pytest.mark.parametrize("command", ["bench", "plan"])
+def test_a_device_that_is_not_there(
+    command: str, nothing_runs: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([command, *REQUIRED[command], "--device", "cuda"]) == 2
+    error = "trak-fast: error: device must be 'cpu' where torch finds no CUDA device, not 'cuda'\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("command", ["bench", "plan"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read .*: .*No such file"),
+        (b"", "cannot read"),
+        (b"\xff\x00", "cannot read"),
+        (b"[" * 100_000, "cannot read"),
+        (b"[1]", "holds no results of trak-fast bench"),
+        (b'{"format": 2, "timings": []}', "holds no results of trak-fast bench"),
+        (b'{"format": 1, "timings": 5}', "holds no results of trak-fast bench"),
+        (b'{"format": 1, "timings": [], "checks": []}', "holds no results of trak-fast bench"),
+    ],
+)
+def test_files_that_hold_no_results(
+    command: str, content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_bytes(content)
+    options = ["--bench", str(path)] if command == "plan" else ["--compare", str(path), str(path)]
+    assert main([command, *REQUIRED[command], *options]) == 1
+    assert re.fullmatch(f"trak-fast: error: .*{message}.*\n", capsys.readouterr().err)
+    assert sorted(tmp_path.iterdir()) == ([] if content is None else [path])
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+@pytest.mark.parametrize("place", ["taken", "taken/below", "/proc/nowhere"])
+def test_output_that_cannot_be_written(
+    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "load_data", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(runner.Run, "run", lambda *_: pytest.fail("ran"))
+    (tmp_path / "taken").write_text("")
+    assert main([command, "--output", str(tmp_path / place)]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch("trak-fast: error: cannot write to the output folder: .+\n", error)
+    assert str(tmp_path / place) in error
+    assert (tmp_path / "taken").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("3 GiB"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], restore_threads: None
+) -> None:
+    def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(demo, "run", run)
+    assert main(["demo", "--threads", "1"]) == 1
+    assert capsys.readouterr().err == f"trak-fast: error: this machine has too little memory: {error}\n"
 
 
 def test_demo_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, restore_threads: None) -> None:
@@ -82,14 +210,6 @@ def test_demo_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, restore_t
     options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["demo", "--output", "there", "--threads", "1", *options]) == 1
     assert seen == [("there", digits.Settings(**values), 1)]
-
-
-def test_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], restore_threads: None) -> None:
-    (tmp_path / "taken").write_text("")
-    assert main(["demo", "--output", str(tmp_path / "taken")]) == 1
-    error = capsys.readouterr().err
-    assert "cannot write to the output folder" in error
-    assert str(tmp_path / "taken") in error
 
 
 def test_interruption(

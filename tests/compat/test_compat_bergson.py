@@ -146,7 +146,7 @@ def test_identifiers_name_matrices() -> None:
     results = [layer.project_global(name, grads, 10) for name in ("a/single", "b/single", "a/left", "a/single/seed1")]
     for n, one in enumerate(results):
         assert not any(torch.equal(one, other) for other in results[:n])
-    with pytest.raises(ValueError, match="projection_scale is 'none', allowed are jl, row_norm"):
+    with pytest.raises(ValueError, match="projection_scale must be one of 'jl', 'row_norm', not 'none'"):
         layer.project_global("a", grads, 10, projection_scale="none")
-    with pytest.raises(ValueError, match="proj_type is 'sparse'"):
+    with pytest.raises(ValueError, match="proj_type must be one of 'rademacher', 'normal', not 'sparse'"):
         layer.project_global("a", grads, 10, "sparse")

@@ -87,12 +87,20 @@ def test_names_and_parameters() -> None:
     assert clone(projection).get_params() == projection.get_params()
     names = projection.fit(np.ones((2, 5))).get_feature_names_out()
     assert list(names) == [f"fusedrandomprojection{i}" for i in range(3)]
-    for bad, message in [
-        ({"n_components": 0}, "proj_dim must be in .1, 2..32., not 0"),
-        ({"n_components": "many"}, "n_components is 'many'"),
-        ({"n_components": 2.5}, "n_components is 2.5"),
-        ({"eps": 1.5}, "eps is 1.5"),
-        ({"n_components": 2, "proj_type": "sparse"}, "proj_type must be one of 'rademacher', 'normal', not 'sparse'"),
+    for bad, error, message in [
+        ({"n_components": 0}, ValueError, "n_components must be at least 1, not 0"),
+        ({"n_components": 2**32 + 1}, ValueError, r"proj_dim must be in \[1, 2\*\*32\], not 4294967297"),
+        ({"n_components": "many"}, ValueError, "n_components must be 'auto' or an integer, not 'many'"),
+        ({"n_components": 2.5}, TypeError, r"n_components must be an integer, not float \(2\.5\)"),
+        ({"eps": 0}, ValueError, "eps must be above 0, not 0"),
+        ({"eps": 1}, ValueError, r"eps must be in \(0, 1\), not 1"),
+        ({"eps": 1.5}, ValueError, r"eps must be in \(0, 1\), not 1\.5"),
+        ({"eps": "some"}, TypeError, r"eps must be a number, not str \('some'\)"),
+        (
+            {"n_components": 2, "proj_type": "sparse"},
+            ValueError,
+            "proj_type must be one of 'rademacher', 'normal', not 'sparse'",
+        ),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             FusedRandomProjection(**bad).fit(np.ones((2, 5)))  # type: ignore[arg-type]

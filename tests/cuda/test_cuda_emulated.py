@@ -60,12 +60,22 @@ def isa() -> str:
 
 def describe(
     grads: torch.Tensor | list[torch.Tensor], out: torch.Tensor, kind: str, offset: int = 0, terms: int = 3
-) -> tuple[Any, ...]:
-    """Makes a projection as the compiled module takes it."""
+) -> Any:
+    """Describes a projection to the compiled module."""
     tensors = grads if isinstance(grads, list) else [grads]
-    parts = [checks.describe(tensor) for tensor in tensors]
-    place = (out.data_ptr(), out.stride(0), out.stride(1))
-    return (checks.KINDS[kind], SEED, MODEL_ID, out.shape[1], len(out), offset, terms, parts, *place)
+    return kernels._C.Projection(
+        kind=checks.KINDS[kind],
+        seed=SEED,
+        stream=MODEL_ID,
+        rows=out.shape[1],
+        batch=len(out),
+        offset=offset,
+        terms=terms,
+        parts=[kernels.part_of(tensor) for tensor in tensors],
+        out=out.data_ptr(),
+        out_batch_stride=out.stride(0),
+        out_row_stride=out.stride(1),
+    )
 
 
 def project(

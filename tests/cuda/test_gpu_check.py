@@ -1,4 +1,4 @@
-"""Tests of benchmarks/gpu_check.py that need no GPU: its rows, its targets, its table and its files."""
+"""Tests the parts of benchmarks/gpu_check.py that need no GPU: its rows, its targets, its table and its files."""
 
 import importlib
 import importlib.machinery

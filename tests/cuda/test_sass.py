@@ -56,7 +56,7 @@ def compile_for_hopper(source: Path, cubin: Path) -> str:
     nvcc = os.environ.get("CUDACXX") or find_tool("nvcc", CUDA_HOME / "bin")
     if nvcc is None:
         pytest.skip("needs nvcc, of the CUDA toolkit")
-    command = [nvcc, "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc/cuda'}"]
+    command = [nvcc, "-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc/cuda'}"]
     command += ['-DTRAK_FAST_CUDA_ARCHITECTURES="90a"', "-cubin", str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

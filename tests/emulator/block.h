@@ -88,7 +88,7 @@ struct Mbarrier {
   uint32_t phase = 0;
   Thread* initialiser;
   bool fenced = false;
-  Queue waiting;
+  Queue waiting = {};
 };
 
 struct Warp {
@@ -103,7 +103,7 @@ struct Event {
   const char* what;
   uint64_t argument;
   int arrived = 0;
-  std::shared_ptr<Wgmma> wgmma;
+  std::shared_ptr<Wgmma> wgmma = nullptr;
 };
 
 struct Warpgroup {

@@ -71,7 +71,7 @@ void mbarrier_init(uint64_t* barrier, int arrivals) {
   check_shared(barrier, 8, 8, "mbarrier");
   if (arrivals < 1 || arrivals >= 1 << 20) fail("mbarrier of " + std::to_string(arrivals) + " arrivals");
   if (block->mbarriers.count(barrier) != 0) fail("mbarrier initialised twice");
-  block->mbarriers[barrier] = {arrivals, arrivals, 0, 0, current, false, {}};
+  block->mbarriers[barrier] = {.expected = arrivals, .pending = arrivals, .initialiser = current};
   *barrier = kBarrierMark;
   pause();
 }
@@ -105,7 +105,7 @@ void copy_16(void* shared, const void* global, int valid) {
   check_shared(shared, 16, 16, "cp.async");
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("cp.async from a misaligned address");
   if (valid < 0 || valid > 16) fail("cp.async of " + std::to_string(valid) + " bytes");
-  Copy copy{shared, global, valid};
+  Copy copy = {.to = shared, .from = global, .valid = valid};
   std::memset(shared, 0xFF, 16);
   if (block->work_chance == 256) perform(copy);
   current->copies.back().push_back(copy);
@@ -131,7 +131,7 @@ void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int32_t x
   const Mbarrier& here = find(barrier);
   if (!here.fenced) fail("TMA with an mbarrier whose initialisation was not fenced");
   std::memset(shared, 0xFF, bytes);
-  const Transfer transfer{static_cast<char*>(shared), *map, barrier, x, y};
+  const Transfer transfer = {.to = static_cast<char*>(shared), .map = *map, .barrier = barrier, .x = x, .y = y};
   if (block->work_chance == 256) {
     perform(transfer);
   } else {

@@ -86,7 +86,12 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_
   // The hardware takes narrower boxes in the 128-byte swizzle, too; nothing here needs them.
   if (swizzle == CU_TENSOR_MAP_SWIZZLE_128B) valid = valid && box[0] * 2 == 128;
   if (!valid) return CUDA_ERROR_INVALID_VALUE;
-  *map = {static_cast<const char*>(data), {sizes[0], sizes[1]}, strides[0], {box[0], box[1]}, swizzle, kTensorMapMagic};
+  *map = {.data = static_cast<const char*>(data),
+          .sizes = {sizes[0], sizes[1]},
+          .stride = strides[0],
+          .box = {box[0], box[1]},
+          .swizzle = swizzle,
+          .magic = kTensorMapMagic};
   return CUDA_SUCCESS;
 }
 

@@ -58,7 +58,7 @@ Warpgroup& my_warpgroup(const char* what) {
 
 Event& next_event(Warpgroup& group, const char* what, uint64_t argument) {
   const size_t i = current->warpgroup_events++ - group.first_event;
-  if (i == group.events.size()) group.events.push_back({what, argument, 0, nullptr});
+  if (i == group.events.size()) group.events.push_back({.what = what, .argument = argument});
   Event& event = group.events[i];
   if (std::strcmp(event.what, what) != 0 || event.argument != argument) {
     fail(std::string("is at ") + what + " " + std::to_string(argument) + " where its warpgroup is at " + event.what +

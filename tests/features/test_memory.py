@@ -9,7 +9,7 @@ from attribution import CHECKPOINTS, TRAIN, N, build
 from torch import Tensor
 
 from trak_fast.features import memory
-from trak_fast.features.memory import free_bytes, in_parts, sample_bytes
+from trak_fast.features.memory import free_bytes, halving_on_oom, sample_bytes
 from trak_fast.gradients import FunctionalGradientComputer
 
 
@@ -29,16 +29,16 @@ def test_parts_have_the_size_until_memory_runs_out() -> None:
         seen.append(part)
 
     limit = 9
-    assert in_parts(10, 4, compute) == 4
+    assert halving_on_oom(10, 4, compute) == 4
     assert seen == [slice(0, 4), slice(4, 8), slice(8, 10)]
     seen.clear()
     limit = 3
-    assert in_parts(10, 9, compute) == 2
+    assert halving_on_oom(10, 9, compute) == 2
     assert seen == [slice(i, i + 2) for i in range(0, 10, 2)]
     limit = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        in_parts(2, 2, compute)
-    assert in_parts(0, 2, compute) == 2
+        halving_on_oom(2, 2, compute)
+    assert halving_on_oom(0, 2, compute) == 2
 
 
 def counted(folder: Path, **options: Any) -> list[int]:

@@ -48,7 +48,7 @@ class Attention(nn.Module):
 
 
 def loop(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """∇f of each sample, with f written out as log p/(1 − p) and autograd's own graph."""
+    """Computes ∇f of each sample, with f written out as log p/(1 − p) and autograd's own graph."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     rows = []
     for image, label in zip(images, labels, strict=True):
@@ -168,7 +168,7 @@ def test_parameters_are_chosen_by_patterns(patterns: list[str], names: list[str]
         (["5.bias", "head"], ValueError, "no parameter head; it has 0.weight, "),
         (["*.bias", "head.*"], ValueError, r"no parameter head\.\*; it has"),
         (["5.BIAS"], ValueError, r"no parameter 5\.BIAS"),
-        ([], ValueError, "grad_wrt names no parameter"),
+        ([], ValueError, "grad_wrt must name at least one parameter, not none"),
         ("5.bias", TypeError, "not the string '5.bias'"),
     ],
 )

@@ -90,7 +90,7 @@ class Device:
         self._library.emulator_set_device(1, capability, multiprocessors)
         self._library.emulator_set_seed(ctypes.c_uint64(seed))
 
-    def launches(self, projection: tuple[Any, ...]) -> int:
+    def launches(self, projection: Any) -> int:
         """Counts the kernels that a projection launches. None runs, so its tensors need not be there."""
         self.count("launch")
         self._library.emulator_set_idle(1)
@@ -104,19 +104,19 @@ class Device:
         """Counts an instruction ("wgmma", "mma bf16", "block", "launch" ...): its performances since the last call."""
         return int(self._library.emulator_count(what.encode()))
 
-    def project(self, projection: tuple[Any, ...], instruction_set: str = "", threads: int = 1) -> None:
+    def project(self, projection: Any, instruction_set: str = "", threads: int = 1) -> None:
         """Adds a projection to its output, as the CPU's function does."""
         self.run(projection, add=True)
 
-    def run(self, projection: tuple[Any, ...], add: bool) -> None:
+    def run(self, projection: Any, add: bool) -> None:
         with scratch() as allocate:
             self._module.project_cuda(projection, add, self._table.data_ptr(), allocate, 0, 0, self.kernel)
 
-    def project_adjoint(self, adjoint: tuple[Any, ...], instruction_set: str = "", threads: int = 1) -> None:
+    def project_adjoint(self, adjoint: Any, instruction_set: str = "", threads: int = 1) -> None:
         with scratch() as allocate:
             self._module.project_adjoint_cuda(adjoint, self._table.data_ptr(), allocate, 0, 0)
 
-    def scratch_bytes(self, projection: tuple[Any, ...]) -> int:
+    def scratch_bytes(self, projection: Any) -> int:
         """Returns the bytes of scratch memory that a projection asks for; it gets none, and ends with that error."""
         asked: list[int] = []
 

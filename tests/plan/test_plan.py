@@ -13,18 +13,19 @@ from sklearn.random_projection import johnson_lindenstrauss_min_dim
 import trak_fast
 from trak_fast.bench.case import Case
 from trak_fast.bench.figures import summarize
-from trak_fast.bench.results import FORMAT
+from trak_fast.bench.results import Ceilings, FirstCall, Results, Timing, begin, save
+from trak_fast.bench.settings import defaults
 from trak_fast.cli import main
 from trak_fast.plan import predict as plan
 from trak_fast.plan import rates
-from trak_fast.plan.job import Job
+from trak_fast.plan.job import LIMITS, Job
 
 RATES = rates.Rates(1e12, 1e10, 1e11, 2e11, 5e9, 1e10, "by hand", 0.002)
 
 
 def test_time_by_hand() -> None:
     job = Job(params=10**6, proj_dim=1000, samples=10**5, targets=100, checkpoints=3, tokens=50)
-    seconds = plan.predict(job, RATES)["seconds"]
+    seconds = plan.predict(job, RATES).seconds.rows()
     assert seconds == {
         "gradients": pytest.approx(3 * 100_100 * 8 * 1e6 * 50 / 2e11),
         "projection": pytest.approx(3 * 100_100 * 2 * 1e6 * 1e3 / 1e12),
@@ -40,25 +41,32 @@ def test_fewer_samples_than_dimensions() -> None:
     """The Gram matrix is n × n then, and scores come from the solve."""
     job = Job(params=1000, proj_dim=4000, samples=500, targets=10)
     found = plan.predict(job, RATES)
-    assert found["seconds"]["gradients"] is None
-    assert found["seconds"]["X'X"] == pytest.approx(2 * 500 * 500 * 4000 / 1e10)
-    assert found["seconds"]["solve"] == pytest.approx(
-        500**3 / 3 / 5e9 + 2 * 500**2 * 10 / 1e10 + 2 * 500 * 4000 * 10 / 1e10
-    )
-    assert found["disk_bytes"]["Gram matrices"] == 8 * 500 * 500
+    assert found.seconds.gradients is None
+    assert found.seconds.gram == pytest.approx(2 * 500 * 500 * 4000 / 1e10)
+    assert found.seconds.solve == pytest.approx(500**3 / 3 / 5e9 + 2 * 500**2 * 10 / 1e10 + 2 * 500 * 4000 * 10 / 1e10)
+    assert found.disk.gram_matrices == 8 * 500 * 500
 
 
 def test_processes_share_the_samples() -> None:
     options: dict[str, Any] = {"params": 1000, "proj_dim": 64, "samples": 1000, "gradient_seconds": 0.5}
-    one, four = (plan.predict(Job(**options, processes=p), RATES)["seconds"] for p in (1, 4))
+    one, four = (plan.predict(Job(**options, processes=p), RATES).seconds.rows() for p in (1, 4))
     assert one["gradients"] == 0.5 * 2000
     for stage in ("gradients", "projection", "X'X", "scores"):
         assert four[stage] == pytest.approx(one[stage] / 4)
     assert four["solve"] == one["solve"]
 
 
+def test_the_largest_and_the_smallest_job_are_predicted() -> None:
+    largest = {name: high for name, (_, high) in LIMITS.items()}
+    smallest = {name: low for name, (low, _) in LIMITS.items()}
+    for job in (Job(**largest), Job(**largest, gradient_seconds=1e9), Job(**smallest), Job(**smallest, half=True)):
+        found = plan.predict(job, RATES)
+        assert all(0 <= seconds < math.inf for seconds in found.seconds.rows().values())
+        assert plan.text(job, found).count("\n") > 20
+
+
 def test_memory_by_hand() -> None:
-    found = plan.predict(Job(10**6, 1000, 10**5, batch=16, dtype="bfloat16"), RATES)["memory_bytes"]
+    found = plan.predict(Job(10**6, 1000, 10**5, batch=16, dtype="bfloat16"), RATES).memory.rows()
     sums, waiting = 2 * 8 * 1000**2, 3 * 8 * 1000 * (1000 + 16)
     assert found["featurize"] == 16 * 10**6 * 2 + 4 * 16 * 1000 + sums + waiting
     assert found["X'X"] == 4 * sums
@@ -68,7 +76,7 @@ def test_memory_by_hand() -> None:
 
 
 def test_memory_of_fewer_samples_than_dimensions() -> None:
-    found = plan.predict(Job(100, 4000, 500, targets=10, checkpoints=3, batch=16), RATES)["memory_bytes"]
+    found = plan.predict(Job(100, 4000, 500, targets=10, checkpoints=3, batch=16), RATES).memory.rows()
     assert found["featurize"] == 16 * 100 * 4 + 4 * 16 * 4000
     assert found["X'X"] == 8 * 500**2 + 20 * 500 * 4000
     assert found["solve"] == (2 * 2 + 5) * 8 * 500**2
@@ -111,11 +119,11 @@ def test_long_sequences_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured_gradients_take_the_place_of_operations() -> None:
     job = Job(1000, 64, 100, targets=0, tokens=7)
     known = dataclasses.replace(RATES, gradient=1e-6)
-    assert plan.predict(job, known)["seconds"]["gradients"] == pytest.approx(100 * 1000 * 1e-6)
+    assert plan.predict(job, known).seconds.gradients == pytest.approx(100 * 1000 * 1e-6)
     assert "measured with a transformer block" in plan.text(job, plan.predict(job, known))
     assert "at least: 8 FLOP" in plan.text(job, plan.predict(job, RATES))
     given = dataclasses.replace(job, gradient_seconds=2.0)
-    assert plan.predict(given, known)["seconds"]["gradients"] == 200
+    assert plan.predict(given, known).seconds.gradients == 200
     assert "measured with" not in plan.text(given, plan.predict(given, known))
 
 
@@ -124,8 +132,8 @@ def test_distortion_is_the_known_bound(samples: int, proj_dim: int) -> None:
     epsilon = plan.jl_epsilon(samples, proj_dim)
     assert epsilon is not None
     assert abs(int(johnson_lindenstrauss_min_dim(samples, eps=epsilon)) - proj_dim) <= 1
-    found = plan.predict(Job(10, proj_dim, samples, targets=0), RATES)["distortion"]
-    assert found == {"norm": math.sqrt(2 / proj_dim), "cosine": math.sqrt(1 / proj_dim), "all": epsilon}
+    found = plan.predict(Job(10, proj_dim, samples, targets=0), RATES).distortion
+    assert found == plan.Distortion(math.sqrt(2 / proj_dim), math.sqrt(1 / proj_dim), epsilon)
 
 
 def test_no_bound_for_few_dimensions() -> None:
@@ -152,30 +160,31 @@ def test_disk_is_what_a_run_takes(half: bool, samples: int, tmp_path: Path) -> N
     traker.finalize_scores("e")
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*.np*"))
     job = Job(105, k, samples, targets=targets, checkpoints=2, half=half)
-    predicted = plan.predict(job, RATES)["disk_bytes"]["total"]
+    predicted = plan.predict(job, RATES).disk.total
     headers = sum(128 for _ in tmp_path.rglob("*.np*"))
     assert taken - headers == predicted
 
 
-def results() -> dict[str, Any]:
-    ceilings = {
-        "copy_bytes_per_second": 7e9,
-        "flop_per_second": {"float32": 1e11, "bfloat16": 2e11, "float16": 1e9, "float64": 5e10},
-    }
-    timings = []
-    for name, batch, grad_dim, proj_dim, seconds in (
-        ("trak_fast slow", 32, 1000, 512, 2.0),
-        ("trak_fast fast", 32, 1000, 512, 1.0),
-        ("trak_fast fast", 32, 500, 512, 0.1),
-        ("trak_fast fast", 256, 1000, 4096, 0.01),
-        ("torch", 32, 1000, 512, 0.001),
-    ):
-        case = Case(batch, grad_dim, proj_dim, "float32", "normal", "cpu")
-        entry = {"candidate": name, "case": case.asdict(), "dense": True, "rounds": [[seconds]], "status": "ok"}
-        timings.append({**entry, **summarize(entry, ceilings)})
-    return {
-        "format": FORMAT, "started": "2026-01-02T03:04:05", "ceilings": ceilings, "timings": timings,
-    }  # fmt: skip
+CEILINGS = Ceilings(7e9, {"float32": 1e11, "bfloat16": 2e11, "float16": 1e9, "float64": 5e10})
+
+
+def timing(name: str, batch: int, grad_dim: int, proj_dim: int, seconds: float) -> Timing:
+    case = Case(batch, grad_dim, proj_dim, "float32", "normal", "cpu")
+    return summarize(name, case, True, FirstCall(0.0, seconds, None), [[seconds]], CEILINGS)
+
+
+def results() -> Results:
+    found = begin(defaults("cpu"))
+    found.started = "2026-01-02T03:04:05"
+    found.ceilings = CEILINGS
+    found.timings = [
+        timing("trak_fast slow", 32, 1000, 512, 2.0),
+        timing("trak_fast fast", 32, 1000, 512, 1.0),
+        timing("trak_fast fast", 32, 500, 512, 0.1),
+        timing("trak_fast fast", 256, 1000, 4096, 0.01),
+        timing("torch", 32, 1000, 512, 0.001),
+    ]
+    return found
 
 
 def test_rates_from_results_are_the_nearest() -> None:
@@ -189,15 +198,43 @@ def test_rates_from_results_are_the_nearest() -> None:
         rates.from_results(Job(10**6, 8192, 1000), results())
 
 
+@pytest.mark.parametrize(
+    ("copy", "products", "message"),
+    [
+        (7e9, {"float32": 1e11}, "no rate of a product in float64"),
+        (7e9, {"float32": 1e11, "float64": 0.0}, "float64 must be above 0, not 0"),
+        (math.nan, {"float32": 1e11, "float64": 1e10}, "copy must be above 0, not nan"),
+    ],
+)
+def test_results_without_a_rate_are_refused(copy: float, products: dict[str, float], message: str) -> None:
+    broken = results()
+    broken.ceilings = Ceilings(copy, products)
+    with pytest.raises(ValueError, match=message):
+        rates.from_results(Job(10**6, 600, 1000, proj_type="normal"), broken)
+
+
+def test_a_job_that_cannot_be_measured_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rates.projection, "project", lambda *_, **__: pytest.fail("ran"))
+    assert main(["plan", "--params", "1e9", "--proj-dim", "2e9", "--samples", "9", "--batch", "1e9"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "trak-fast: error: this machine has too little memory: "
+        "one projection of B = 1,000,000,000 gradients to k = 2,000,000,000 takes "
+    )
+    assert error.count("\n") == 1
+
+
 def test_calibration_measures_every_rate() -> None:
     found = rates.calibrate(Job(3000, 64, 100, batch=4, dtype="bfloat16"))
-    names = set(rates.Rates.__dataclass_fields__) - {"source", "sync", "gradient"}
+    names = {field.name for field in dataclasses.fields(rates.Rates)} - {"source", "sync", "gradient"}
     assert all(1e5 < getattr(found, name) < 1e18 for name in names)
     assert 0 < found.sync < 60
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "results.json").write_text(json.dumps(results()))
+    save(tmp_path / "results.json", results())
     options = ["plan", "--params", "1.3e9", "--proj-dim", "8192", "--samples", "1e6", "--proj-type", "normal"]
     options += ["--device", "cpu", "--bench", str(tmp_path / "results.json")]
     assert main(options) == 0
@@ -206,24 +243,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "give --tokens or --gradient-seconds" in output
     assert main([*options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert {part: list(content) for part, content in found.items()} == {
+        "seconds": ["gradients", "projection", "store", "X'X", "solve", "scores", "total"],
+        "memory_bytes": ["featurize", "X'X", "solve", "scores", "peak"],
+        "disk_bytes": ["training features", "target features", "Gram matrices", "scores", "total"],
+        "distortion": ["norm", "cosine", "all"],
+        "rates": [field.name for field in dataclasses.fields(rates.Rates)],
+    }
+    assert found["seconds"]["gradients"] is None
     assert found["seconds"]["projection"] == pytest.approx(
         1_001_000 * 2 * 1.3e9 * 8192 / (2 * 256 * 1000 * 4096 / 0.01)
     )
     assert main([*options[:-1], str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--params", "1.5"], "--params: invalid count value: '1.5'"),
-        (["--samples", "0"], "samples must be at least 1, not 0"),
-        (["--tokens", "-1"], "tokens must be at least 1, not -1"),
-        (["--gradient-seconds", "nan"], "gradient_seconds must be at least 0, not nan"),
-    ],
-)
-def test_wrong_arguments_are_named(change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["plan", "--params", "10", "--proj-dim", "8", "--samples", "9", "--device", "cpu", *change])
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err

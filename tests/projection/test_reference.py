@@ -1,4 +1,4 @@
-"""The reference, against published known answers and against the definition read out for one entry at a time."""
+"""The reference against published known answers, and against the definition read out for one entry at a time."""
 
 import hashlib
 
@@ -17,7 +17,7 @@ def sha256(array: np.ndarray) -> str:
 
 
 def entry(proj_type: str, seed: int, stream: int, i: int, j: int) -> float:
-    """P[i, j] from the definition's text, in Python's unbounded integers."""
+    """Computes P[i, j] as the definition's text says, in Python's unbounded integers."""
     block = j // (512 if proj_type == "rademacher" else 32)
     t = (j % 8) // 2
     tag = 0 if proj_type == "rademacher" else 1

@@ -32,10 +32,10 @@ def matrix(folder: Path, n: int, k: int, checkpoints: int = 2, half: bool = Fals
         rows = Rows(path, n, shapes, kept)
         rows.write(np.arange(n), features=rng.standard_normal((n, k)).astype(np.float32))
         targets = rng.standard_normal((M, k)).astype(np.float32)
-        x = np.asarray(rows.columns["features"], np.float64)
+        x = np.asarray(rows.features, np.float64)
         expected += x @ np.linalg.inv(x.T @ x + RIDGE * np.eye(k)) @ targets.T
-        gram = gram_matrix(rows.columns["features"], torch.device("cpu"))
-        parts.append(Checkpoint(Solver(rows.columns["features"], gram, RIDGE), rows, targets))
+        gram = gram_matrix(rows.features, torch.device("cpu"))
+        parts.append(Checkpoint(Solver(rows.features, gram, RIDGE), rows, targets))
     return ScoreMatrix(parts, torch.from_numpy(weights)), expected * weights[:, None]
 
 

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from trak_fast.store import rows as rows_module
-from trak_fast.store.rows import Halves, Rows, runs, to_halves
+from trak_fast.store.rows import HalfMatrix, Rows, consecutive_ranges, to_halves
 
 N, K = 10, 3
 SHAPES: dict[str, tuple[int, ...]] = {"features": (K,), "weights": ()}
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def values(inds: NDArray[np.integer]) -> dict[str, NDArray[np.float32]]:
-    """Different numbers for each row."""
+    """Makes numbers that are different in each row."""
     return {
         "features": (10 * inds[:, None] + np.arange(K)).astype(np.float32),
         "weights": (0.5 + inds).astype(np.float32),
@@ -47,7 +47,7 @@ def check(rows: Rows, done: list[int]) -> None:
 @given(hnp.arrays(np.float32, (3, 5), elements=st.floats(-(2.0**127), 2.0**127, width=32)))
 def test_halves_keep_11_bits_of_whatever_is_not_tiny_beside_its_row(array: NDArray[np.float32]) -> None:
     halves, scales = to_halves(array)
-    back = Halves(halves, scales)[:]
+    back = HalfMatrix(halves, scales)[:]
     assert np.isfinite(back).all()
     largest = np.abs(array).max(1, keepdims=True)
     # below 2^-28 of the largest, float16 has fixed steps of 2^-24 in 2^15; below 2^-126 float32 ends
@@ -57,7 +57,8 @@ def test_halves_keep_11_bits_of_whatever_is_not_tiny_beside_its_row(array: NDArr
 
 def test_halves_behave_like_the_array_that_they_stand_for() -> None:
     rng = np.random.default_rng(0)
-    halves = Halves(*to_halves(rng.standard_normal((6, 4)).astype(np.float32) * np.geomspace(1e-9, 1e9, 6)[:, None]))
+    rows = rng.standard_normal((6, 4)).astype(np.float32) * np.geomspace(1e-9, 1e9, 6)[:, None]
+    halves = HalfMatrix(*to_halves(rows))
     array = np.array(halves)
     assert array.dtype == halves.dtype == np.float32
     assert (len(halves), halves.shape, halves.T.shape, len(halves.T)) == (6, (6, 4), (4, 6), 4)
@@ -84,14 +85,14 @@ def test_what_is_written_is_read_by_all_ways(tmp_path: Path, half: tuple[str, ..
     assert rows.write(np.zeros(0, int), features=torch.zeros(0, K), weights=torch.zeros(0))["features"].shape == (0, K)
 
 
-def test_runs_are_the_ranges_of_consecutive_numbers() -> None:
-    assert list(runs(np.array([0, 1, 2, 5, 7, 8]))) == [(0, 3), (5, 6), (7, 9)]
-    assert list(runs(np.array([4]))) == [(4, 5)]
-    assert list(runs(np.zeros(0, int))) == []
+def test_consecutive_ranges_cover_sorted_numbers() -> None:
+    assert list(consecutive_ranges(np.array([0, 1, 2, 5, 7, 8]))) == [(0, 3), (5, 6), (7, 9)]
+    assert list(consecutive_ranges(np.array([4]))) == [(4, 5)]
+    assert list(consecutive_ranges(np.zeros(0, int))) == []
 
 
 def test_only_what_is_written_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large file, the batch's ranges alone are touched, and a system that takes few bytes gets the rest later."""
+    """A write touches the batch's ranges alone, and a system that takes few bytes at a time gets the rest later."""
     ranges = []
     pwrite = os.pwrite
 
@@ -104,13 +105,12 @@ def test_only_what_is_written_is_written(folder: Path, monkeypatch: pytest.Monke
     inds = np.array([8, 3, 2])
     rows.write(inds, **values(inds))
     check(Rows(folder, N, SHAPES), [2, 3, 8])
-    header = {name: (folder / f"{name}.npy").stat().st_size - N * size for name, size in
-              (("features", 4 * K), ("weights", 4), ("done", 1))}  # fmt: skip
     for name, size in (("features", 4 * K), ("weights", 4), ("done", 1)):
+        header = (folder / f"{name}.npy").stat().st_size - N * size
         touched = {
             byte for file, start, count in ranges if file == f"{name}.npy" for byte in range(start, start + count)
         }
-        wanted = {header[name] + i * size + byte for i in inds for byte in range(size)}
+        wanted = {header + i * size + byte for i in inds for byte in range(size)}
         assert touched == wanted
 
 
@@ -132,7 +132,7 @@ def test_a_full_disk_is_an_error_that_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(OSError, match="what was stored before is safe: make room") as caught:
+        with pytest.raises(OSError, match="everything stored before is safe: make room") as caught:
             rows.write(np.array([6]), **values(np.array([6])))
         assert caught.value.errno == number
         assert str(caught.value.filename).endswith(column)

@@ -1,4 +1,4 @@
-"""Features on disk: what is refused, and what is left after a failure at any moment."""
+"""Features on disk: folders that are refused, and the files that are left after a failure at any moment."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from torch import nn
 
 from trak_fast.store import folder as store
 from trak_fast.store import rows as rows_module
-from trak_fast.store.files import replacing
+from trak_fast.store.files import atomic_file
 from trak_fast.store.folder import Store
-from trak_fast.store.manifest import describe, digest
+from trak_fast.store.manifest import digest, manifest_of
 from trak_fast.store.rows import Rows
 
 N, K = 6, 3
@@ -92,7 +92,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(opened: Store, monkeypatch: pyte
         patch.setattr(os if step == "fsync" else Path, step, failing(OSError("disk")))
         with pytest.raises(OSError, match="disk"):
             opened.save_gram(0, np.zeros((2, 2)))
-        with pytest.raises(OSError, match="disk"), replacing(opened.path / "manifest.json") as temporary:
+        with pytest.raises(OSError, match="disk"), atomic_file(opened.path / "manifest.json") as temporary:
             temporary.write_text("{}")
     assert (opened.gram(0) == np.eye(2)).all()
     assert tree(opened.path) == before
@@ -129,8 +129,8 @@ def test_a_flag_is_set_only_after_its_row_is_on_disk(opened: Store, monkeypatch:
     rows.write(inds, features=np.full((2, K), 2), weights=np.full(2, 3))
     down, up = [False, False], [True, True]
     assert flags == [("done.npy", down), ("features.npy", down), ("weights.npy", down), ("done.npy", up)]
-    assert (opened.train(0).columns["features"][[4, 1]] == 2).all()
-    assert (opened.train(0).columns["weights"][[4, 1]] == 3).all()
+    assert (opened.train(0).features[[4, 1]] == 2).all()
+    assert (opened.train(0).weights[[4, 1]] == 3).all()
     assert opened.train(0).done.tolist() == [False, True, False, False, True, False]
     with pytest.raises(RuntimeError, match="4 of 6 rows left: 0, 2, 3, 5"):
         rows.require_all("rows left")
@@ -266,7 +266,7 @@ def test_a_manifest_says_what_features_depend_on() -> None:
 
     parameters = {"w": torch.zeros(2, 3, dtype=torch.bfloat16), "b": torch.zeros(())}
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    manifest = describe(Foreign(), 8, Enumerated(), model, parameters, 100)
+    manifest = manifest_of(Foreign(), 8, Enumerated(), model, parameters, 100)
     assert manifest == {
         "matrix_definition": manifest["matrix_definition"],
         "proj_type": "normal",
@@ -282,8 +282,8 @@ def test_a_manifest_says_what_features_depend_on() -> None:
     assert manifest["matrix_definition"].endswith("Foreign")
     assert manifest["task"].endswith("Enumerated")
     assert json.loads(json.dumps(manifest)) == manifest
-    assert describe(Numbered(), 8, Enumerated(), model, parameters, 100)["matrix_definition"] == 1
-    assert describe(Numbered(), 8, Enumerated(), model, parameters, 100, half=True)["dtype"] == "float16"
+    assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100)["matrix_definition"] == 1
+    assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100, half=True)["dtype"] == "float16"
 
 
 def test_other_folders_are_not_taken_for_checkpoints(opened: Store) -> None:

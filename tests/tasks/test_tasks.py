@@ -17,6 +17,7 @@ from trak_fast.gradients import FunctionalGradientComputer
 from trak_fast.tasks import (
     ImageClassification,
     IterativeImageClassification,
+    LossCurvature,
     Regression,
     Task,
     TextClassification,
@@ -26,7 +27,7 @@ from trak_fast.tasks import (
 
 
 def exact(logits: Tensor, label: int) -> tuple[float, float]:
-    """log p/(1 − p) and 1 − p by the definition of softmax."""
+    """Computes log p/(1 − p) and 1 − p by the definition of softmax."""
     with localcontext() as context:
         context.prec = 100
         context.Emin, context.Emax = -999999, 999999
@@ -57,12 +58,13 @@ def test_margin_and_weighting_are_the_definitions(values: list[float], label: in
 
 
 def test_curvature_is_the_second_derivative_of_the_loss() -> None:
-    """Of −log p = softplus(−f), for classification; a task whose loss is of another kind has none."""
+    """Classification's loss is −log p = softplus(−f); a task whose loss is of another kind has no curvature."""
     f = torch.linspace(-6, 6, 13, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(softplus(-f).sum(), f, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), f)
     torch.testing.assert_close(ImageClassification().get_loss_curvature(-first.detach()), second)
-    assert not hasattr(Regression(), "get_loss_curvature")
+    assert isinstance(ImageClassification(), LossCurvature)
+    assert not isinstance(Regression(), LossCurvature)
 
 
 def test_gradient_of_the_margin_is_exact_where_p_rounds_to_0_or_1() -> None:
@@ -179,7 +181,7 @@ def test_regression_of_several_numbers_is_refused() -> None:
 
 
 def test_a_function_is_a_task(tmp_path: Path) -> None:
-    """The classification's f as a plain function, with the loss written in terms of it."""
+    """The function is classification's f, with the loss written in terms of f."""
     model, batch = linear()
     named = ImageClassification()
 
@@ -194,7 +196,7 @@ def test_a_function_is_a_task(tmp_path: Path) -> None:
     traker = TRAKer(model, f, 7, tmp_path, proj_dim=4)
     traker.load_checkpoint(model.state_dict(), 0)
     traker.featurize(batch, num_samples=7)
-    assert (traker.store.train(0).columns["weights"] == 1).all()  # minus the loss is f itself
+    assert (traker.store.train(0).weights == 1).all()  # minus the loss is f itself
     with pytest.raises(ValueError, match=r"task: stored '.*f', given 'ImageClassification'"):
         TRAKer(model, "image_classification", 7, tmp_path, proj_dim=4)
 
@@ -232,8 +234,8 @@ def test_traker_s_iterative_gradient_computer_works(tmp_path: Path) -> None:
         traker = TRAKer(model, train_set_size=7, save_dir=tmp_path / folder, proj_dim=0, **options)  # type: ignore[arg-type]
         traker.load_checkpoint(model.state_dict(), 0)
         traker.featurize(batch, num_samples=7)
-        rows = traker.store.train(0).columns
-        features.append(np.column_stack([rows["features"], rows["weights"]]))
+        rows = traker.store.train(0)
+        features.append(np.column_stack([rows.features, rows.weights]))
     np.testing.assert_allclose(features[0], features[2], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(features[1], features[2], rtol=1e-6, atol=1e-7)
     assert isinstance(resolve_task("iterative_image_classification"), IterativeImageClassification)

@@ -32,8 +32,8 @@ def model() -> Model:
 
 def pairs() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(PAIRS, 2, 3, dtype=torch.float64, generator=generator),
-            torch.randint(9, (PAIRS, 5), generator=generator)]  # fmt: skip
+    images = torch.randn(PAIRS, 2, 3, dtype=torch.float64, generator=generator)
+    return [images, torch.randint(9, (PAIRS, 5), generator=generator)]
 
 
 def loader(size: int = 5) -> list[list[Tensor]]:
@@ -101,5 +101,5 @@ def test_what_is_missing_is_said(model: Model) -> None:
     task = CLIP()
     with pytest.raises(RuntimeError, match=r"call task\.get_embeddings\(model, loader\)"):
         task.get_outputs(model, {}, {}, pairs())
-    with pytest.raises(ValueError, match="the simulated batch needs 300 pairs, the loader has 12"):
+    with pytest.raises(ValueError, match="loader must have at least the 300 pairs of the simulated batch, not 12"):
         task.get_embeddings(model, loader())

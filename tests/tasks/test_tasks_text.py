@@ -37,12 +37,12 @@ def model() -> Model:
 
 
 def probability(model: Model, row: int, place: int, token: int) -> Tensor:
-    """Of `token` by the logits at `place`."""
+    """The probability of `token` by the logits at `place`."""
     return torch.softmax(model(IDS[row : row + 1], MASK[row : row + 1])[0, place], 0)[token]
 
 
 def check(task: Task, model: Model, batch: list[Tensor], tokens: list[list[tuple[int, int]]]) -> None:
-    """f and Q of sequences whose predicted tokens are known as (place of the logits, token)."""
+    """Checks f and Q of sequences whose predicted tokens are known as (place of the logits, token)."""
     weights = dict(model.named_parameters())
     q = task.get_out_to_loss_grad(model, weights, {}, batch)
     grads = FunctionalGradientComputer(model, task).compute_per_sample_grad(batch)
@@ -113,5 +113,5 @@ def test_probabilities_close_to_1_keep_their_accuracy() -> None:
 
 
 def test_batches_of_another_length_are_refused(model: Model) -> None:
-    with pytest.raises(ValueError, match=r"CausalLM: a batch is \(input_ids, attention_mask\), 2 tensors, not 3"):
+    with pytest.raises(ValueError, match=r"CausalLM: batch must be \(input_ids, attention_mask\), 2 tensors, not 3"):
         CausalLM().get_outputs(model, {}, {}, [IDS, MASK, LABELS])

@@ -1,7 +1,7 @@
-"""What a benchmark's time is spent on: the cheapest measurements first, as far as it goes.
+"""Spends the time of a benchmark: on the cheapest measurements first, as far as it goes.
 
-What a candidate will take at a shape is predicted from what it took before, for each entry of the matrix. What is quick
-is measured before what is slow, and the slow ones go without when time is short.
+The seconds that a candidate will take at a shape are predicted from those that it took before, for each entry of the
+matrix. Quick measurements come before slow ones, and the slow ones are left out when time is short.
 """
 
 from __future__ import annotations
@@ -12,78 +12,93 @@ from typing import NamedTuple
 from .case import Case
 
 ROUNDS_SECONDS = 0.3
-"""Of a candidate's rounds at a shape, for which time is kept; what is over at the end goes to rounds too."""
+"""Seconds reserved for timing one candidate at one shape. Time left at the end buys more rounds."""
 CHECK_CALLS = 5
+"""Calls of the projection in a check."""
 CHECK_SECONDS = 0.8
-"""Of looking at results, beside the calls."""
+"""Seconds of a check, beside those of its calls."""
 MARGIN = 1.3
-"""Times as long as predicted that what follows may take before rounds have cost it its place: the largest shapes take
-longer for each entry than those that predictions come from."""
+"""Safety factor on the predicted time of later measurements: the largest shapes are slower per entry than predicted."""
 PATIENCE = 4.0
-"""Times as long as predicted that something may take, but in any case:"""
+"""A measurement is stopped after this multiple of its predicted time."""
 LEAST_LIMIT = 3.0
-"""Seconds, as a busy machine may be slow for a moment."""
+"""No measurement is stopped before this many seconds, since a busy machine may stall."""
 
 
-class Task(NamedTuple):
-    """One candidate at one shape: an entry of the results' `timings` or `checks`, as `kind` says."""
+class Measurement(NamedTuple):
+    """A candidate to be measured at a shape.
 
-    kind: str
-    case: Case
+    Attributes:
+        name: The candidate's name.
+        case: The shape.
+        is_check: Checks the candidate's results if True, else times its calls.
+    """
+
     name: str
+    case: Case
+    is_check: bool = False
 
 
 class Budget:
-    """Predicts and chooses."""
+    """Predictions of what measurements cost, and the choice of those that there is time for."""
 
-    def __init__(self, seconds: float, tasks: int) -> None:
+    def __init__(self, seconds: float, count: int) -> None:
         """Starts without knowing anything of the candidates.
 
         Args:
-            seconds: For everything.
-            tasks: How many there are.
+            seconds: Seconds for everything.
+            count: Number of measurements.
         """
-        self.rounds_seconds = min(ROUNDS_SECONDS, seconds / (3 * max(1, tasks)))
-        self.quick_seconds = seconds / max(1, tasks)  # an equal share; what takes longer waits
+        self.rounds_seconds = min(ROUNDS_SECONDS, seconds / (3 * max(1, count)))
+        self.quick_seconds = seconds / max(1, count)  # an equal share; measurements that take longer wait
         self._least_limit = max(seconds / 30, LEAST_LIMIT)
         self._rates: dict[str, tuple[int, float]] = {}  # entries of the largest matrix so far, seconds for each
 
     def learn(self, name: str, entries: int, seconds: float) -> None:
-        """Takes note of what a candidate with a matrix of that many entries took to be made and to project once."""
+        """Notes the seconds that a candidate with a matrix of that many entries took to be made and to project once."""
         largest, rate = self._rates.get(name, (0, 0.0))
         if entries >= largest:
             self._rates[name] = entries, seconds / entries
-        else:  # what else it takes weighs more there
+        else:  # other costs weigh more with a smaller matrix
             self._rates[name] = largest, min(rate, seconds / entries)
 
-    def cost(self, task: Task) -> float:
-        """Seconds that a task takes, rounds aside."""
-        _, rate = self._rates.get(task.name, (0, 0.0))
-        once = rate * task.case.matrix_entries
-        return once if task.kind == "timings" else CHECK_SECONDS + CHECK_CALLS * once
+    def cost(self, measurement: Measurement) -> float:
+        """Predicts the seconds of a measurement, rounds aside."""
+        _, rate = self._rates.get(measurement.name, (0, 0.0))
+        once = rate * measurement.case.matrix_entries
+        return CHECK_SECONDS + CHECK_CALLS * once if measurement.is_check else once
 
-    def limit(self, task: Task, left: float) -> float:
-        """Seconds after which a task is given up; `left` are those left for all."""
-        return min(max(PATIENCE * self.cost(task), self._least_limit), max(left, 0.0) + self._least_limit)
+    def limit(self, measurement: Measurement, left: float) -> float:
+        """Returns the seconds after which a measurement is stopped, where `left` seconds are left for all."""
+        return min(max(PATIENCE * self.cost(measurement), self._least_limit), max(left, 0.0) + self._least_limit)
 
-    def overran(self, task: Task, limit: float) -> None:
-        """Takes note of what took longer than its limit."""
-        calls, other = (1, 0.0) if task.kind == "timings" else (CHECK_CALLS, CHECK_SECONDS)
-        entries = task.case.matrix_entries
-        self._rates[task.name] = entries, max(limit - other, 0.0) / calls / entries
+    def overran(self, measurement: Measurement, limit: float) -> None:
+        """Notes that a measurement took longer than its limit."""
+        once = max(limit - CHECK_SECONDS, 0.0) / CHECK_CALLS if measurement.is_check else limit
+        entries = measurement.case.matrix_entries
+        self._rates[measurement.name] = entries, once / entries
 
-    def affordable(self, tasks: Collection[Task], left: float) -> set[Task]:
-        """Those tasks, the cheapest first, that take no more than the seconds left."""
+    def affordable(self, measurements: Collection[Measurement], left: float) -> set[Measurement]:
+        """Chooses the cheapest measurements, as many as fit into the seconds left."""
         chosen = set()
-        for task in sorted(tasks, key=self.cost):
-            left -= self.cost(task) + (self.rounds_seconds if task.kind == "timings" else 0.0)
+        for measurement in sorted(measurements, key=self.cost):
+            left -= self.cost(measurement) + (0.0 if measurement.is_check else self.rounds_seconds)
             if left < 0:
                 break
-            chosen.add(task)
+            chosen.add(measurement)
         return chosen
 
-    def rounds_share(self, begun: Collection[Task], others: Collection[Task], left: float) -> float:
-        """Seconds for the rounds of each timing, of those begun and of others that follow, out of the seconds left."""
-        timings = len(begun) + sum(task.kind == "timings" for task in others)
+    def rounds_share(self, begun: Collection[Measurement], others: Collection[Measurement], left: float) -> float:
+        """Divides the seconds left among the rounds of timings.
+
+        Args:
+            begun: Timings whose first call is done.
+            others: Measurements that follow.
+            left: Seconds left for all.
+
+        Returns:
+            Seconds for the rounds of each timing.
+        """
+        timings = len(begun) + sum(not measurement.is_check for measurement in others)
         spare = left - MARGIN * sum(map(self.cost, others))
         return max(self.rounds_seconds, spare / max(1, timings))

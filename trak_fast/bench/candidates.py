@@ -1,4 +1,4 @@
-"""What can be measured: ours for each instruction set or kernel, torch, and the projections of other libraries.
+"""The projections to measure: ours for each instruction set or kernel, torch, and those of other libraries.
 
 Each is found by import, and is a function from gradients (B, D) to (B, k) once it is made for a `Case`.
 """
@@ -18,43 +18,40 @@ from torch import Tensor
 
 from .. import projection
 from ..projection.kernels import ISA_VARIABLE, KERNEL_VARIABLE
-from .case import Case
+from .case import DEVICES, DTYPES, PROJ_TYPES, Case
 
 Project = Callable[[Tensor], Tensor]
 
 CHUNK = 1 << 24
 """Entries of the matrix that "torch, in chunks" draws at a time."""
 
-DENSE = ("rademacher", "normal")
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Candidate:
-    """A projection that may be there.
+    """A projection to benchmark if its library is installed.
 
     Attributes:
-        name: What results call it.
-        module: What must be importable.
+        name: Its name in results.
+        module: The module that must be importable.
         make: Makes the projection for a case.
-        package: What pip calls it.
-        devices: Where it runs.
-        kinds: Of matrix that it has.
-        dtypes: Of gradients that it takes.
-        environment: Variables of its process.
-        divisor: What its matrix is divided by, from k.
+        package: The packages to give to pip, if not named as the module.
+        devices: Devices that it runs on.
+        proj_types: Kinds of matrix that it has.
+        dtypes: Dtypes of gradients that it takes.
+        environment: Environment variables of its process.
+        divisor: Number that its matrix is divided by, from k.
         stored_bytes: Memory that its matrix takes, from the case.
-        proj_dim_step: What k must be a multiple of.
-        dense: Whether all entries of its matrix are ±1 or normal; otherwise most are 0.
-        ours: Whether its matrix is trak_fast's, which reference.py states again.
+        proj_dim_step: Number that k must be a multiple of.
+        dense: True if all entries of its matrix are ±1 or normal; otherwise most are 0.
+        ours: True if its matrix is trak_fast's, which reference.py states again.
     """
 
     name: str
     module: str
     make: Callable[[Case], Project]
     package: str = ""
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    kinds: tuple[str, ...] = DENSE
+    devices: tuple[str, ...] = DEVICES
+    proj_types: tuple[str, ...] = PROJ_TYPES
     dtypes: tuple[str, ...] = DTYPES
     environment: Mapping[str, str] = field(default_factory=dict)
     divisor: Callable[[int], float] = lambda proj_dim: 1.0
@@ -64,7 +61,7 @@ class Candidate:
     ours: bool = False
 
     def missing(self) -> str | None:
-        """Why it cannot be imported, if so."""
+        """Returns the reason why it cannot be imported, or None."""
         try:
             if importlib.util.find_spec(self.module) is not None:
                 return None
@@ -73,35 +70,41 @@ class Candidate:
         return f"{self.module} is not installed: pip install {self.package or self.module}"
 
     def refusal(self, case: Case, free_bytes: int) -> str | None:
-        """Why a case is not for it, if so."""
-        for what, value, allowed in (
+        """Returns the reason why this candidate cannot run `case`, or None.
+
+        Args:
+            case: The shape.
+            free_bytes: Memory that its matrix may take.
+        """
+        for name, value, allowed in (
             ("device", case.device, self.devices),
-            ("kind", case.proj_type, self.kinds),
+            ("kind", case.proj_type, self.proj_types),
             ("dtype", case.dtype, self.dtypes),
         ):
             if value not in allowed:
-                return f"{what} {value}: it has {', '.join(allowed)}"
+                return f"{name} {value}: it has {', '.join(allowed)}"
         if case.proj_dim % self.proj_dim_step:
             return f"k = {case.proj_dim}: it needs a multiple of {self.proj_dim_step}"
-        if (needed := self.stored_bytes(case)) > free_bytes:
+        needed = self.stored_bytes(case)
+        if needed > free_bytes:
             return f"its matrix takes {needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} are to be had"
         return None
 
 
 def matrix_bytes(case: Case, itemsize: int = 0) -> int:
-    """Size of the whole matrix, by default in the gradients' dtype."""
+    """Returns the size of the whole matrix, by default in the gradients' dtype."""
     return case.matrix_entries * (itemsize or case.torch_dtype.itemsize)
 
 
 def gradients(case: Case, batch: int = 0) -> Tensor:
-    """Standard normal numbers (B, D), the same ones in every process."""
+    """Draws standard normal gradients (B, D), the same ones in every process; `batch` replaces the case's B."""
     generator = torch.Generator(case.device).manual_seed(1)
     shape = (batch or case.batch, case.grad_dim)
     return torch.randn(shape, generator=generator, device=case.device).to(case.torch_dtype)
 
 
 def draw(case: Case, columns: int, generator: torch.Generator) -> Tensor:
-    """Random entries (columns, k) in the gradients' dtype."""
+    """Draws entries (columns, k) of a matrix in the gradients' dtype."""
     entries = torch.empty(columns, case.proj_dim, dtype=case.torch_dtype, device=case.device)
     if case.proj_type == "normal":
         return entries.normal_(generator=generator)
@@ -109,15 +112,18 @@ def draw(case: Case, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def _ours(case: Case) -> Project:
+    """Makes trak_fast's projection; the environment of the process forces the kernel."""
     return functools.partial(projection.project, proj_dim=case.proj_dim, proj_type=case.proj_type)
 
 
 def _stored(case: Case) -> Project:
+    """Makes torch's product with a matrix that is drawn once."""
     matrix = draw(case, case.grad_dim, torch.Generator(case.device).manual_seed(0))
     return lambda grads: grads @ matrix
 
 
 def _chunks(case: Case) -> Project:
+    """Makes torch's product with a matrix of which each call draws a chunk at a time."""
     step = max(1, CHUNK // case.proj_dim)
 
     def project(grads: Tensor) -> Tensor:
@@ -132,6 +138,7 @@ def _chunks(case: Case) -> Project:
 
 
 def _traker(case: Case, name: str) -> Project:
+    """Makes one of traker's projectors."""
     module = importlib.import_module("trak.projectors")
     options: dict[str, Any] = {"max_batch_size": 32} if name == "CudaProjector" else {"dtype": case.torch_dtype}
     projector = getattr(module, name)(
@@ -141,6 +148,7 @@ def _traker(case: Case, name: str) -> Project:
 
 
 def _fast_jl(case: Case) -> Project:
+    """Finds the function of fast_jl that traker would call: for 8, 16 or 32 rows at a time."""
     module = importlib.import_module("fast_jl")
     multiprocessors = torch.cuda.get_device_properties(case.device).multi_processor_count
     rows = next((size for size in (8, 16) if case.batch <= size), 32)
@@ -149,6 +157,7 @@ def _fast_jl(case: Case) -> Project:
 
 
 def _dattri(case: Case) -> Project:
+    """Makes dattri's random projection."""
     module = importlib.import_module("dattri.func.projection")
     shape = torch.empty(case.batch, case.grad_dim, dtype=case.torch_dtype, device="meta")
     project: Project = module.random_project(
@@ -158,38 +167,42 @@ def _dattri(case: Case) -> Project:
 
 
 def _block_bytes(case: Case) -> int:
-    """Of the 100 columns of the matrix that the BasicProjector of traker and of dattri keep."""
+    """Returns the size of the 100 columns of the matrix that the BasicProjector of traker and of dattri keeps."""
     return matrix_bytes(case) * min(100, case.proj_dim) // case.proj_dim
 
 
 def _dattri_bytes(case: Case) -> int:
-    """On a GPU it keeps the whole matrix, which its first call makes."""
+    """Returns the size of dattri's matrix: on a GPU dattri keeps the whole one, which its first call makes."""
     return matrix_bytes(case) if case.device == "cuda" else _block_bytes(case)
 
 
 def _bergson(case: Case) -> Project:
+    """Makes bergson's projection, whose matrix has a name."""
     project_global = importlib.import_module("bergson.collector.collector").project_global
     return lambda grads: project_global("bench", grads, case.proj_dim, case.proj_type)  # type: ignore[no-any-return]
 
 
 def _sjlt(case: Case) -> Project:
+    """Makes the projection of sjlt, one entry a column."""
     torch.manual_seed(0)  # it has no seed of its own
     project: Project = importlib.import_module("sjlt").SJLTProjection(case.grad_dim, case.proj_dim, c=1)
     return project
 
 
 def _sklearn(case: Case, name: str) -> Project:
+    """Makes one of scikit-learn's transformers."""
     transformer = getattr(importlib.import_module("sklearn.random_projection"), name)(case.proj_dim, random_state=0)
     transformer.fit(torch.zeros(1, case.grad_dim).expand(2, -1).numpy())
     return lambda grads: torch.from_numpy(transformer.transform(grads.numpy()))
 
 
 def _sqrt(proj_dim: int) -> float:
+    """Returns √k, the divisor of matrices that keep norms on average."""
     return math.sqrt(proj_dim)
 
 
 def everything(device: str) -> list[Candidate]:
-    """All candidates on a device, installed or not; ours first.
+    """Lists all candidates on a device, installed or not; ours first.
 
     Args:
         device: "cpu" or "cuda".
@@ -223,16 +236,17 @@ def everything(device: str) -> list[Candidate]:
         Candidate("dattri", "dattri", _dattri, divisor=_sqrt, stored_bytes=_dattri_bytes),
         Candidate("bergson", "bergson", _bergson, divisor=_sqrt),
         Candidate(
-            "sjlt", "sjlt", _sjlt, devices=("cuda",), kinds=("rademacher",), dtypes=("float32", "bfloat16"), dense=False
+            "sjlt", "sjlt", _sjlt, devices=("cuda",), proj_types=("rademacher",), dtypes=("float32", "bfloat16"),
+            dense=False,
         ),
         Candidate(
             "scikit-learn Gaussian", "sklearn", functools.partial(_sklearn, name="GaussianRandomProjection"),
-            "scikit-learn", devices=("cpu",), kinds=("normal",), dtypes=("float32",), divisor=_sqrt,
+            "scikit-learn", devices=("cpu",), proj_types=("normal",), dtypes=("float32",), divisor=_sqrt,
             stored_bytes=functools.partial(matrix_bytes, itemsize=24),  # the draw and what it is scaled to
         ),
         Candidate(
             "scikit-learn sparse", "sklearn", functools.partial(_sklearn, name="SparseRandomProjection"),
-            "scikit-learn", devices=("cpu",), kinds=("rademacher",), dtypes=("float32",), dense=False,
+            "scikit-learn", devices=("cpu",), proj_types=("rademacher",), dtypes=("float32",), dense=False,
         ),
     ]  # fmt: skip
     return own + others

@@ -7,16 +7,22 @@ from typing import Any
 
 import torch
 
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")
+PROJ_TYPES = ("rademacher", "normal")
+MOST_GRADIENTS = 2**32
+"""Gradients in one call, B, at most."""
+
 
 @dataclass(frozen=True)
 class Case:
-    """One shape to measure.
+    """One shape, dtype, kind of matrix and device to measure at.
 
     Attributes:
         batch: Gradients at a time, B.
-        grad_dim: D.
-        proj_dim: k.
-        dtype: Of the gradients, by torch's name.
+        grad_dim: Size of a gradient, D.
+        proj_dim: Projected size, k.
+        dtype: The gradients' dtype, by torch's name.
         proj_type: "rademacher" or "normal".
         device: "cpu" or "cuda".
     """
@@ -35,12 +41,12 @@ class Case:
 
     @property
     def gradient_bytes(self) -> int:
-        """Size of the gradients."""
+        """Size of the gradients in memory."""
         return self.batch * self.grad_dim * self.torch_dtype.itemsize
 
     @property
     def matrix_entries(self) -> int:
-        """Of P."""
+        """Number of entries of P, D k."""
         return self.grad_dim * self.proj_dim
 
     @property
@@ -49,13 +55,11 @@ class Case:
         return 2 * self.batch * self.matrix_entries
 
     def asdict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the fields by their names, for JSON."""
         return asdict(self)
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """A torch dtype by its name."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {name!r} is none of torch's")
+    """Returns the torch dtype of that name."""
+    dtype: torch.dtype = getattr(torch, name)
     return dtype

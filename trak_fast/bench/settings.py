@@ -1,4 +1,4 @@
-"""What a benchmark measures: its settings, the defaults for a device, and the grid of cases that follows from them."""
+"""The settings of a benchmark, the defaults for a device, and the grid of cases that follows from them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from typing import Any
 import torch
 
 from .. import projection
-from ..projection.checks import kind_of
-from .case import Case, dtype_of
+from ..arguments import choice, integer
+from ..projection.checks import MAX_COLUMNS
+from .case import DEVICES, DTYPES, MOST_GRADIENTS, PROJ_TYPES, Case
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run measures.
+    """The grid that a run measures.
 
     Attributes:
         device: "cpu" or "cuda".
-        batches: B to measure.
-        grad_dims: D to measure.
-        proj_dims: k to measure.
-        dtypes: Of gradients to measure.
-        proj_types: Kinds to measure.
-        check_dims: D at which accuracy, distortion and repeatability are looked at.
-        check_proj_dim: k for these.
-        full: Whether to measure every combination; otherwise one thing is varied at a time, from the middle one of
-            each (the first one for dtypes and kinds).
-        only: Parts of names of candidates; empty: all.
-        threads: Of the processor.
+        batches: Gradients at a time, B, to measure.
+        grad_dims: Sizes of a gradient, D, to measure.
+        proj_dims: Projected sizes, k, to measure.
+        dtypes: Dtypes of gradients to measure.
+        proj_types: Kinds of matrix to measure.
+        check_dims: D at which accuracy, distortion and repeatability are checked.
+        check_proj_dim: k of these checks.
+        full: If True, every combination is measured; otherwise one thing is varied at a time, from the middle one of
+            each (the first one for dtypes and kinds of matrix).
+        only: Parts of the names of candidates; empty: all candidates.
+        threads: Processor threads to use.
     """
 
     device: str
@@ -44,32 +45,30 @@ class Settings:
     threads: int
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
+        """Checks the values.
 
         Raises:
+            TypeError: A setting has a wrong type.
             ValueError: A setting is out of its range.
         """
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, not {self.device}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch finds no CUDA device")
-        for name in ("batches", "grad_dims", "proj_dims", "check_dims"):
-            if any(value < 1 for value in getattr(self, name)):
-                raise ValueError(f"{name} must be at least 1, not {min(getattr(self, name))}")
+        choice("device", self.device, DEVICES)
+        for name, high in (
+            ("batches", MOST_GRADIENTS), ("grad_dims", MAX_COLUMNS), ("proj_dims", 2**32), ("check_dims", MAX_COLUMNS),
+        ):  # fmt: skip
+            for size in getattr(self, name):
+                integer(name, size, 1, high)
+        for dtype in self.dtypes:
+            choice("dtypes", dtype, DTYPES)
+        for proj_type in self.proj_types:
+            choice("proj_types", proj_type, PROJ_TYPES)
         for name in ("batches", "grad_dims", "proj_dims", "dtypes", "proj_types"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is empty")
-        if min(self.check_proj_dim, self.threads) < 1:
-            raise ValueError("check_proj_dim and threads must be at least 1")
-        for kind in self.proj_types:
-            kind_of(kind)
-        for dtype in self.dtypes:
-            if dtype not in ("float32", "bfloat16", "float16"):
-                raise ValueError(f"dtypes has {dtype}, allowed are float32, bfloat16, float16")
-            dtype_of(dtype)
+                raise ValueError(f"{name} must be one or more values, not {getattr(self, name)}")
+        integer("check_proj_dim", self.check_proj_dim, 1, 2**32)
+        integer("threads", self.threads, 1)
 
     def cases(self) -> list[Case]:
-        """What to time, what matters most first."""
+        """Lists the cases to time, those that matter most first."""
         axes = (self.batches, self.grad_dims, self.proj_dims, self.dtypes, self.proj_types)
         middle = [sorted(values)[len(values) // 2] for values in axes[:3]]
         base = [*middle, self.dtypes[0], self.proj_types[0]]
@@ -86,7 +85,7 @@ class Settings:
         return [Case(*point, self.device) for point in dict.fromkeys(ordered)]  # type: ignore[arg-type, call-arg]
 
     def checks(self) -> list[Case]:
-        """What to look closer at: every size and kind with the first dtype, the smallest size with the others."""
+        """Lists the cases to check: every size and kind with the first dtype, the smallest size with the others."""
         return [
             Case(1, grad_dim, self.check_proj_dim, dtype, kind, self.device)
             for dtype in self.dtypes
@@ -95,14 +94,32 @@ class Settings:
         ]
 
 
+def check_device(device: str) -> None:
+    """Checks that a device is there.
+
+    Raises:
+        TypeError: `device` is no string.
+        ValueError: There is no such device.
+    """
+    choice("device", device, DEVICES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' where torch finds no CUDA device, not 'cuda'")
+
+
 def defaults(device: str | None = None) -> Settings:
-    """What a run without arguments measures: in four and a half minutes on two cores.
+    """Returns the settings of a run without arguments, which takes four and a half minutes on two cores.
 
     Args:
-        device: By default a CUDA device where there is one that trak_fast has kernels for.
+        device: By default "cuda" if there is a CUDA device that trak_fast has kernels for, else "cpu".
+
+    Raises:
+        TypeError: `device` is no string.
+        ValueError: There is no such device.
     """
     if device is None:
-        device = "cuda" if any(found["kernels"] for found in projection.info()["cuda_devices"]) else "cpu"
+        known = any(found["kernels"] for found in projection.info()["cuda_devices"])
+        device = "cuda" if known and torch.cuda.is_available() else "cpu"
+    check_device(device)
     gpu = device == "cuda"
     return Settings(
         device=device,

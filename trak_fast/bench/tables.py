@@ -3,62 +3,72 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from .case import Case
-from .figures import case_of, measured
+from .figures import Change
+from .results import Absent, Check, Results, Timing
 from .units import bytes_text, rate_text, seconds_text
 
-Column = tuple[str, Callable[[Mapping[str, Any]], str]]
+Row = TypeVar("Row")
+Entry = TypeVar("Entry", Timing, Check)
+Column = tuple[str, Callable[[Row], str]]
+"""A column's head, and the text of a row's cell."""
 
 
 def _number(value: float | None, form: str = ".2g") -> str:
+    """Formats a number, or a dash if there is none."""
     return "–" if value is None else format(value, form)
 
 
-TIMING_COLUMNS: tuple[Column, ...] = (
-    ("projection", lambda entry: entry["candidate"]),
-    ("median", lambda entry: seconds_text(entry["median"]) + ("" if entry["warm"] else " ¹")),
-    ("middle half", lambda entry: f"{seconds_text(entry['low'])} – {seconds_text(entry['high'])}"),
-    ("product", lambda entry: rate_text(entry["flop_per_second"], "FLOP/s")),
-    ("gradients", lambda entry: rate_text(entry["gradient_bytes_per_second"], "B/s")),
-    ("samples", lambda entry: rate_text(entry["samples_per_second"], "/s")),
-    ("of floor", lambda entry: "–" if entry["of_floor"] is None else f"{entry['of_floor']:.1%}"),
-    ("extra memory", lambda entry: bytes_text(entry["memory_bytes"])),
+TIMING_COLUMNS: tuple[Column[Timing], ...] = (
+    ("projection", lambda timing: timing.candidate),
+    ("median", lambda timing: seconds_text(timing.median) + ("" if timing.warm else " ¹")),
+    ("middle half", lambda timing: f"{seconds_text(timing.low)} – {seconds_text(timing.high)}"),
+    ("product", lambda timing: rate_text(timing.flop_per_second, "FLOP/s")),
+    ("gradients", lambda timing: rate_text(timing.gradient_bytes_per_second, "B/s")),
+    ("samples", lambda timing: rate_text(timing.samples_per_second, "/s")),
+    ("of floor", lambda timing: _number(timing.of_floor, ".1%")),
+    ("extra memory", lambda timing: bytes_text(timing.memory_bytes)),
 )
-CHECK_COLUMNS: tuple[Column, ...] = (
-    ("projection", lambda entry: entry["candidate"]),
-    ("error", lambda entry: _number(entry["found"]["error"])),
-    ("norms", lambda entry: f"{entry['found']['norm_distortion']:.2%}"),
-    ("inner products", lambda entry: f"{entry['found']['inner_distortion']:.2%}"),
-    ("effective k", lambda entry: _number(entry["found"]["effective_dim"], ".0f")),
-    ("k of columns", lambda entry: _number(entry["found"]["column_dim"], ".0f")),
-    ("equal columns", lambda entry: _number(entry["found"]["equal_columns"], "d")),
-    ("same bits", lambda entry: "yes" if entry["found"]["repeatable"] and entry["found"]["remade"] else "no"),
+CHECK_COLUMNS: tuple[Column[Check], ...] = (
+    ("projection", lambda check: check.candidate),
+    ("error", lambda check: _number(check.found.error)),
+    ("norms", lambda check: f"{check.found.norm_distortion:.2%}"),
+    ("inner products", lambda check: f"{check.found.inner_distortion:.2%}"),
+    ("effective k", lambda check: _number(check.found.effective_dim, ".0f")),
+    ("k of columns", lambda check: _number(check.found.column_dim, ".0f")),
+    ("equal columns", lambda check: _number(check.found.equal_columns, "d")),
+    ("same bits", lambda check: "yes" if check.found.repeatable and check.found.remade else "no"),
 )
-COMPARE_COLUMNS: tuple[Column, ...] = (
-    ("projection", lambda row: row["candidate"]),
-    ("case", lambda row: case_text(case_of(row))),
-    ("before", lambda row: seconds_text(row["before"])),
-    ("after", lambda row: seconds_text(row["after"])),
-    ("speed", lambda row: f"× {row['ratio']:.2f}"),
-    ("", lambda row: row["verdict"]),
+CHANGE_COLUMNS: tuple[Column[Change], ...] = (
+    ("projection", lambda change: change.candidate),
+    ("case", lambda change: case_text(change.case)),
+    ("before", lambda change: seconds_text(change.before)),
+    ("after", lambda change: seconds_text(change.after)),
+    ("speed", lambda change: f"× {change.ratio:.2f}"),
+    ("", lambda change: change.verdict),
 )
 
 
 def case_text(case: Case) -> str:
-    """A shape in words."""
-    return f"B = {case.batch:,}, D = {case.grad_dim:,}, k = {case.proj_dim:,}, {case.dtype}, {case.proj_type}"
+    """Puts a timed shape into words."""
+    return f"B = {case.batch:,}, {check_text(case)}"
 
 
-def table(columns: Sequence[Column], rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    """Cells, the head first."""
+def check_text(case: Case) -> str:
+    """Puts a checked shape into words: its batch does not count."""
+    return f"D = {case.grad_dim:,}, k = {case.proj_dim:,}, {case.dtype}, {case.proj_type}"
+
+
+def table(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> list[list[str]]:
+    """Makes the cells of a table, the head first."""
     return [[name for name, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Cells as text: the first column to the left, the others to the right."""
+    """Sets cells as text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
@@ -69,94 +79,100 @@ def aligned(cells: Sequence[Sequence[str]]) -> str:
     )
 
 
-def grouped(entries: Iterable[Mapping[str, Any]]) -> dict[Case, list[Mapping[str, Any]]]:
-    """Entries by their shape."""
-    groups: dict[Case, list[Mapping[str, Any]]] = {}
+def grouped(entries: Iterable[Entry]) -> dict[Case, list[Entry]]:
+    """Groups entries by their shape."""
+    groups: dict[Case, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault(case_of(entry), []).append(entry)
+        groups.setdefault(entry.case, []).append(entry)
     return groups
 
 
-def fastest_first(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Timings in the order of their medians."""
-    return sorted(entries, key=lambda entry: float(entry["median"]))
+def fastest_first(timings: Iterable[Timing]) -> list[Timing]:
+    """Sorts timings by their medians."""
+    return sorted(timings, key=lambda timing: timing.median)
 
 
-def good_checks(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The checks that have figures."""
-    return [entry for entry in results["checks"] if entry["status"] == "ok"]
-
-
-def absent(results: Mapping[str, Any]) -> list[str]:
-    """What was not measured, and why."""
-    lines = [f"{name}: {facts['error']}" for name, facts in results["candidates"].items() if facts["status"] != "found"]
-    for kind in ("timings", "checks"):
-        for entry in results[kind]:
-            if entry["status"] != "ok":
-                lines.append(f"{entry['candidate']}, {case_text(case_of(entry))}: {entry['error'].splitlines()[0]}")
+def absent(results: Results) -> list[str]:
+    """Lists all that was not measured, with the reasons."""
+    lines = [f"{name}: {facts.error}" for name, facts in results.candidates.items() if isinstance(facts, Absent)]
+    for omission in results.omissions:
+        first_line = omission.error.partition("\n")[0]
+        lines.append(f"{omission.candidate}, {case_text(omission.case)}: {first_line}")
     return lines
 
 
-def ceilings(results: Mapping[str, Any]) -> str:
-    """What the machine does at best."""
-    best = results["ceilings"]
-    if not best:
+def ceilings(results: Results) -> str:
+    """Puts the machine's best rates into words."""
+    best = results.ceilings
+    if best is None:
         return "not measured"
-    rates = ", ".join(f"{dtype} {rate_text(rate, 'FLOP/s')}" for dtype, rate in best["flop_per_second"].items())
-    return f"copy {rate_text(best['copy_bytes_per_second'], 'B/s')}; product: {rates}"
+    rates = ", ".join(f"{dtype} {rate_text(rate, 'FLOP/s')}" for dtype, rate in best.flop_per_second.items())
+    return f"copy {rate_text(best.copy_bytes_per_second, 'B/s')}; product: {rates}"
 
 
-def terminal(results: Mapping[str, Any]) -> str:
-    """All results as text."""
+def terminal(results: Results) -> str:
+    """Sets all results as text."""
     parts = [f"{machine(results)}\n{ceilings(results)}"]
-    for case, entries in grouped(measured(results)).items():
-        parts.append(f"{case_text(case)}\n{aligned(table(TIMING_COLUMNS, fastest_first(entries)))}")
-    if any(not entry["warm"] for entry in measured(results)):
+    for case, timings in grouped(results.measured).items():
+        parts.append(f"{case_text(case)}\n{aligned(table(TIMING_COLUMNS, fastest_first(timings)))}")
+    if not all(timing.warm for timing in results.measured):
         parts.append("¹ too slow for more than its first call")
-    for case, entries in grouped(good_checks(results)).items():
-        title = f"check: D = {case.grad_dim:,}, k = {case.proj_dim:,}, {case.dtype}, {case.proj_type}; "
-        title += f"independent entries: norms {(2 / case.proj_dim) ** 0.5:.2%}, "
-        title += f"inner products {case.proj_dim**-0.5:.2%}"
-        parts.append(f"{title}\n{aligned(table(CHECK_COLUMNS, entries))}")
+    for case, checks in grouped(results.checked).items():
+        title = (
+            f"check: {check_text(case)}; independent entries: norms {(2 / case.proj_dim) ** 0.5:.2%}, "
+            f"inner products {case.proj_dim**-0.5:.2%}"
+        )
+        parts.append(f"{title}\n{aligned(table(CHECK_COLUMNS, checks))}")
     if missing := absent(results):
         parts.append("not measured\n" + "\n".join(f"  {line}" for line in missing))
-    if left := results["left"]:
-        cases = ", ".join(f"{name} ({count})" for name, count in left.items())
+    if results.left:
+        cases = ", ".join(f"{name} ({count})" for name, count in results.left.items())
         parts.append(
             f"no time for some cases of {cases}: the same command goes on here, a larger --budget goes further"
         )
     return "\n\n".join(parts)
 
 
-def compared(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`figures.compare` as text: what changed, and how much did not."""
-    changed = sorted((row for row in rows if row["verdict"] in ("faster", "slower")), key=lambda row: row["ratio"])
-    few = sum(row["verdict"] == "one sample" for row in rows)
-    rest = f"{len(rows) - len(changed) - few} of {len(rows)} timings are the same within noise"
+def compared(changes: Sequence[Change]) -> str:
+    """Sets changes as text: those beyond noise in a table, and the number of the others."""
+    changed = sorted(
+        (change for change in changes if change.verdict in ("faster", "slower")), key=lambda change: change.ratio
+    )
+    few = sum(change.verdict == "one sample" for change in changes)
+    rest = f"{len(changes) - len(changed) - few} of {len(changes)} timings are the same within noise"
     rest += f", {few} have too few samples to tell" if few else ""
-    return (aligned(table(COMPARE_COLUMNS, changed)) + "\n\n" if changed else "") + rest
+    return (aligned(table(CHANGE_COLUMNS, changed)) + "\n\n" if changed else "") + rest
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The table for a README: medians of the first case, every candidate."""
-    groups = grouped(measured(results))
+def markdown(results: Results) -> str:
+    """Makes the table for a README: medians of the first case, every candidate.
+
+    Raises:
+        ValueError: There is no timing, or none of ours at that case.
+    """
+    groups = grouped(results.measured)
     if not groups:
         raise ValueError("the results hold no timing")
-    case, entries = next(iter(groups.items()))
-    ours = min(entry["median"] for entry in entries if entry["candidate"].startswith("trak_fast"))
+    case, timings = next(iter(groups.items()))
+    ours = min(timing.median for timing in timings if timing.candidate.startswith("trak_fast"))
     head = [f"{case_text(case)}", "median", "times as long as ours", "extra memory"]
     lines = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- |"]
-    for entry in fastest_first(entries):
-        cells = [entry["candidate"], seconds_text(entry["median"]), f"{entry['median'] / ours:.3g}"]
-        lines.append(f"| {' | '.join([*cells, bytes_text(entry['memory_bytes'])])} |")
+    for timing in fastest_first(timings):
+        cells = [
+            timing.candidate,
+            seconds_text(timing.median),
+            f"{timing.median / ours:.3g}",
+            bytes_text(timing.memory_bytes),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def replace_table(text: str, results: Mapping[str, Any]) -> str:
-    """A README with the table between its markers made anew.
+def replace_table(text: str, results: Results) -> str:
+    """Replaces the table between the markers of a README.
 
     Raises:
-        ValueError: It has no markers `<!-- bench -->` and `<!-- /bench -->`.
+        ValueError: The text has no markers `<!-- bench -->` and `<!-- /bench -->`.
     """
     pattern = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
     if not pattern.search(text):
@@ -164,9 +180,12 @@ def replace_table(text: str, results: Mapping[str, Any]) -> str:
     return pattern.sub(lambda found: f"{found[1]}{markdown(results)}\n{found[2]}", text, count=1)
 
 
-def machine(results: Mapping[str, Any]) -> str:
-    """Where and when it was measured."""
-    environment, settings = results["environment"], results["settings"]
-    where = environment.get("device", environment["machine"])
-    name = where.get("name") or f"{where['processor']}, {where['cores']} cores"
-    return f"{name}, {settings['threads']} threads, torch {environment['torch']['version']}, {results['started'][:10]}"
+def machine(results: Results) -> str:
+    """Puts place and time of the measurements into words."""
+    environment = results.environment
+    if environment.device is not None:
+        name = environment.device.name
+    else:
+        name = f"{environment.machine.processor}, {environment.machine.cores} cores"
+    threads = f"{results.settings.threads} threads"
+    return f"{name}, {threads}, torch {environment.torch.version}, {results.started[:10]}"

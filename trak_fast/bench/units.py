@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def seconds_text(value: float) -> str:
-    """A time with three digits and a unit."""
+    """Formats a time with three digits and a unit."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
@@ -12,7 +12,7 @@ def seconds_text(value: float) -> str:
 
 
 def bytes_text(value: float | None) -> str:
-    """A size with a binary unit."""
+    """Formats a size with a binary unit; None is "?"."""
     if value is None:
         return "?"
     for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
@@ -22,7 +22,7 @@ def bytes_text(value: float | None) -> str:
 
 
 def rate_text(value: float, unit: str) -> str:
-    """A rate with a decimal prefix."""
+    """Formats a rate with a decimal prefix."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+
+import torch
 
 import trak_fast
 
-from .bench import _add_bench
-from .demo import _add_demo
-from .failure import _failed
-from .info import _add_info
-from .plan import _add_plan
+from . import bench, demo, info, plan
+from .failure import INTERRUPTED, OUTSIDE_WORLD, Failure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,17 +21,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; by default those of the process.
 
     Returns:
-        The exit status: 0 for success, 1 for a failure that a message on stderr explains. Wrong arguments exit
-        with 2 by SystemExit, as argparse does.
+        The exit status: 0 for success; 1 for a failure of the outside world, 2 for a refused argument and 130 for an
+        interruption, each explained by a sentence on stderr.
+
+    Raises:
+        SystemExit: argparse does not know the flags (status 2), or was asked for help or the version (status 0).
     """
     parser = argparse.ArgumentParser(prog="trak-fast", description="Fast random projections for data attribution.")
     parser.add_argument("--version", action="version", version=f"trak-fast {trak_fast.info()['version']}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for add in (_add_demo, _add_bench, _add_plan, _add_info):
-        add(commands)
+    for command in (demo, bench, plan, info):
+        command.add(commands)
     arguments = parser.parse_args(argv)
     try:
-        status: int = arguments.run(arguments)
-        return status
+        arguments.run(arguments)
+    except Failure as failure:
+        return _failed(failure.message, failure.status)
     except KeyboardInterrupt:
-        return _failed("interrupted", 130)
+        return _failed("interrupted", INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failed(f"this machine has too little memory: {str(error).splitlines()[0]}", OUTSIDE_WORLD)
+    return 0
+
+
+def _failed(message: str, status: int) -> int:
+    """Prints a failure's sentence, and returns its exit status."""
+    print(f"trak-fast: error: {message}", file=sys.stderr)
+    return status
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Recognises the errors of Python, of CUDA and of torch's allocator on the CPU, which has no type of its own."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -3,69 +3,85 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .failure import _failed
+from .failure import Failure, checking_arguments
+from .numbers import number
+
+if TYPE_CHECKING:
+    from ..plan.predict import Prediction
 
 
-def _count(text: str) -> int:
-    """A whole number, also in the form 1.3e9."""
-    value = float(text)
-    if not value.is_integer():
-        raise ValueError
-    return int(text) if text.isdigit() else int(value)
-
-
-_count.__name__ = "count"  # what argparse calls it in an error
-
-
-def _add_plan(commands: Any) -> None:
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command and its flags."""
     text = "predict time, memory and disk of a TRAK run on this machine, and what the projection distorts"
-    plan = commands.add_parser("plan", help=text, description=text)
-    plan.set_defaults(run=_plan, usage_error=plan.error)
-    plan.add_argument("--params", type=_count, required=True, metavar="D", help="parameters, 1.3e9 for example")
-    plan.add_argument("--proj-dim", type=_count, required=True, metavar="K", help="size of the projected gradients")
-    plan.add_argument("--samples", type=_count, required=True, metavar="N", help="training samples")
-    plan.add_argument("--targets", type=_count, metavar="M", help="samples to attribute (1000)")
-    plan.add_argument("--checkpoints", type=_count, metavar="C", help="checkpoints (1)")
-    plan.add_argument("--batch", type=_count, metavar="B", help="gradients at a time (32)")
-    plan.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the gradients (float32)")
-    plan.add_argument("--proj-type", choices=("rademacher", "normal"), help="kind of matrix (rademacher)")
-    plan.add_argument("--device", choices=("cpu", "cuda"), help="default: a CUDA device if there is one")
-    plan.add_argument("--half", action="store_true", help="features stored in float16")
-    plan.add_argument(
+    parser = commands.add_parser("plan", help=text, description=text)
+    parser.set_defaults(run=run)
+    flag = parser.add_argument
+    flag("--params", type=number, required=True, metavar="D", help="parameters, 1.3e9 for example")
+    flag("--proj-dim", type=number, required=True, metavar="K", help="size of the projected gradients")
+    flag("--samples", type=number, required=True, metavar="N", help="training samples")
+    flag("--targets", type=number, metavar="M", help="samples to attribute (1000)")
+    flag("--checkpoints", type=number, metavar="C", help="checkpoints (1)")
+    flag("--batch", type=number, metavar="B", help="gradients at a time (32)")
+    flag("--dtype", metavar="T", help="the gradients' dtype: float32 (the default), bfloat16 or float16")
+    flag("--proj-type", metavar="KIND", help="kind of matrix: rademacher (the default) or normal")
+    flag("--device", metavar="DEVICE", help="cpu or cuda; default: a CUDA device if there is one")
+    flag("--half", action="store_true", help="features stored in float16")
+    flag(
         "--tokens",
-        type=_count,
+        type=number,
         metavar="T",
         help="tokens of a sample, to estimate its gradient's time; 1 if it has none",
     )
-    plan.add_argument("--gradient-seconds", type=float, metavar="S", help="of one sample's gradient, if known")
-    plan.add_argument("--processes", type=_count, metavar="P", help="machines or GPUs like this one (1)")
-    plan.add_argument("--bench", type=Path, metavar="JSON", help="take rates from results of trak-fast bench")
-    plan.add_argument("--json", action="store_true", help="as JSON")
+    flag("--gradient-seconds", type=number, metavar="S", help="seconds of one sample's gradient, if known")
+    flag("--processes", type=number, metavar="P", help="machines or GPUs like this one (1)")
+    flag("--bench", type=Path, metavar="JSON", help="take rates from results of trak-fast bench")
+    flag("--json", action="store_true", help="print JSON")
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+        Failure: An argument is refused, or the machine's rates can be neither read nor measured.
+    """
     from ..bench import results
-    from ..bench.settings import defaults
-    from ..plan import job, predict, rates
+    from ..bench.settings import check_device
+    from ..plan import predict, rates
+    from ..plan.job import Job
 
-    given = {name: getattr(arguments, name) for name in job.Job.__dataclass_fields__}
-    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.device is None:
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with checking_arguments():
+        names = [field.name for field in dataclasses.fields(Job)]
+        job = Job(**{name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None})
+        check_device(job.device)
     try:
-        if given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu") == "cuda":
-            defaults("cuda")  # checks that there is one
-        run = job.Job(**given)
+        if arguments.bench is None:
+            known = rates.calibrate(job)
+        else:
+            known = rates.from_results(job, results.load(arguments.bench))
     except ValueError as error:
-        arguments.usage_error(str(error))
-    try:
-        known = rates.from_results(run, results.load(arguments.bench)) if arguments.bench else rates.calibrate(run)
-    except ValueError as error:
-        return _failed(str(error))
-    found = predict.predict(run, known)
-    print(json.dumps(found, indent=1) if arguments.json else predict.text(run, found))
-    return 0
+        raise Failure(str(error)) from error
+    except OSError as error:
+        raise Failure(f"cannot time the disk of this folder: {error}") from error
+    found = predict.predict(job, known)
+    print(json.dumps(_content(found), indent=1) if arguments.json else predict.text(job, found))
+
+
+def _content(found: Prediction) -> dict[str, Any]:
+    """Arranges a prediction for JSON."""
+    distortion = found.distortion
+    return {
+        "seconds": found.seconds.rows(),
+        "memory_bytes": found.memory.rows(),
+        "disk_bytes": found.disk.rows(),
+        "distortion": {"norm": distortion.norm, "cosine": distortion.cosine, "all": distortion.every_distance},
+        "rates": dataclasses.asdict(found.rates),
+    }

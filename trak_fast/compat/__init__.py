@@ -1,7 +1,7 @@
-"""trak_fast in the place of other libraries' projections: one file for each library.
+"""Layers that put trak_fast in the place of other libraries' projections, one file for each library.
 
-Nothing is imported or changed before it is asked for. `python -m trak_fast.compat script.py` runs a script with all of
-them in place.
+A layer imports or changes a library only when it is told to. `python -m trak_fast.compat script.py` runs a script with
+all layers in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def install_fast_jl() -> ModuleType:
     """Makes `import fast_jl` find `trak_fast.compat.fast_jl` in this process, also where fast_jl is installed.
 
     Returns:
-        The module.
+        The module `trak_fast.compat.fast_jl`.
     """
     module = importlib.import_module("trak_fast.compat.fast_jl")
     sys.modules["fast_jl"] = module

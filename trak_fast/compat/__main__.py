@@ -10,20 +10,21 @@ import sys
 from pathlib import Path
 
 STARTUP = Path(__file__).with_name("startup")
+"""The folder of sitecustomize.py, which Python runs when it starts with this folder in PYTHONPATH."""
 
 DESCRIPTION = """\
 Runs a Python program with trak_fast in the place of the projections of fast_jl, traker, dattri and bergson. Processes
-that the program starts get it too. Where a launcher starts Python itself, put the folder into its environment instead:
+that the program starts get it too. If a launcher starts Python itself, put the folder into its environment instead:
 
     PYTHONPATH="$(python -m trak_fast.compat --path)${PYTHONPATH:+:$PYTHONPATH}" accelerate launch train.py
 """
 
 
 def main(argv: list[str]) -> None:
-    """The command.
+    """Runs the command.
 
     Args:
-        argv: Its arguments.
+        argv: Its arguments, without the name of the command.
     """
     parser = argparse.ArgumentParser(
         "python -m trak_fast.compat", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

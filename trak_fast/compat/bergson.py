@@ -1,7 +1,7 @@
 """bergson 2.5's global projection (`bergson.collector.collector.project_global`).
 
-Either `patch()`, which puts it into bergson, or the function itself. The identifier of a module's matrix, with whatever
-seed bergson has put into it, becomes a seed and a model_id of trak_fast by SHA-256.
+Call `patch()` to put it into bergson, or call `project_global` itself. bergson names each module's matrix by an
+identifier, which contains its seed; trak_fast's seed and model_id are taken from the identifier's SHA-256.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import choice
 from ..projection.functions import matrix, project
 from .patching import Patch
 
 __all__ = ["patch", "project_global"]
-_SLAB = 1 << 26  # entries of outer products that are formed at a time
+_SLAB = 1 << 26
+"""The largest number of entries of outer products that are formed at a time."""
 _patch: Patch | None = None
 
 
 def project_global(
     identifier: str, P: Any, m: int, projection_type: str = "normal", projection_scale: str = "jl"
 ) -> Tensor:
-    """``P @ R.T`` for the (m, n) projection matrix R that is named `identifier`.
+    """Returns ``P @ R.T`` for the (m, n) projection matrix R with the name `identifier`.
 
     Args:
-        identifier: Names the matrix: other identifiers, other matrices.
+        identifier: The name of R; each identifier has a matrix of its own.
         P: Gradients (N, n), or bergson's `OuterProductGradients`, which are formed in slabs.
-        m: Rows of R.
+        m: The number of rows of R.
         projection_type: "normal" or "rademacher".
         projection_scale: "jl" divides by √m; "row_norm" divides each output by the norm of its row of R.
 
@@ -41,17 +43,18 @@ def project_global(
         first one.
 
     Raises:
-        ValueError: `projection_scale` is unknown, or a size or `projection_type` is out of range.
+        ValueError: `projection_scale` or `projection_type` is unknown, or a size is out of range.
+        TypeError: An argument has the wrong type.
     """
-    if projection_scale not in ("jl", "row_norm"):
-        raise ValueError(f"projection_scale is {projection_scale!r}, allowed are jl, row_norm")
+    choice("projection_scale", projection_scale, ("jl", "row_norm"))
     seed, model_id = matrix_of(identifier)
     options: dict[str, Any] = {"proj_type": projection_type, "seed": seed, "model_id": model_id}
     if isinstance(P, Tensor):
         columns = P.shape[1]
         result = project(P, m, **options)
     else:
-        rows, width = P.g.shape[-1], P.a.shape[-1]
+        rows = P.g.shape[-1]
+        width = P.a.shape[-1]
         columns = rows * width
         result = torch.zeros(len(P.g), m, dtype=torch.float32, device=P.g.device)
         step = max(1, _SLAB // max(1, width * len(P.g)))
@@ -66,13 +69,13 @@ def project_global(
 
 
 def matrix_of(identifier: str) -> tuple[int, int]:
-    """The seed and model_id of trak_fast that an identifier stands for."""
+    """Returns the seed and the model_id of trak_fast for an identifier."""
     digest = hashlib.sha256(identifier.encode()).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:12], "little")
 
 
 def _rows(grads: Any, first: int, last: int) -> Any:
-    """The part of outer products that holds rows first to last - 1 of the (O, W) gradients."""
+    """Cuts outer products to rows `first` to `last - 1` of the (O, W) gradients."""
     bias = None if grads.bias is None else grads.bias[..., first:last]
     divisor = None if grads.divisor is None else grads.divisor[first:last]
     return replace(grads, g=grads.g[..., first:last], bias=bias, divisor=divisor)
@@ -80,7 +83,7 @@ def _rows(grads: Any, first: int, last: int) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _row_norms(seed: int, model_id: int, rows: int, columns: int) -> Tensor:
-    """Norms of the rows of a normal matrix, (rows,) float32."""
+    """Computes the norms of the rows of a normal matrix, (rows,) float32."""
     squares = torch.zeros(rows, dtype=torch.float64)
     step = max(1, (1 << 24) // rows)
     for first in range(0, columns, step):
@@ -90,7 +93,7 @@ def _row_norms(seed: int, model_id: int, rows: int, columns: int) -> Tensor:
 
 
 def patch() -> Patch:
-    """Puts `project_global` into an installed bergson, and wherever its own was imported to.
+    """Puts `project_global` into an installed bergson, and into all modules that have imported bergson's own.
 
     Returns:
         The patch, which can be undone.

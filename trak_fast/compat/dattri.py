@@ -1,7 +1,7 @@
 """dattri 0.3's random projections (`dattri.func.projection`) of kind "normal" and "rademacher".
 
-Either `patch()`, which puts them into dattri, or `from trak_fast.compat.dattri import random_project`. A projector
-holds a few numbers and no matrix, so it costs nothing that dattri's TRAK makes a new one for each batch. Other kinds
+Call `patch()` to put them into dattri, or use `from trak_fast.compat.dattri import random_project`. dattri's TRAK makes
+a new projector for each batch, which costs nothing here: a projector holds a few numbers and no matrix. Other kinds
 ("sjlt", "random_mask", "grass", "identity") are left to dattri.
 """
 
@@ -24,15 +24,15 @@ _patch: Patch | None = None
 
 
 class DattriProjector:
-    """dattri's projector protocol: scaled by 1/√k, and in the features' dtype.
+    """A projector with dattri's protocol, whose results are scaled by 1/√k and have the features' dtype.
 
     Attributes:
         feature_dim: D.
         proj_dim: k.
-        seed: As given.
-        proj_type: As given.
-        device: Where mappings of features are taken to be projected.
-        dtype: Has no influence.
+        seed: The seed, as it was given.
+        proj_type: The kind of matrix, as it was given.
+        device: The device that features are moved to.
+        dtype: Kept for dattri; has no influence.
     """
 
     def __init__(
@@ -44,8 +44,12 @@ class DattriProjector:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.feature_dim, self.proj_dim, self.seed, self.proj_type = feature_dim, proj_dim, seed, proj_type
-        self.device, self.dtype = torch.device(device), dtype
+        self.feature_dim = feature_dim
+        self.proj_dim = proj_dim
+        self.seed = seed
+        self.proj_type = proj_type
+        self.device = torch.device(device)
+        self.dtype = dtype
         self._projector = Projector(feature_dim, proj_dim, bits("proj_seed", seed, 64), proj_type)
 
     def project(self, features: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:
@@ -77,25 +81,31 @@ def make_random_projector(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Any:
-    """dattri's `make_random_projector`.
+    """Makes a projector from the arguments of dattri's `make_random_projector`.
 
     Args:
         param_shape_list: Sizes of the features' parts; D is their sum.
         feature_batch_size: Has no influence.
         proj_dim: k.
         proj_max_batch_size: Has no influence: the projector takes any batch.
-        device: Where mappings of features are taken to be projected.
+        device: The device that features are moved to.
         proj_seed: Any integer; its low 64 bits count.
-        proj_type: "normal" or "rademacher" in string or enum; others are left to dattri.
+        proj_type: "normal" or "rademacher", as a string or an enum member; other kinds are left to dattri.
         dtype: Has no influence: results have the features' dtype.
-        **kwargs: For dattri.
+        **kwargs: Further arguments of dattri's function, for kinds that are left to it.
 
     Returns:
         An object with `project(features, ensemble_id)` and `free_memory()`.
     """
     if getattr(proj_type, "value", proj_type) not in _KINDS:
-        return _dattri_s("make_random_projector")(
-            *(param_shape_list, feature_batch_size, proj_dim, proj_max_batch_size, device, proj_seed, proj_type),
+        return _original("make_random_projector")(
+            param_shape_list=param_shape_list,
+            feature_batch_size=feature_batch_size,
+            proj_dim=proj_dim,
+            proj_max_batch_size=proj_max_batch_size,
+            device=device,
+            proj_seed=proj_seed,
+            proj_type=proj_type,
             dtype=dtype,
             **kwargs,
         )
@@ -112,7 +122,7 @@ def random_project(
     *,
     device: torch.device | str = "cpu",
 ) -> Callable[..., Tensor]:
-    """dattri's `random_project`: a function of (features, ensemble_id=0) that projects and scales by 1/√k.
+    """Makes a function that projects features and scales by 1/√k, from the arguments of dattri's `random_project`.
 
     Args:
         feature: Features of the size and dtype that will be projected: (B, D), or a mapping of (B, ...).
@@ -120,21 +130,34 @@ def random_project(
         proj_dim: k.
         proj_max_batch_size: Has no influence.
         proj_seed: Any integer; its low 64 bits count.
-        proj_type: "normal" or "rademacher"; others are left to dattri.
-        device: Where the projection is made.
+        proj_type: "normal" or "rademacher", as a string or an enum member; other kinds are left to dattri.
+        device: The device that features are moved to.
 
     Returns:
-        The function.
+        A function of (features, ensemble_id=0).
     """
     if getattr(proj_type, "value", proj_type) not in _KINDS:
-        original: Callable[..., Tensor] = _dattri_s("random_project")(
-            *(feature, feature_batch_size, proj_dim, proj_max_batch_size, proj_seed, proj_type), device=device
+        original: Callable[..., Tensor] = _original("random_project")(
+            feature=feature,
+            feature_batch_size=feature_batch_size,
+            proj_dim=proj_dim,
+            proj_max_batch_size=proj_max_batch_size,
+            proj_seed=proj_seed,
+            proj_type=proj_type,
+            device=device,
         )
         return original
     parts = list(feature.values()) if isinstance(feature, Mapping) else [feature]
     sizes = [part.numel() // max(feature_batch_size, 1) for part in parts]
     projector = make_random_projector(
-        *(sizes, feature_batch_size, proj_dim, proj_max_batch_size, device, proj_seed, proj_type), dtype=parts[0].dtype
+        param_shape_list=sizes,
+        feature_batch_size=feature_batch_size,
+        proj_dim=proj_dim,
+        proj_max_batch_size=proj_max_batch_size,
+        device=device,
+        proj_seed=proj_seed,
+        proj_type=proj_type,
+        dtype=parts[0].dtype,
     )
 
     def random_project_func(feature: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:
@@ -144,16 +167,17 @@ def random_project(
     return random_project_func
 
 
-def _dattri_s(name: str) -> Callable[..., Any]:
+def _original(name: str) -> Callable[..., Any]:
+    """Returns dattri's own function of a name, also while dattri is patched."""
     if _patch is not None and _patch.active:
-        original: Callable[..., Any] = _patch.originals[name]
-        return original
+        replaced: Callable[..., Any] = _patch.originals[name]
+        return replaced
     found: Callable[..., Any] = getattr(importlib.import_module("dattri.func.projection"), name)
     return found
 
 
 def patch() -> Patch:
-    """Puts these functions into an installed dattri, and wherever its own were imported to.
+    """Puts these functions into an installed dattri, and into all modules that have imported dattri's own.
 
     Returns:
         The patch, which can be undone.

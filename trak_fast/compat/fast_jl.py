@@ -2,11 +2,13 @@
 
 `trak_fast.compat.install_fast_jl()` makes `import fast_jl` find this module.
 
-- input: (B, F), float32, float16, bfloat16 or float64, on CUDA or the CPU, any strides; any B, whatever the function's
-  name says, and any N (fast_jl's limits are 32 rows in a pass and multiples of 512).
-- seed: callers pass `seed + 10000 * model_id`, some of it in numpy's integers, and it may be negative: it is taken
-  modulo 2**64.
-- num_feature_tiles: has no influence (fast_jl's result depends on it, so callers' results depended on the GPU).
+- input: (B, F), float32, float16, bfloat16 or float64, on CUDA or the CPU, any strides.
+- B, N: any; the 8, 16 or 32 in a function's name is no limit. (fast_jl takes 32 rows in a pass, and multiples of 512
+  for N.)
+- seed: any integer, taken modulo 2**64. Callers pass `seed + 10000 * model_id`, which may be negative or one of NumPy's
+  integers.
+- num_feature_tiles: has no influence. (fast_jl's result depends on it, and callers pass the GPU's number of
+  multiprocessors.)
 - result: (B, N), float32, unscaled, on the input's device and current stream.
 """
 

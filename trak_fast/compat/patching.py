@@ -1,4 +1,4 @@
-"""Replacing a library's names wherever they have been imported to, and putting them back."""
+"""Replaces a library's names in all modules that have imported them, and puts them back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 
 
 class Patch:
-    """Names that are replaced until `undo()`, or until the end of a `with` block."""
+    """A set of names that are replaced until `undo()`, or until the end of a `with` block."""
 
     def __init__(self, module: ModuleType, replacements: Mapping[str, Any]) -> None:
         """Replaces names of `module`, and the same objects under any name in modules that have imported them."""
@@ -28,10 +28,11 @@ class Patch:
 
     @property
     def active(self) -> bool:
+        """True until the names are put back."""
         return bool(self._changed)
 
     def undo(self) -> None:
-        """Puts back what was replaced."""
+        """Puts back the objects that were replaced."""
         for names, name, value in self._changed:
             names[name] = value
         self._changed.clear()
@@ -44,7 +45,11 @@ class Patch:
 
 
 def bits(name: str, value: SupportsIndex, width: int) -> int:
-    """An integer as callers of other libraries pass it, negative or too long, as its `width` low bits."""
+    """Returns the low `width` bits of an integer: callers of other libraries pass negative and long ones.
+
+    Raises:
+        TypeError: `value` is no integer.
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__} ({value!r})")
     return operator.index(value) % (1 << width)

@@ -16,15 +16,17 @@ __all__ = ["ProjectionOperator"]
 
 
 class ProjectionOperator(LinearOperator):  # type: ignore[misc]
-    """scale · P, (k, D): `matvec` and `matmat` project, `rmatvec` and `rmatmat` apply the adjoint; no matrix is stored.
+    """The operator scale · P, (k, D), without a stored matrix.
+
+    `matvec` and `matmat` project; `rmatvec` and `rmatmat` apply the adjoint.
 
     Args:
         grad_dim: D, the number of columns.
         proj_dim: k, the number of rows.
-        seed: See :func:`trak_fast.project`, as for `proj_type` and `model_id`.
+        seed: See :func:`trak_fast.project`.
         proj_type: "rademacher" or "normal".
-        model_id: 0 to 2**32 - 1.
-        scale: Number that the matrix is multiplied with, such as 1/√k to keep lengths.
+        model_id: See :func:`trak_fast.project`.
+        scale: The factor of P, such as 1/√k to keep lengths.
 
     Raises:
         ValueError: A number is out of range.
@@ -42,7 +44,8 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
         scale: float = 1.0,
     ) -> None:
         self.projector = Projector(grad_dim, proj_dim, seed, proj_type, precision="highest")
-        self.model_id, self.scale = model_id, scale
+        self.model_id = model_id
+        self.scale = scale
         super().__init__(np.dtype(np.float32), (self.projector.proj_dim, self.projector.grad_dim))
 
     def _matmat(self, X: NDArray[Any]) -> NDArray[np.float32]:
@@ -58,16 +61,15 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
         return self._rmatmat(x.reshape(-1, 1))[:, 0]
 
     def _scaled(self, result: torch.Tensor) -> NDArray[np.float32]:
+        """Scales a result in place, and returns its rows as columns."""
         array: NDArray[np.float32] = result.mul_(self.scale).numpy().T
         return array
 
 
 def _batch(X: NDArray[Any]) -> torch.Tensor:
-    """Columns as the rows of a tensor, in place where the dtype allows."""
+    """Returns the columns of X as the rows of a tensor, without a copy if dtype and strides allow."""
     X = np.asarray(X)
-    if X.dtype.kind == "c":
-        raise TypeError("complex vectors are not supported: project the real and the imaginary part")
-    if X.dtype not in (np.float16, np.float32, np.float64):
+    if X.dtype.kind != "c" and X.dtype not in (np.float16, np.float32, np.float64):  # Projector refuses complex ones
         X = X.astype(np.float64)
     if not X.flags.writeable or any(step < 0 for step in X.strides):
         X = X.copy()

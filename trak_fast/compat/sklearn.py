@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -13,30 +12,32 @@ from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ..arguments import integer, real
 from ..projection.functions import matrix
 from ..projection.projector import Projector
 
 __all__ = ["FusedRandomProjection"]
-_DENSE = 1 << 24  # elements of a sparse matrix that are made dense at a time
+_DENSE = 1 << 24
+"""The largest number of elements of a sparse matrix that are made dense at a time."""
 
 
 class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Reduces features by a random matrix that is made inside the multiplication and never stored.
 
-    Distances are kept: results are scaled by 1/√n_components. Whatever the number of features, the transformer itself
-    holds a seed.
+    Distances are kept: results are scaled by 1/√n_components. For any number of features, the transformer stores a seed
+    and no matrix.
 
     Parameters:
         n_components: Number of components, or "auto": as many as `eps` needs (Johnson-Lindenstrauss).
-        eps: Distortion of distances that "auto" aims at, in (0, 1).
+        eps: Distortion of distances that "auto" allows, in (0, 1).
         proj_type: "normal" (each entry standard normal) or "rademacher" (±1).
         random_state: An int, a `numpy.random.RandomState`, or None for a new matrix at each `fit`.
 
     Attributes:
         n_components_: Number of components.
         n_features_in_: Number of features seen by `fit`.
-        feature_names_in_: Their names, where they have any.
-        seed_: What determines the matrix, with `proj_type`.
+        feature_names_in_: Names of the features seen by `fit`, if they have any.
+        seed_: The seed of the matrix, drawn by `fit`.
         components_: The scaled matrix (n_components, n_features), made anew at each access.
     """
 
@@ -58,7 +59,7 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> FusedRandomProjection:
-        """Takes the number of features, and draws the seed.
+        """Notes the number of features, and draws the seed.
 
         Args:
             X: (n_samples, n_features), dense or sparse; only its shape counts.
@@ -69,33 +70,25 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
         Raises:
             ValueError: A parameter is out of its range, or X is no matrix of numbers.
+            TypeError: A parameter has the wrong type.
         """
         X = self._validated(X, reset=True)
         if isinstance(self.n_components, str):
             if self.n_components != "auto":
-                raise ValueError(f"n_components is {self.n_components!r}, allowed are 'auto' and integers >= 1")
-            if not isinstance(self.eps, Real) or not 0 < self.eps < 1:
-                raise ValueError(f"eps is {self.eps!r}, allowed are numbers in (0, 1)")
-            self.n_components_ = int(johnson_lindenstrauss_min_dim(X.shape[0], eps=self.eps))
-            if not 1 <= self.n_components_ <= X.shape[1]:
-                raise ValueError(
-                    f"eps={self.eps} and n_samples={X.shape[0]} lead to {self.n_components_} components, "
-                    f"which is not in 1 to n_features={X.shape[1]}"
-                )
-        elif isinstance(self.n_components, Integral) and not isinstance(self.n_components, bool):
-            self.n_components_ = int(self.n_components)
+                raise ValueError(f"n_components must be 'auto' or an integer, not {self.n_components!r}")
+            self.n_components_ = self._fewest_components(*X.shape)
         else:
-            raise ValueError(f"n_components is {self.n_components!r}, allowed are 'auto' and integers >= 1")
+            self.n_components_ = integer("n_components", self.n_components, 1)
         high, low = check_random_state(self.random_state).randint(0, 2**32, 2, dtype=np.uint64).tolist()
         self.seed_ = high << 32 | low
         self._projector()  # checks the rest
         return self
 
     def transform(self, X: Any) -> NDArray[Any]:
-        """Projects.
+        """Projects samples.
 
         Args:
-            X: (n_samples, n_features), dense or sparse; sparse ones are made dense in blocks of rows.
+            X: (n_samples, n_features), dense or sparse; a sparse X is made dense in blocks of rows.
 
         Returns:
             (n_samples, n_components), float32 for float32 input, otherwise float64.
@@ -123,10 +116,25 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         components: NDArray[np.float32] = P.div_(self.n_components_**0.5).numpy()
         return components
 
+    def _fewest_components(self, samples: int, features: int) -> int:
+        """Returns the number of components that keep distances up to `eps`, from 1 to `features`."""
+        eps = real("eps", self.eps, 0, above=True)
+        if eps >= 1:
+            raise ValueError(f"eps must be in (0, 1), not {eps:g}")
+        components = int(johnson_lindenstrauss_min_dim(samples, eps=eps))
+        if not 1 <= components <= features:
+            raise ValueError(
+                f"eps={eps:g} and n_samples={samples} lead to {components} components, "
+                f"which is not in 1 to n_features={features}"
+            )
+        return components
+
     def _projector(self) -> Projector:
+        """Makes the projector of the fitted transformer."""
         return Projector(self.n_features_in_, self.n_components_, self.seed_, self.proj_type, precision="highest")
 
     def _validated(self, X: Any, reset: bool) -> Any:
+        """Checks X as scikit-learn does. If `reset` is True, notes its features, which else must be those of `fit`."""
         return validate_data(self, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
 
     @property

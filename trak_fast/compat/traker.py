@@ -1,12 +1,11 @@
 """The projectors of traker 0.3.2 (`trak.projectors`), by name and keywords.
 
-Either `patch()`, which puts them into traker, or `from trak_fast.compat.traker import BasicProjector, CudaProjector,
-ProjectionType` in the place of `from trak.projectors import ...` (as in LESS and its forks), for which traker need not
-be installed. `trak.TRAKer(projector=...)` takes a `trak_fast.Projector` without any of this.
+Call `patch()` to put them into traker. Or write `from trak_fast.compat.traker import BasicProjector, CudaProjector,
+ProjectionType` in the place of `from trak.projectors import ...` (as in LESS and its forks); traker then need not be
+installed. `trak.TRAKer(projector=...)` takes a `trak_fast.Projector` without any of this.
 
-Keywords that the matrix no longer depends on (`block_size`, `max_batch_size`, `dtype`) are accepted and have no
-influence: results are float32. Each `model_id` has an independent matrix; seeds are taken modulo 2**64 and model_ids
-modulo 2**32.
+The keywords `block_size`, `max_batch_size` and `dtype` are accepted and have no influence: results are float32. Each
+`model_id` has an independent matrix; seeds are taken modulo 2**64 and model_ids modulo 2**32.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class ProjectionType(str, enum.Enum):
 
 
 class BasicProjector(Projector):
-    """Stands for traker's BasicSingleBlockProjector, BasicProjector and CudaProjector; runs on any device."""
+    """A stand-in for traker's BasicSingleBlockProjector, BasicProjector and CudaProjector, on any device."""
 
     def __init__(
         self,
@@ -53,9 +52,9 @@ class BasicProjector(Projector):
             proj_dim: k.
             seed: Any integer; its low 64 bits count.
             proj_type: "normal" or "rademacher", as a string or an enum member.
-            device: Where mappings of gradients are taken to be projected; a tensor is projected where it is.
-            *args: Accepted, without influence.
-            **kwargs: Accepted, without influence.
+            device: The device that mappings of gradients are moved to; a tensor stays on its own device.
+            *args: Accepted without influence.
+            **kwargs: Accepted without influence.
 
         Raises:
             ValueError: A number or `proj_type` is out of range.
@@ -75,10 +74,10 @@ CudaProjector = BasicProjector
 
 
 class ChunkedCudaProjector(BasicProjector):
-    """Stands for the projector that traker makes for large models: one matrix, no chunks, no workspace.
+    """A stand-in for the projector that traker makes for large models: one matrix, no chunks, no workspace.
 
-    traker draws each chunk's seed from 500 numbers, so chunks often share their matrix; here all of them together make
-    one seed.
+    traker draws each chunk's seed from 500 numbers, so that chunks often share their matrix; here the seeds of all
+    chunks together make one seed.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ _patch: Patch | None = None
 
 
 def patch() -> Patch:
-    """Puts these projectors, and `fast_jl`, into an installed traker, and wherever its own were imported to.
+    """Puts these projectors, and `fast_jl`, into an installed traker, and into all modules that have imported its own.
 
     Returns:
         The patch, which can be undone.

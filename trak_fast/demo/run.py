@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,18 @@ from .digits import (
     mean_losses,
     pixel_similarity,
 )
+from .results import (
+    INSPECTED,
+    Agreement,
+    Arrays,
+    Example,
+    FlippedLabels,
+    Ranking,
+    Results,
+    Throughput,
+    Timings,
+    TrainImage,
+)
 
 
 class Clock:
@@ -54,6 +65,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Counts the block as a stage."""
         outer, self._inner = self._inner, 0.0
         start = time.perf_counter()
         try:
@@ -64,17 +76,17 @@ class Clock:
             self._inner = outer + elapsed
 
 
-def run(output: str | os.PathLike[str], settings: Settings) -> dict[str, Any]:
+def run(output: str | os.PathLike[str], settings: Settings) -> Results:
     """Runs the demonstration and writes `index.html`, `results.json`, `arrays.npz` and `pictures/*.png`.
 
     The files appear at the very end, each at once, over those of an earlier run.
 
     Args:
         output: The folder to write to, made if it is missing.
-        settings: What to run.
+        settings: The run's settings.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
         OSError: `output` cannot be made or written to, which is tried before anything is computed.
@@ -90,8 +102,8 @@ def run(output: str | os.PathLike[str], settings: Settings) -> dict[str, Any]:
     return results
 
 
-def _evaluate(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Everything but the page: the results, and the arrays that they come from."""
+def _evaluate(settings: Settings, folder: Path) -> tuple[Results, Arrays]:
+    """Computes everything but the page: the results, and the arrays that they come from."""
     clock = Clock()
     rng = np.random.default_rng(settings.seed)
     with clock("the rest"):
@@ -107,50 +119,58 @@ def _evaluate(settings: Settings, folder: Path) -> tuple[dict[str, Any], dict[st
         with clock("retrain"):
             masks, outputs = retrain(data, settings, rng)
         with clock("evaluate"):
-            rankings = {"self_influence": self_influence, "loss": losses}
-            flipped_labels = _compare_rankings(rankings, data.flipped)
-            agreement = {
-                "subsets": settings.subsets,
-                "nets": settings.subsets * settings.nets_per_subset,
-                **_agreement(scores, masks, outputs, rng),
-                "pixel_similarity": lds(pixel_similarity(data), masks, outputs).mean,
-            }
+            flipped_labels = FlippedLabels(
+                inspected=list(INSPECTED),
+                self_influence=_ranking(self_influence, data.flipped),
+                loss=_ranking(losses, data.flipped),
+            )
+            agreement = _agreement(data, settings, scores, masks, outputs, rng)
         examples = _examples(data, scores, test_logits, rng)
 
     grad_dim = sum(tensor[0].numel() for tensor in nets.values())
     entries = settings.checkpoints * (n + m) * grad_dim
-    total, projecting = sum(clock.seconds.values()), clock.seconds["project"]
-    results = {
-        "settings": asdict(settings),
-        "train_images": n,
-        "test_images": m,
-        "flipped_images": int(data.flipped.sum()),
-        "grad_dim": grad_dim,
-        "test_accuracy": float((test_logits.argmax(-1) == data.test_labels).double().mean()),
-        "flipped_labels": flipped_labels,
-        "lds": agreement,
-        "examples": examples,
-        "timings": {
-            "seconds": {**clock.seconds, "total": total},
-            "projection": {
-                "share": projecting / total,
-                "gradient_entries_per_second": entries / projecting,
-                "flop_per_second": 2 * entries * settings.proj_dim / projecting,
-            },
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        },
-    }
-    arrays: dict[str, NDArray[Any]] = {
-        **{name: tensor.numpy() for name, tensor in data._asdict().items()},
-        "flipped": data.flipped, "scores": scores, **rankings, "masks": masks, "outputs": outputs,
-    }  # fmt: skip
+    total = sum(clock.seconds.values())
+    projecting = clock.seconds["project"]
+    results = Results(
+        settings=settings,
+        train_images=n,
+        test_images=m,
+        flipped_images=int(data.flipped.sum()),
+        grad_dim=grad_dim,
+        test_accuracy=float((test_logits.argmax(-1) == data.test_labels).double().mean()),
+        flipped_labels=flipped_labels,
+        lds=agreement,
+        examples=examples,
+        timings=Timings(
+            seconds={**clock.seconds, "total": total},
+            projection=Throughput(
+                share=projecting / total,
+                gradient_entries_per_second=entries / projecting,
+                flop_per_second=2 * entries * settings.proj_dim / projecting,
+            ),
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        ),
+    )
+    arrays = Arrays(
+        images=data.images.numpy(),
+        labels=data.labels.numpy(),
+        true_labels=data.true_labels.numpy(),
+        test_images=data.test_images.numpy(),
+        test_labels=data.test_labels.numpy(),
+        flipped=data.flipped,
+        scores=scores,
+        self_influence=self_influence,
+        loss=losses,
+        masks=masks,
+        outputs=outputs,
+    )
     return results, arrays
 
 
 def attribute(
     data: Data, nets: Models, settings: Settings, folder: Path, clock: Clock
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """TRAK scores (n, m) of the training images for the test images, and self-influence (n,)."""
+    """Computes TRAK scores (n, m) of the training images for the test images, and self-influence (n,)."""
 
     class TimedGradients(FunctionalGradientComputer):
         def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
@@ -205,58 +225,60 @@ def retrain(data: Data, settings: Settings, rng: np.random.Generator) -> tuple[N
 
 
 def _agreement(
-    scores: NDArray[np.float32], masks: NDArray[np.bool_], outputs: NDArray[np.float64], rng: np.random.Generator
-) -> dict[str, Any]:
-    """The LDS, its 95 % bootstrap interval over subsets and targets, and the 95 % that chance would give."""
-    result, interval = lds(scores, masks, outputs), lds_interval(scores, masks, outputs, seed=rng)
-    return {
-        "mean": result.mean,
-        "interval_95": [interval.low, interval.high],
-        "chance_95": [interval.chance_low, interval.chance_high],
-        "per_target": result.per_target.tolist(),
-    }
+    data: Data,
+    settings: Settings,
+    scores: NDArray[np.float32],
+    masks: NDArray[np.bool_],
+    outputs: NDArray[np.float64],
+    rng: np.random.Generator,
+) -> Agreement:
+    """Computes the LDS of the scores, its 95 % bootstrap interval over subsets and targets, and that of chance."""
+    result = lds(scores, masks, outputs)
+    interval = lds_interval(scores, masks, outputs, seed=rng)
+    return Agreement(
+        subsets=settings.subsets,
+        nets=settings.subsets * settings.nets_per_subset,
+        mean=result.mean,
+        interval_95=(interval.low, interval.high),
+        chance_95=(interval.chance_low, interval.chance_high),
+        per_target=result.per_target.tolist(),
+        pixel_similarity=lds(pixel_similarity(data), masks, outputs).mean,
+    )
 
 
-def _compare_rankings(rankings: dict[str, NDArray[np.float32]], flipped: NDArray[np.bool_]) -> dict[str, Any]:
-    """How many of the flipped labels each ranking finds in its first 1, 2, 5, 10 and 20 %, and the curves."""
-    inspected = [0.01, 0.02, 0.05, 0.1, 0.2]
-    budgets = [round(share * len(flipped)) for share in inspected]
-    results: dict[str, Any] = {"inspected": inspected}
-    for name, ranking in rankings.items():
-        detection = mislabel_detection(ranking, flipped)
-        results[name] = {
-            "auc": detection.auc,
-            "found": detection.recall[budgets].tolist(),
-            "curve": detection.recall.tolist(),
-        }
-    return results
+def _ranking(values: NDArray[np.float32], flipped: NDArray[np.bool_]) -> Ranking:
+    """Counts the flipped labels that are found when the images of the highest values are inspected first."""
+    budgets = [round(share * len(flipped)) for share in INSPECTED]
+    detection = mislabel_detection(values, flipped)
+    return Ranking(auc=detection.auc, found=detection.recall[budgets].tolist(), curve=detection.recall.tolist())
 
 
-def _examples(
-    data: Data, scores: NDArray[np.float32], test_logits: Tensor, rng: np.random.Generator
-) -> list[dict[str, Any]]:
-    """The extreme training images of some test images: half those that the nets are least sure of, half at random."""
+def _examples(data: Data, scores: NDArray[np.float32], test_logits: Tensor, rng: np.random.Generator) -> list[Example]:
+    """Finds the extreme training images of some test images: half where the nets are least sure, half random."""
     hardest = margins(test_logits, data.test_labels).mean(0).argsort(stable=True).numpy()
     half = EXAMPLES // 2
     predicted = test_logits.softmax(-1).mean(0).argmax(-1)
     flipped = data.flipped
 
-    def train_image(i: int, target: int) -> dict[str, Any]:
-        return {
-            "train_image": int(i), "label": int(data.labels[i]), "true_label": int(data.true_labels[i]),
-            "flipped": bool(flipped[i]), "score": float(scores[i, target]),
-        }  # fmt: skip
+    def train_image(i: int, target: int) -> TrainImage:
+        return TrainImage(
+            train_image=int(i),
+            label=int(data.labels[i]),
+            true_label=int(data.true_labels[i]),
+            flipped=bool(flipped[i]),
+            score=float(scores[i, target]),
+        )
 
     examples = []
     for target in [*hardest[:half], *rng.choice(hardest[half:], EXAMPLES - half, replace=False)]:
         order = np.argsort(-scores[:, target], kind="stable")
         examples.append(
-            {
-                "test_image": int(target),
-                "label": int(data.test_labels[target]),
-                "predicted": int(predicted[target]),
-                "helpful": [train_image(i, target) for i in order[:IMAGES_PER_EXAMPLE]],
-                "harmful": [train_image(i, target) for i in order[::-1][:IMAGES_PER_EXAMPLE]],
-            }
+            Example(
+                test_image=int(target),
+                label=int(data.test_labels[target]),
+                predicted=int(predicted[target]),
+                helpful=[train_image(i, target) for i in order[:IMAGES_PER_EXAMPLE]],
+                harmful=[train_image(i, target) for i in order[::-1][:IMAGES_PER_EXAMPLE]],
+            )
         )
     return examples

@@ -1,29 +1,74 @@
-"""From a batch to what is stored of it: gradients, projected features and weightings, within a memory budget."""
+"""From a batch to what is stored of it: features and weightings, of as many samples at a time as fit into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
+from numpy import intp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..gradients.base import GradientComputer
 from ..gradients.modes import evaluation_mode
+from ..projection.projector import ProjectorLike
 from ..tasks.base import Task
 from . import memory
 
 
+class FeatureComputer(Protocol):
+    """A way to the features of samples; the model is in evaluation mode meanwhile."""
+
+    def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
+        """Computes the projected gradient of each sample's model output, (B, k) floating.
+
+        Args:
+            samples: The samples' tensors, (B, ...) each, on the model's device.
+            model_id: The checkpoint's number, which selects the projection matrix.
+        """
+
+
+class ProjectedGradients:
+    """Features from whole gradients: (B, D) numbers, in the parameters' dtype, exist at a time."""
+
+    def __init__(self, gradient_computer: GradientComputer, projector: ProjectorLike) -> None:
+        self.gradient_computer = gradient_computer
+        self.projector = projector
+
+    def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
+        """Computes gradients and projects them, (B, k)."""
+        # the gradients are not bound to a name, which would keep them alive during the next computation
+        return self.projector.project(self.gradient_computer.compute_per_sample_grad(samples), model_id=model_id)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The results for some samples of a batch, on the CPU.
+
+    Attributes:
+        rows: (B,) the samples' numbers.
+        features: (B, k) float32.
+        weights: (B,) float32, the weightings Q; None where they were not asked for.
+    """
+
+    rows: NDArray[intp]
+    features: Tensor
+    weights: Tensor | None
+
+
 class Featurizer:
-    """Computes features and weightings, of as many samples at a time as fit into memory."""
+    """Computes features and weightings within a memory budget."""
 
     def __init__(
         self,
         model: nn.Module,
         task: Task,
-        gradient_computer: Any,
-        projector: Any,
+        *,
+        computer: FeatureComputer,
+        gradient_computer: GradientComputer,
+        proj_dim: int,
         gradient_bytes: int,
         device: torch.device,
         chunk_size: int | None = None,
@@ -34,58 +79,67 @@ class Featurizer:
         Args:
             model: The model, on `device`.
             task: The task.
-            gradient_computer: Of the model and task.
-            projector: Of its gradients.
+            computer: Computes features.
+            gradient_computer: Computes weightings.
+            proj_dim: Size of a feature, k.
             gradient_bytes: Size of one sample's gradient.
-            device: Where to compute.
+            device: The device to compute on.
             chunk_size: Samples at a time; by default what fits `memory_budget`.
             memory_budget: Bytes; by default a quarter of the memory that is free, or half of it on a CUDA device.
         """
-        self.model, self.task, self.device = model, task, device
-        self.gradient_computer, self.projector, self.gradient_bytes = gradient_computer, projector, gradient_bytes
-        self.chunk_size, self.memory_budget = chunk_size, memory_budget
-        self._fitting: dict[tuple[torch.Size, ...], int] = {}  # samples at a time, by the shapes of one
+        self.model = model
+        self.task = task
+        self.computer = computer
+        self.gradient_computer = gradient_computer
+        self.proj_dim = proj_dim
+        self.gradient_bytes = gradient_bytes
+        self.device = device
+        self.chunk_size = chunk_size
+        self.memory_budget = memory_budget
+        self._samples_at_a_time: dict[tuple[torch.Size, ...], int] = {}  # by the shapes of one sample's tensors
 
     def compute(
         self,
         batch: Sequence[Tensor],
-        positions: NDArray[np.intp],
-        rows: NDArray[np.intp],
-        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        positions: NDArray[intp],
+        rows: NDArray[intp],
         model_id: int,
-        store: Callable[[NDArray[np.intp], dict[str, Tensor]], None],
+        weighted: bool,
+        write: Callable[[Part], None],
     ) -> None:
         """Computes some samples of a batch, part by part.
 
         Args:
             batch: Tensors (B, ...).
-            positions: Which samples of the batch.
-            rows: Their numbers, for `store` and messages.
-            shapes: Of one row of what is to be computed: "features" and perhaps "weights".
-            model_id: Selects the projection.
-            store: Called with the numbers and the values, float32 on the CPU, of each part.
+            positions: The positions of these samples in the batch.
+            rows: Their numbers, for `write` and for messages.
+            model_id: The checkpoint's number.
+            weighted: Computes their weightings too.
+            write: Takes each part. Where memory runs out in it, the part is computed again in halves.
 
         Raises:
             ValueError: A result has another shape, or is not finite.
         """
         if not len(positions):
             return
-        kind = tuple(x.shape[1:] for x in batch)
-        if kind not in self._fitting:
-            self._fitting[kind] = self.chunk_size or self._samples_at_a_time([x[0] for x in batch])
-        self._fitting[kind] = memory.in_parts(
+        shapes = tuple(x.shape[1:] for x in batch)
+        if shapes not in self._samples_at_a_time:
+            self._samples_at_a_time[shapes] = self.chunk_size or self._fitting_samples([x[0] for x in batch])
+        self._samples_at_a_time[shapes] = memory.halving_on_oom(
             len(positions),
-            self._fitting[kind],
-            lambda part: store(rows[part], self._part(batch, positions[part], rows[part], shapes, model_id)),
+            self._samples_at_a_time[shapes],
+            lambda part: write(self._part(batch, positions[part], rows[part], model_id, weighted)),
         )
 
-    def _samples_at_a_time(self, sample: Sequence[Tensor]) -> int:
-        """Samples like this whose gradients fit into the memory budget, at least one."""
+    def _fitting_samples(self, sample: Sequence[Tensor]) -> int:
+        """Counts the samples like this one whose gradients fit into the memory budget: at least one."""
         budget = self.memory_budget
         if budget is None:
             budget = memory.free_bytes(self.device) // (2 if self.device.type == "cuda" else 4)
         sample = [x.to(self.device) for x in sample]
-        weights, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        weights = dict(self.model.named_parameters())
+        buffers = dict(self.model.named_buffers())
 
         def forward() -> None:
             with evaluation_mode(self.model):
@@ -94,28 +148,28 @@ class Featurizer:
         return max(1, budget // memory.sample_bytes(forward, self.gradient_bytes))
 
     def _part(
-        self,
-        batch: Sequence[Tensor],
-        positions: NDArray[np.intp],
-        rows: NDArray[np.intp],
-        shapes: Mapping[str, tuple[int, ...]],
-        model_id: int,
-    ) -> dict[str, Tensor]:
+        self, batch: Sequence[Tensor], positions: NDArray[intp], rows: NDArray[intp], model_id: int, weighted: bool
+    ) -> Part:
         samples = [x[torch.from_numpy(positions).to(x.device)].to(self.device) for x in batch]
-        values = {}
+        weights = None
         with evaluation_mode(self.model):
-            # handed over without a name, so that no gradients are kept while the next are computed
-            values["features"] = self.projector.project(
-                self.gradient_computer.compute_per_sample_grad(samples), model_id=model_id
-            )
-            if "weights" in shapes:
-                values["weights"] = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
-        for name, value in values.items():
-            values[name] = value.detach().to(device="cpu", dtype=torch.float32)
-            expected = (len(rows), *shapes[name])
-            if value.shape != expected:
-                raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}")
-            # one row that is not finite would spoil all scores, through X'X
-            if not (finite := values[name].isfinite().reshape(len(rows), -1).all(1)).all():
-                raise ValueError(f"the {name} of samples {rows[~finite].tolist()[:5]} are not finite")
-        return values
+            features = self.computer.features(samples, model_id)
+            if weighted:
+                weights = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
+        return Part(
+            rows=rows,
+            features=_checked("features", features, rows, (self.proj_dim,)),
+            weights=None if weights is None else _checked("weights", weights, rows, ()),
+        )
+
+
+def _checked(name: str, value: Tensor, rows: NDArray[intp], shape: tuple[int, ...]) -> Tensor:
+    """Returns a result as float32 on the CPU, once its shape is right and it is finite."""
+    value = value.detach().to(device="cpu", dtype=torch.float32)
+    expected = (len(rows), *shape)
+    if value.shape != expected:
+        raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}")
+    # one row that is not finite would spoil all scores, through X'X
+    if not (finite := value.isfinite().reshape(len(rows), -1).all(1)).all():
+        raise ValueError(f"the {name} of samples {rows[~finite].tolist()[:5]} are not finite")
+    return value

@@ -1,4 +1,4 @@
-"""How many samples' gradients fit into a given amount of memory."""
+"""Memory that gradients need and that is free, and smaller parts where it runs out."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @torch.no_grad()
 def sample_bytes(forward: Callable[[], object], gradient_bytes: int) -> int:
-    """Memory that the gradient of one sample's model output takes, from above.
+    """Computes an upper bound on the memory that one sample's gradient needs.
 
     Args:
         forward: Computes the model output of one sample.
         gradient_bytes: Size of the gradient. It counts twice, as parts of it exist twice while it is made.
 
     Returns:
-        Bytes: what the forward pass makes counts twice too, as autograd keeps it and makes a gradient for it.
+        Bytes. The results of the forward pass count twice too, as autograd keeps them and makes a gradient for each.
     """
     counter = _Counter()  # type: ignore[no-untyped-call]
-    with counter, suppress(RuntimeError):  # a task that differentiates by itself cannot, here
+    with counter, suppress(RuntimeError):  # from a task that differentiates by itself, which it cannot here
         forward()
     total: int = counter.total
     return 2 * (gradient_bytes + total)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
+    """Returns the bytes that are free on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # what torch's allocator holds but does not use is free to us
@@ -56,7 +56,7 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def in_parts(count: int, size: int, compute: Callable[[slice], object]) -> int:
+def halving_on_oom(count: int, size: int, compute: Callable[[slice], object]) -> int:
     """Calls `compute` for slices of up to `size` of `count` samples, and for smaller ones where memory runs out.
 
     Returns:

@@ -1,8 +1,15 @@
-"""The gradient of each sample's model output, by torch.func or by hooks, and the parameters that it is taken of."""
+"""The gradient of each sample's model output with respect to chosen parameters, by torch.func or by hooks."""
 
+from .base import GradientComputer
 from .functional import FunctionalGradientComputer
 from .hooks import HookGradientComputer
 from .modes import evaluation_mode
 from .parameters import select_parameters
 
-__all__ = ["FunctionalGradientComputer", "HookGradientComputer", "evaluation_mode", "select_parameters"]
+__all__ = [
+    "FunctionalGradientComputer",
+    "GradientComputer",
+    "HookGradientComputer",
+    "evaluation_mode",
+    "select_parameters",
+]

@@ -34,13 +34,14 @@ class FunctionalGradientComputer:
         Args:
             model: The module to differentiate.
             task: The model output function.
-            grad_dim: Not needed here; part of the contract for gradient computers, as are the next two.
-            dtype: Not needed here: gradients have their parameter's dtype.
-            device: Not needed here: gradients are where their parameter is.
-            grad_wrt: Names or patterns of the parameters to differentiate; all of them by default.
+            grad_dim: Has no effect; part of the contract of gradient computers, as are the next two.
+            dtype: Has no effect: gradients have their parameter's dtype.
+            device: Has no effect: gradients are where their parameter is.
+            grad_wrt: Names or patterns of the parameters to differentiate with respect to; None: all.
 
         Raises:
-            TypeError, ValueError: see `select_parameters`.
+            TypeError: `grad_wrt` is a single string.
+            ValueError: `grad_wrt` is empty, or one of its entries fits no parameter of `model`.
         """
         self.task = task
         self.grad_wrt = None if grad_wrt is None else list(select_parameters(model, grad_wrt))
@@ -50,19 +51,22 @@ class FunctionalGradientComputer:
         """Takes the parameters and buffers of `model`, without copying them."""
         self.model = model
         selected = select_parameters(model, self.grad_wrt)
-        # detached: the outer autograd would otherwise record a graph through every gradient and keep it alive
+        # detached, as autograd outside of torch.func would record a graph through every gradient and keep it alive
         self.selected = {name: parameter.detach() for name, parameter in selected.items()}
         self.fixed = {name: p.detach() for name, p in model.named_parameters() if name not in selected}
         self.buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
 
     def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The gradient of each sample's model output.
+        """Computes the gradient of each sample's model output.
 
         Args:
             batch: The batch's tensors, (B, ...) each.
 
         Returns:
             For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
+
+        Raises:
+            RuntimeError: torch.func cannot differentiate the model, or one of its operations is random.
         """
 
         def output(selected: dict[str, Tensor], sample: tuple[Tensor, ...]) -> Tensor:
@@ -81,5 +85,5 @@ class FunctionalGradientComputer:
         return {name: grads[name] for name in self.selected}
 
     def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
-        """The weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
+        """Computes the weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
         return self.task.get_out_to_loss_grad(self.model, {**self.fixed, **self.selected}, self.buffers, batch)

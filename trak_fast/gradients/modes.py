@@ -11,7 +11,7 @@ from torch import nn
 
 
 def unfused_attention() -> AbstractContextManager[Any]:
-    """Selects the attention that vmap can batch: the fused ones fall back to a loop over samples, with a warning."""
+    """Selects attention that vmap can batch: fused kernels would fall back to a loop over samples, with a warning."""
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:  # torch 2.2
@@ -32,7 +32,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Iterator[None]:
     """Keeps transformer layers from their fused inference, which calls no submodules."""
     mha = torch.backends.mha
     before = mha.get_fastpath_enabled()

@@ -1,2 +1,2 @@
-"""`trak-fast plan`: predicts time, memory and disk of a run. job.py says what runs, rates.py how fast this machine is,
-predict.py what follows."""
+"""`trak-fast plan`: predicts time, memory and disk of a run. job.py describes the run, rates.py has the speed of a
+machine, predict.py computes the prediction."""

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bench.case import Case
+from ..arguments import choice, integer, real
+from ..bench.case import DEVICES, DTYPES, MOST_GRADIENTS, PROJ_TYPES, Case
+from ..projection.checks import MAX_COLUMNS
+
+MOST_SECONDS = 1e9
+"""Seconds that one sample's gradient may be said to take."""
+
+LIMITS = {
+    "params": (1, MAX_COLUMNS), "proj_dim": (1, 2**32), "samples": (1, 2**48), "targets": (0, 2**48),
+    "checkpoints": (1, 2**32), "batch": (1, MOST_GRADIENTS), "tokens": (1, 2**48), "processes": (1, 2**32),
+}  # fmt: skip
+"""The least and the largest value of each integer of a job."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run.
+    """A run to predict.
 
     Attributes:
         params: Parameters that gradients are taken of, D.
-        proj_dim: k.
+        proj_dim: Size of the projected gradients, k.
         samples: Training samples, n.
-        targets: m.
-        checkpoints: C.
-        batch: Samples whose gradients are there at a time, B.
-        dtype: Of the gradients.
+        targets: Samples to attribute, m.
+        checkpoints: Checkpoints, C.
+        batch: Samples whose gradients are in memory at a time, B.
+        dtype: The gradients' dtype, by torch's name.
         proj_type: Kind of matrix.
-        device: Where to run.
-        half: Whether features are stored in float16.
-        tokens: Of a sample, to estimate its gradient's time; 1 for a model that uses each weight once for a sample.
-        gradient_seconds: Of one sample's gradient, if it is known; takes the place of `tokens`.
-        processes: That share the work, each on a machine or GPU like this.
+        device: "cpu" or "cuda".
+        half: Stores features in float16.
+        tokens: Tokens of a sample, to estimate its gradient's time; 1 for a model that uses each weight once for a
+            sample.
+        gradient_seconds: Seconds of one sample's gradient, if they are known; they take the place of `tokens`.
+        processes: Processes that share the work, each on a machine or GPU like this.
     """
 
     params: int
@@ -42,20 +54,20 @@ class Job:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
+        """Checks the values.
 
         Raises:
-            ValueError: Something is out of its range.
+            TypeError: A value has a wrong type.
+            ValueError: A value is out of its range.
         """
-        for name in ("params", "proj_dim", "samples", "checkpoints", "batch", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.targets < 0:
-            raise ValueError(f"targets must be at least 0, not {self.targets}")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, not {self.tokens}")
-        if self.gradient_seconds is not None and not self.gradient_seconds >= 0:
-            raise ValueError(f"gradient_seconds must be at least 0, not {self.gradient_seconds}")
+        for name, (low, high) in LIMITS.items():
+            if name != "tokens" or self.tokens is not None:
+                integer(name, getattr(self, name), low, high)
+        if self.gradient_seconds is not None:
+            real("gradient_seconds", self.gradient_seconds, 0.0, MOST_SECONDS)
+        choice("dtype", self.dtype, DTYPES)
+        choice("proj_type", self.proj_type, PROJ_TYPES)
+        choice("device", self.device, DEVICES)
 
     @property
     def case(self) -> Case:

@@ -1,15 +1,13 @@
-"""`trak-fast plan`: what a TRAK run will take in time, memory and disk, and what the projection will distort.
+"""The prediction of `trak-fast plan`: time, memory and disk of a TRAK run, and the distortion by the projection.
 
-Time is operations divided by rates, and memory the arrays that are there at once. Both are those of the driver
+Time is operations divided by rates, and memory the arrays that exist at once. Both are those of the driver
 (traker.py and scoring/); rates.py has the rates. benchmarks/plan.py compares with real runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass
 
 from scipy.optimize import brentq
 
@@ -23,8 +21,114 @@ SYNCS = 3
 """Waits for the disk for each batch: features, weights, flags."""
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """Time of each stage of a run, in seconds; `gradients` is None where nothing is known of them."""
+
+    gradients: float | None
+    projection: float
+    store: float
+    gram: float
+    solve: float
+    scores: float
+
+    @property
+    def total(self) -> float:
+        """The sum of all stages that are known."""
+        stages = (self.gradients, self.projection, self.store, self.gram, self.solve, self.scores)
+        return sum(seconds or 0.0 for seconds in stages)
+
+    def rows(self) -> dict[str, float | None]:
+        """Returns the stages and the total by the names that a reader sees."""
+        return {
+            "gradients": self.gradients,
+            "projection": self.projection,
+            "store": self.store,
+            "X'X": self.gram,
+            "solve": self.solve,
+            "scores": self.scores,
+            "total": self.total,
+        }
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak of memory in each stage of a run, in bytes, the model aside."""
+
+    featurize: int
+    gram: int
+    solve: int
+    scores: int
+
+    @property
+    def peak(self) -> int:
+        """The highest of all stages."""
+        return max(self.featurize, self.gram, self.solve, self.scores)
+
+    def rows(self) -> dict[str, int]:
+        """Returns the stages and the peak by the names that a reader sees."""
+        return {
+            "featurize": self.featurize,
+            "X'X": self.gram,
+            "solve": self.solve,
+            "scores": self.scores,
+            "peak": self.peak,
+        }
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Size of each part of the store, in bytes."""
+
+    training_features: int
+    target_features: int
+    gram_matrices: int
+    scores: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.training_features + self.target_features + self.gram_matrices + self.scores
+
+    def rows(self) -> dict[str, int]:
+        """Returns the parts and the total by the names that a reader sees."""
+        return {
+            "training features": self.training_features,
+            "target features": self.target_features,
+            "Gram matrices": self.gram_matrices,
+            "scores": self.scores,
+            "total": self.total,
+        }
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """Errors that the projection makes.
+
+    Attributes:
+        norm: Root mean square of the relative error of a squared norm.
+        cosine: Root mean square of the error of a cosine.
+        every_distance: The ε of `jl_epsilon`.
+    """
+
+    norm: float
+    cosine: float
+    every_distance: float | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The costs of a job and the errors of its projection, with the rates that they come from."""
+
+    seconds: Seconds
+    memory: Memory
+    disk: Disk
+    distortion: Distortion
+    rates: Rates
+
+
 def jl_epsilon(samples: float, proj_dim: int) -> float | None:
-    """ε such that all distances of n points keep within 1 ± ε (squared), surely for some P and so typically.
+    """Returns the ε such that all distances of n points keep within 1 ± ε (squared), for some P and so typically.
 
     Dasgupta and Gupta 2003, theorem 2.1: k ≥ 4 ln n/(ε²/2 − ε³/3). None where k is too small for any ε < 1.
     """
@@ -37,17 +141,30 @@ def jl_epsilon(samples: float, proj_dim: int) -> float | None:
     return None if missing(1.0) > 0 else float(brentq(missing, 1e-9, 1.0))
 
 
-def predict(job: Job, rates: Rates) -> dict[str, Any]:
-    """What a job takes.
+def predict(job: Job, rates: Rates) -> Prediction:
+    """Predicts a job's costs; without `tokens` and `gradient_seconds` the time of gradients is None."""
+    k, n, m = job.proj_dim, job.samples, job.targets
+    size = min(n, k)  # of the Gram matrix
+    grams = 2 if n >= k else 1  # X'X and X'CX, as the automatic ridge takes for classification; or XX'
+    return Prediction(
+        seconds=_seconds(job, rates, size, grams),
+        memory=_memory(job, size, grams),
+        disk=_disk(job, size, grams),
+        distortion=Distortion(norm=math.sqrt(2 / k), cosine=math.sqrt(1 / k), every_distance=jl_epsilon(n + m, k)),
+        rates=rates,
+    )
 
-    Returns:
-        `seconds`: of each stage (`gradients` is None if neither `tokens` nor `gradient_seconds` is given) and `total`;
-        `memory_bytes`: at the peak of each stage, the model aside, and `peak`; `disk_bytes`: of each part and `total`;
-        `distortion`: root mean squares of the relative error of a squared norm and of the error of a cosine, and `all`,
-        the ε of `jl_epsilon`.
+
+def _seconds(job: Job, rates: Rates, size: int, grams: int) -> Seconds:
+    """Divides operations by rates.
+
+    Args:
+        job: The job.
+        rates: The machine's rates.
+        size: Rows of a Gram matrix.
+        grams: Number of Gram matrices of a checkpoint.
     """
     k, n, m, c = job.proj_dim, job.samples, job.targets, job.checkpoints
-    size = min(n, k)  # of the Gram matrix
     rows = c * (n + m) / job.processes
     gradients = None
     if job.gradient_seconds is not None:
@@ -55,94 +172,97 @@ def predict(job: Job, rates: Rates) -> dict[str, Any]:
     elif job.tokens is not None:
         flop_seconds = FLOP_PER_PARAMETER * job.tokens / rates.product
         gradients = rows * job.params * (rates.gradient or flop_seconds)
-    grams = 2 if n >= k else 1  # X'X and X'CX, as the automatic ridge takes for classification; or XX'
-    stages = {
-        "gradients": gradients,
-        "projection": rows * 2 * job.params * k / rates.projection,
-        "store": rows / job.batch * SYNCS * rates.sync,
-        "X'X": grams * c * 2 * n * k * size / rates.float64 / job.processes,
-        "solve": c * (size**3 / 3 / rates.cholesky + 2 * size**2 * m / rates.float64)
+    return Seconds(
+        gradients=gradients,
+        projection=rows * 2 * job.params * k / rates.projection,
+        store=rows / job.batch * SYNCS * rates.sync,
+        gram=grams * c * 2 * n * k * size / rates.float64 / job.processes,
+        solve=c * (size**3 / 3 / rates.cholesky + 2 * size**2 * m / rates.float64)
         + (0 if n >= k else c * 2 * n * k * m / rates.float64),
-        "scores": (c * 2 * n * k * m / rates.float32 if n >= k else 0) / job.processes
+        scores=(c * 2 * n * k * m / rates.float32 if n >= k else 0) / job.processes
         + 3 * 4 * n * m / rates.copy / job.processes,
-    }
-    entry = 2 if job.half else 4
-    disk = {
-        "training features": c * n * (k * entry + 4 + 1 + (4 if job.half else 0)),  # and weights, flags, factors
-        "target features": c * m * (4 * k + 1),
-        "Gram matrices": grams * c * 8 * size**2,
-        "scores": 4 * n * m,
-    }
+    )
+
+
+def _memory(job: Job, size: int, grams: int) -> Memory:
+    """Adds up the arrays that exist at once; see `_seconds` for the arguments."""
+    k, n, m, c = job.proj_dim, job.samples, job.targets, job.checkpoints
     square = 8 * size**2  # float64
     group = max(1, min(m, scores.SOLVED_BYTES // (4 * c * (k if n >= k else n))))  # targets at a time
-    memory = {
+    return Memory(
         # gradients, once: vmap over grad makes those of a layer in place; the rows of X that wait for a product, in
         # each sum, and those of one joined; the sums
-        "featurize": job.batch * job.params * dtype_of(job.dtype).itemsize
+        featurize=job.batch * job.params * dtype_of(job.dtype).itemsize
         + 4 * job.batch * k
         + (grams * square + (grams + 1) * 8 * k * min(n, min(1024, k) + job.batch) if n >= k else 0),
         # this process's own sums, what it saved of them, their total, and sums of rows that no saved sum has
         # (or XX', the present block of columns in float32 and float64, and the last one)
-        "X'X": 4 * grams * square if n >= k else square + min(5 * gram.BLOCK_BYTES // 2, 20 * n * k),
+        gram=4 * grams * square if n >= k else square + min(5 * gram.BLOCK_BYTES // 2, 20 * n * k),
         # the factors of the checkpoints before; what is stored, its weighted sum, the same with the ridge, its factor,
         # and what LAPACK copies
-        "solve": (2 * (c - 1) + (6 if grams == 2 else 5)) * square,
+        solve=(2 * (c - 1) + (6 if grams == 2 else 5)) * square,
         # matrices and factors; the right sides in float64, products with them, and their copies; blocks of features
-        "scores": 2 * c * square
+        scores=2 * c * square
         + group * (16 * k + (4 * c * k if n >= k else 24 * n + 4 * c * n))
         + min(3 * scores.BLOCK_BYTES, 12 * n * max(k, m)),
-    }
-    return {
-        "seconds": {**stages, "total": sum(seconds or 0.0 for seconds in stages.values())},
-        "memory_bytes": {**memory, "peak": max(memory.values())},
-        "disk_bytes": {**disk, "total": sum(disk.values())},
-        "distortion": {"norm": math.sqrt(2 / k), "cosine": math.sqrt(1 / k), "all": jl_epsilon(n + m, k)},
-        "rates": {field.name: getattr(rates, field.name) for field in fields(rates)},
-    }
+    )
 
 
-def text(job: Job, plan: Mapping[str, Any]) -> str:
-    """A plan for a reader."""
-    seconds, distortion, rates = plan["seconds"], plan["distortion"], plan["rates"]
+def _disk(job: Job, size: int, grams: int) -> Disk:
+    """Adds up the files; see `_seconds` for the arguments."""
+    k, n, m, c = job.proj_dim, job.samples, job.targets, job.checkpoints
+    entry = 2 if job.half else 4
+    return Disk(
+        training_features=c * n * (k * entry + 4 + 1 + (4 if job.half else 0)),  # and weights, flags, factors
+        target_features=c * m * (4 * k + 1),
+        gram_matrices=grams * c * 8 * size**2,
+        scores=4 * n * m,
+    )
+
+
+def text(job: Job, prediction: Prediction) -> str:
+    """Sets a prediction as text."""
+    seconds, rates, distortion = prediction.seconds, prediction.rates, prediction.distortion
 
     def line(name: str, value: str, note: str = "") -> str:
         return f"  {name:<20}{value:>12}  {note}".rstrip()
 
     notes = {"gradients": "", "total": ""}
-    if seconds["gradients"] is None:
+    if seconds.gradients is None:
         notes = dict.fromkeys(notes, "without gradients: give --tokens or --gradient-seconds")
-    elif job.gradient_seconds is None and rates["gradient"] is None:
+    elif job.gradient_seconds is None and rates.gradient is None:
         notes = dict.fromkeys(notes, f"at least: {FLOP_PER_PARAMETER} FLOP a parameter and token, at a product's rate")
     elif job.gradient_seconds is None:
         notes["gradients"] = "measured with " + ("the layer of an MLP" if job.tokens == 1 else "a transformer block")
+    epsilon = distortion.every_distance
     lines = [
         f"{job.samples:,} training samples, {job.targets:,} targets, {job.checkpoints} checkpoints, "
         f"{job.params:,} parameters to k = {job.proj_dim:,}, {job.processes} × {job.device}",
-        f"rates: {rates['source']}; projection {rates['projection'] / 1e9:,.0f} GFLOP/s",
+        f"rates: {rates.source}; projection {rates.projection / 1e9:,.0f} GFLOP/s",
         "time",
         *(
             line(name, "–" if value is None else duration(value), notes.get(name, ""))
-            for name, value in seconds.items()
+            for name, value in seconds.rows().items()
         ),
         "memory, the model and its activations aside",
-        *(line(name, bytes_text(value)) for name, value in plan["memory_bytes"].items()),
+        *(line(name, bytes_text(value)) for name, value in prediction.memory.rows().items()),
         "disk",
-        *(line(name, bytes_text(value)) for name, value in plan["disk_bytes"].items()),
+        *(line(name, bytes_text(value)) for name, value in prediction.disk.rows().items()),
         "what the projection distorts",
-        line("squared norm", f"± {distortion['norm']:.2%}", "root mean square, √(2/k)"),
-        line("cosine", f"± {distortion['cosine']:.4f}", "of unrelated gradients, 1/√k; up to √(2/k) of like ones"),
+        line("squared norm", f"± {distortion.norm:.2%}", "root mean square, √(2/k)"),
+        line("cosine", f"± {distortion.cosine:.4f}", "of unrelated gradients, 1/√k; up to √(2/k) of like ones"),
         line(
             "every distance",
-            "–" if distortion["all"] is None else f"± {distortion['all']:.1%}",
+            "–" if epsilon is None else f"± {epsilon:.1%}",
             "squared, of all pairs of samples and targets (Dasgupta and Gupta 2003)"
-            + ("" if distortion["all"] is not None else ": no bound below 100 %"),
+            + ("" if epsilon is not None else ": no bound below 100 %"),
         ),
     ]
     return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
-    """A time with the unit that suits it, up to days."""
+    """Formats a time with the unit that suits it, up to days."""
     for factor, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * factor:
             return f"{seconds / factor:.1f} {unit}"

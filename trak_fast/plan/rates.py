@@ -1,4 +1,4 @@
-"""What a machine does in a second, for `trak-fast plan`: measured in a few seconds, or from results of a benchmark."""
+"""The rates of a machine for `trak-fast plan`: measured in a few seconds, or from results of a benchmark."""
 
 from __future__ import annotations
 
@@ -7,40 +7,51 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import projection
+from ..arguments import real
 from ..bench.case import dtype_of
-from ..bench.figures import case_of, measured
+from ..bench.results import Results, Timing
+from ..features import memory
 from ..gradients.functional import FunctionalGradientComputer
 from ..store import files
 from ..tasks.registry import resolve_task
 from .job import Job
 
 FLOP_PER_PARAMETER = 8
-"""Of a token: 2 forward, 4 backward, and 2 forward again for the sample's weighting (Q in the paper)."""
+"""FLOP of a token for each parameter: 2 forward, 4 backward, and 2 forward again for the sample's weighting (Q in the
+paper)."""
+
+CALIBRATION_SECONDS = 0.5
+"""Seconds that one projection takes, about, while rates are measured."""
+CALIBRATION_BYTES = 1 << 30
+"""Bytes of the gradients that are projected meanwhile, at most, in float32."""
+GRADIENT_BYTES = 1 << 30
+"""Bytes of the gradients of a stand-in, at most."""
+GRADIENT_FLOP = {"cpu": 40_000_000_000, "cuda": 10_000_000_000_000}
+"""FLOP of one call of a stand-in, about at most."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second.
+    """Rates of a machine, all above 0 but `sync`.
 
     Attributes:
-        projection: FLOP of the projection, 2 B D k a call, at the job's B, k, dtype and kind.
-        float64: FLOP of a product in float64: X'X and the solve.
-        float32: The same in float32: scores.
-        product: The same in the gradients' dtype.
-        cholesky: FLOP of a factorisation in float64, k³/3 each.
-        copy: Bytes copied.
-        source: Where they are from.
-        sync: Seconds to have written data safely on disk, once; 0 where it is not known.
+        projection: FLOP a second of the projection, 2 B D k a call, at the job's B, k, dtype and kind of matrix.
+        float64: FLOP a second of a product in float64: X'X and the solve.
+        float32: FLOP a second of a product in float32: scores.
+        product: FLOP a second of a product in the gradients' dtype.
+        cholesky: FLOP a second of a factorisation in float64, k³/3 each.
+        copy: Bytes copied a second.
+        source: Says where the rates are from.
+        sync: Seconds to have written data safely on disk, once; 0 where they are not known.
         gradient: Seconds of one sample's gradient and weighting for each parameter, of a model like the job's; None
-            where it is not known.
+            where they are not known.
     """
 
     projection: float
@@ -53,25 +64,32 @@ class Rates:
     sync: float = 0.0
     gradient: float | None = None
 
+    def __post_init__(self) -> None:
+        """Checks the rates that times are divided by.
 
-CALIBRATION_SECONDS = 0.5
-"""Of one projection, about, while rates are measured."""
-
-GRADIENT_BYTES = 1 << 30
-"""Of the gradients of a stand-in, at most."""
-
-GRADIENT_FLOP = {"cpu": 40_000_000_000, "cuda": 10_000_000_000_000}
-"""Of one call of a stand-in, about at most."""
+        Raises:
+            ValueError: One is not above 0.
+        """
+        for name in ("projection", "float64", "float32", "product", "cholesky", "copy"):
+            real(name, getattr(self, name), 0.0, above=True)
 
 
 def calibrate(job: Job) -> Rates:
-    """Measures rates on this machine, with the job's own B, k, dtype, kind and tokens; takes some seconds."""
-    device, dtype = torch.device(job.device), dtype_of(job.dtype)
+    """Measures rates on this machine, with the job's own B, k, dtype, kind of matrix and tokens; takes some seconds.
+
+    Raises:
+        MemoryError: The job's B and k are too large for this machine.
+        OSError: No file can be written in this folder, whose disk is to be timed.
+    """
+    device = torch.device(job.device)
+    dtype = dtype_of(job.dtype)
     columns = min(job.params, 1 << 12)
+    _check_memory(job, columns)
     while True:  # longer until it takes long enough; the time is in proportion to D
         grads = torch.randn(job.batch, columns, device=device).to(dtype)
         seconds = _seconds(lambda g=grads: projection.project(g, job.proj_dim, proj_type=job.proj_type), device)  # type: ignore[misc]
-        if seconds > CALIBRATION_SECONDS / 4 or columns >= job.params or 2 * grads.numel() * 4 > 1 << 30:
+        large = 2 * grads.numel() * 4 > CALIBRATION_BYTES
+        if seconds > CALIBRATION_SECONDS / 4 or columns >= job.params or large:
             break
         columns = min(job.params, 2 * columns)
     side = min(2048, max(256, job.proj_dim))
@@ -86,20 +104,42 @@ def calibrate(job: Job) -> Rates:
     target = torch.empty_like(source)
     copy = source.numel() * 8 / _seconds(lambda: target.copy_(source), device)
     return Rates(
-        2 * job.batch * columns * job.proj_dim / seconds,
-        rates["float64"], rates["float32"], rates[job.dtype], cholesky, copy, "measured now", _sync_seconds(job),
-        gradient_rate(job) if job.tokens and job.gradient_seconds is None else None,
-    )  # fmt: skip
+        projection=2 * job.batch * columns * job.proj_dim / seconds,
+        float64=rates["float64"],
+        float32=rates["float32"],
+        product=rates[job.dtype],
+        cholesky=cholesky,
+        copy=copy,
+        source="measured now",
+        sync=_sync_seconds(job),
+        gradient=gradient_rate(job) if job.tokens and job.gradient_seconds is None else None,
+    )
+
+
+def _check_memory(job: Job, columns: int) -> None:
+    """Checks that gradients (B, columns), in float32 and the job's dtype, and projected ones (B, k) fit into memory.
+
+    Raises:
+        MemoryError: They do not.
+    """
+    needed = job.batch * (columns * (4 + dtype_of(job.dtype).itemsize) + 4 * job.proj_dim)
+    free = memory.free_bytes(torch.device(job.device))
+    if needed > free:
+        raise MemoryError(
+            f"one projection of B = {job.batch:,} gradients to k = {job.proj_dim:,} takes {needed / 2**30:,.1f} GiB, "
+            f"{free / 2**30:,.1f} are free"
+        )
 
 
 def gradient_rate(job: Job) -> float:
-    """Seconds of a sample's gradient and weighting for each parameter, of a stand-in for the job's model.
+    """Measures the seconds of a sample's gradient and weighting for each parameter, of a stand-in for the job's model.
 
     Operations over a product's rate would be far off where tokens are few: gradients of samples are then written to
     memory more slowly than they are computed. The stand-in is smaller than the model, but its layers are about as wide,
     and it has the model's tokens and the job's batch, unless these take too long.
     """
-    device, dtype = torch.device(job.device), dtype_of(job.dtype)
+    device = torch.device(job.device)
+    dtype = dtype_of(job.dtype)
     assert job.tokens is not None
     model, width = stand_in(job.params, job.tokens)
     model = model.to(device, dtype).eval()
@@ -119,11 +159,11 @@ def gradient_rate(job: Job) -> float:
 
 
 def stand_in(params: int, tokens: int) -> tuple[nn.Module, int]:
-    """A model with layers about as wide as those of a usual one of that size, and its width.
+    """Makes a model with layers about as wide as those of a usual one of that size; returns it and its width.
 
     With tokens, a block of a transformer as deep as 1/64 of its width, as the usual ones are, so that its parameters
-    are 12 width² · width/64. Without, the largest layer of an MLP, with 3/4 of the parameters: whether the gradients of
-    a layer are more than the 32 MiB that malloc keeps for the next batch makes a difference of 3 times.
+    are 12 width² · width/64. Without, the largest layer of an MLP, with 3/4 of the parameters: a layer whose gradients
+    exceed the 32 MiB that malloc keeps for the next batch takes 3 times as long.
     """
     if tokens == 1:
         width = max(64, min(4096, round((0.75 * params) ** 0.5)))
@@ -133,17 +173,20 @@ def stand_in(params: int, tokens: int) -> tuple[nn.Module, int]:
 
 
 class _Block(nn.Module):
-    """Attention and an MLP, each with its norm and around it a sum; then the mean over tokens."""
+    """Attention and an MLP, each with its norm and a residual sum; then the mean over tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = width // 64
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.in_, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm_1 = nn.LayerNorm(width)
+        self.norm_2 = nn.LayerNorm(width)
+        self.in_ = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, tokens, width) to (B, width)."""
+        """Takes (B, tokens, width) to (B, width)."""
         q, k, v = (
             part.unflatten(-1, (self.heads, 64)).transpose(-3, -2) for part in self.in_(self.norm_1(x)).chunk(3, -1)
         )
@@ -154,7 +197,11 @@ class _Block(nn.Module):
 
 
 def _sync_seconds(job: Job) -> float:
-    """Of writing a batch of features to a file in this folder and waiting until it is on the disk."""
+    """Times writing a batch of features to a file in this folder and waiting until it is on the disk.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with tempfile.TemporaryFile(dir=".") as file:
 
         def write() -> None:
@@ -165,7 +212,7 @@ def _sync_seconds(job: Job) -> float:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median of five calls after one."""
+    """Returns the median seconds of five calls after one."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -178,32 +225,40 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return statistics.median(once() for _ in range(5))
 
 
-def from_results(job: Job, results: Mapping[str, Any]) -> Rates:
-    """Rates from results of `trak-fast bench`.
+def from_results(job: Job, results: Results) -> Rates:
+    """Takes rates from results of `trak-fast bench`.
 
     The projection's is that of our fastest kernel at the timing that is nearest to the job in B and k, of its dtype and
-    kind and with the largest D.
+    kind of matrix and with the largest D.
 
     Raises:
-        ValueError: There is no timing of ours for the job's device, dtype and kind.
+        ValueError: There is no timing of ours for the job's device, dtype and kind of matrix, or a rate is not above 0.
     """
+    wanted = (job.device, job.dtype, job.proj_type)
     ours = [
-        entry
-        for entry in measured(results)
-        if entry["candidate"].startswith("trak_fast ")
-        and all(entry["case"][name] == getattr(job, name) for name in ("device", "dtype", "proj_type"))
+        timing
+        for timing in results.measured
+        if timing.candidate.startswith("trak_fast ")
+        and (timing.case.device, timing.case.dtype, timing.case.proj_type) == wanted
     ]
-    if not ours or not results["ceilings"]:
-        raise ValueError(f"the results hold no timing of trak_fast for {job.device}, {job.dtype}, {job.proj_type}")
+    if not ours or results.ceilings is None:
+        raise ValueError(f"the results hold no timing of trak_fast for {', '.join(wanted)}")
 
-    def distance(entry: Mapping[str, Any]) -> tuple[float, float, float]:
-        case = case_of(entry)
-        away = abs(math.log(case.batch / job.batch)) + abs(math.log(case.proj_dim / job.proj_dim))
-        return away, -case.grad_dim, entry["median"]
+    def distance(timing: Timing) -> tuple[float, float, float]:
+        batch = abs(math.log(timing.case.batch / job.batch))
+        proj_dim = abs(math.log(timing.case.proj_dim / job.proj_dim))
+        return batch + proj_dim, -timing.case.grad_dim, timing.median
 
     nearest = min(ours, key=distance)
-    rates = results["ceilings"]["flop_per_second"]
+    rates = results.ceilings.flop_per_second
+    if missing := {"float64", "float32", job.dtype} - rates.keys():
+        raise ValueError(f"the results hold no rate of a product in {', '.join(sorted(missing))}")
     return Rates(
-        nearest["flop_per_second"], rates["float64"], rates["float32"], rates[job.dtype], rates["float64"] / 2,
-        results["ceilings"]["copy_bytes_per_second"], f"{nearest['candidate']} of {results['started'][:10]}",
-    )  # fmt: skip
+        projection=nearest.flop_per_second,
+        float64=rates["float64"],
+        float32=rates["float32"],
+        product=rates[job.dtype],
+        cholesky=rates["float64"] / 2,
+        copy=results.ceilings.copy_bytes_per_second,
+        source=f"{nearest.candidate} of {results.started[:10]}",
+    )

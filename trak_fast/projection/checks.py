@@ -1,4 +1,4 @@
-"""What the projection's arguments may be, the errors otherwise, and tensors as the compiled module takes them.
+"""Checks of the projection's arguments, which end in what the lower rooms take as it is.
 
 Imports nothing compiled. With `memory=False`, tensors may be the stand-ins that torch.compile and autograd pass around.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -16,37 +16,128 @@ from torch import Tensor
 from ..arguments import choice, integer
 
 Gradients = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+
 MAX_COLUMNS = 2**48
+"""Columns that a matrix has; the largest D, and the end of every `offset`."""
+
+MAX_ROWS = 2**32
+"""Rows that a matrix has; the largest k."""
+
 KINDS = {"rademacher": 0, "normal": 1}
+"""Kinds of matrix with the numbers that the compiled module has for them."""
+
 TERMS = {"medium": 1, "high": 2, "highest": 3}
+"""Precisions with the number of bfloat16 terms that a float32 enters as."""
+
+DEFAULT_TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 2, torch.float64: 3}
+"""Dtypes with the number of bfloat16 terms that their elements enter as, unless a precision is given."""
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""Dtypes of gradients with the numbers that the compiled module has for them."""
+
+
+class MatrixPart(NamedTuple):
+    """Names a matrix P and the first of its columns that a call multiplies by."""
+
+    kind: int
+    seed: int
+    model_id: int
+    offset: int
+
+
+class Projection(NamedTuple):
+    """Checked arguments of a projection, the tensor to add it to aside."""
+
+    tensors: list[Tensor]
+    columns: int
+    proj_dim: int
+    part: MatrixPart
+    precision: str | None
+
+
+class Adjoint(NamedTuple):
+    """Checked arguments of an adjoint, the tensor to add it to aside."""
+
+    y: Tensor
+    grad_dim: int
+    part: MatrixPart
+
+
+def check_projection(
+    tensors: list[Tensor],
+    proj_dim: SupportsIndex,
+    proj_type: str | enum.Enum,
+    seed: SupportsIndex,
+    model_id: SupportsIndex,
+    offset: SupportsIndex,
+    precision: str | None,
+) -> Projection:
+    """Checks the arguments of a projection of tensors that `gradient_tensors` has checked."""
+    columns = sum(map(width, tensors))
+    rows = integer("proj_dim", proj_dim, 1, MAX_ROWS)
+    part = matrix_part(proj_type, seed, model_id, offset, columns)
+    check_precision(precision)
+    return Projection(tensors, columns, rows, part, precision)
+
+
+def check_adjoint(
+    y: Tensor,
+    grad_dim: SupportsIndex,
+    proj_type: str | enum.Enum,
+    seed: SupportsIndex,
+    model_id: SupportsIndex,
+    offset: SupportsIndex,
+    memory: bool = True,
+) -> Adjoint:
+    """Checks the arguments of an adjoint."""
+    check_tensor("y", y, memory)
+    if memory and y.is_neg():
+        y = y.resolve_neg()
+    if y.ndim != 2 or y.shape[1] < 1:
+        raise ValueError(f"y must have two dimensions (B, proj_dim), proj_dim at least 1, not shape {tuple(y.shape)}")
+    integer("proj_dim", y.shape[1], 1, MAX_ROWS)
+    columns = integer("grad_dim", grad_dim, 0, MAX_COLUMNS)
+    part = matrix_part(proj_type, seed, model_id, offset, columns)
+    return Adjoint(y, columns, part)
 
 
 def kind_of(proj_type: str | enum.Enum) -> int:
-    return KINDS[choice("proj_type", proj_type.value if isinstance(proj_type, enum.Enum) else proj_type, KINDS)]
+    """Returns the number of a kind of matrix."""
+    name = proj_type.value if isinstance(proj_type, enum.Enum) else proj_type
+    return KINDS[choice("proj_type", name, KINDS)]
+
+
+def check_precision(precision: str | None) -> None:
+    """Checks a precision; None stands for the default of each dtype."""
+    if precision is not None:
+        choice("precision", precision, TERMS)
 
 
 def terms_of(precision: str | None, tensors: Sequence[Tensor]) -> int:
-    chosen = None if precision is None else TERMS[choice("precision", precision, TERMS)]
-    terms = {torch.bfloat16: 1, torch.float16: 2, torch.float32: chosen or 2, torch.float64: chosen or 3}
-    return max([1, *[terms[tensor.dtype] for tensor in tensors]])
+    """Returns the number of bfloat16 terms that elements of these tensors enter as: the largest that one needs."""
+    terms = DEFAULT_TERMS
+    if precision is not None:
+        terms = {**DEFAULT_TERMS, torch.float32: TERMS[precision], torch.float64: TERMS[precision]}
+    return max([terms[tensor.dtype] for tensor in tensors])
 
 
 def matrix_part(
     proj_type: str | enum.Enum, seed: SupportsIndex, model_id: SupportsIndex, offset: SupportsIndex, columns: int
-) -> tuple[int, int, int, int]:
-    """Kind, seed, model_id and offset, checked, of `columns` columns of P."""
-    kind = kind_of(proj_type)
-    seed = integer("seed", seed, 0, 2**64 - 1)
-    model_id = integer("model_id", model_id, 0, 2**32 - 1)
-    offset = integer("offset", offset, 0, MAX_COLUMNS)
-    if offset + columns > MAX_COLUMNS:
-        raise ValueError(f"offset + D must be at most 2**48, not {offset + columns}")
-    return kind, seed, model_id, offset
+) -> MatrixPart:
+    """Checks what names a matrix, and that it has `columns` columns from `offset` on."""
+    part = MatrixPart(
+        kind=kind_of(proj_type),
+        seed=integer("seed", seed, 0, 2**64 - 1),
+        model_id=integer("model_id", model_id, 0, 2**32 - 1),
+        offset=integer("offset", offset, 0, MAX_COLUMNS),
+    )
+    if part.offset + columns > MAX_COLUMNS:
+        raise ValueError(f"offset + D must be at most 2**48, not {part.offset + columns}")
+    return part
 
 
 def gradient_tensors(grads: Gradients, memory: bool = True) -> list[Tensor]:
-    """The gradients' tensors, each (B, ...), checked."""
+    """Returns the gradients' tensors, each (B, ...), once they are checked."""
     if isinstance(grads, Tensor):
         if grads.ndim != 2:
             raise ValueError(f"grads must have two dimensions (B, D), not shape {tuple(grads.shape)}")
@@ -72,10 +163,12 @@ def gradient_tensors(grads: Gradients, memory: bool = True) -> list[Tensor]:
 
 
 def width(tensor: Tensor) -> int:
+    """Returns the number of columns that a tensor (B, ...) has when it is flattened."""
     return math.prod(tensor.shape[1:])
 
 
 def check_tensor(name: str, tensor: object, memory: bool = True) -> None:
+    """Checks that `tensor` is one that the kernels can read, or that stands for one if not `memory`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -95,19 +188,43 @@ def check_tensor(name: str, tensor: object, memory: bool = True) -> None:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the memory may be read: not that of wrappers, fake or zero tensors, or after the storage was resized."""
+    """Says if the memory may be read. Wrappers, fake and zero tensors have none, nor has a storage that was freed."""
     try:
         pointer = tensor.data_ptr()
     except RuntimeError:
         return False
-    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return pointer != 0 and tensor.untyped_storage().nbytes() >= (last + 1) * tensor.element_size()
+    end = tensor.storage_offset()
+    if tensor.is_contiguous():
+        end += tensor.numel()
+    else:
+        end += 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return pointer != 0 and tensor.untyped_storage().nbytes() >= end * tensor.element_size()
 
 
-def check_out(
+def check_projection_out(out: Tensor, projection: Projection, memory: bool = True) -> None:
+    """Checks the tensor that a projection is added to."""
+    shape = (projection.tensors[0].shape[0], projection.proj_dim)
+    _check_out(out, shape, "(B, proj_dim)", "grads", projection.tensors, memory)
+
+
+def check_adjoint_out(out: Tensor, adjoint: Adjoint, memory: bool = True) -> None:
+    """Checks the tensor that an adjoint is added to."""
+    _check_out(out, (adjoint.y.shape[0], adjoint.grad_dim), "(B, grad_dim)", "y", [adjoint.y], memory)
+
+
+def _check_out(
     out: object, shape: tuple[int, int], size: str, name: str, tensors: Sequence[Tensor], memory: bool
 ) -> None:
-    """Checks what the result for the tensors `name` is added to; `size` says in words what `shape` is."""
+    """Checks the tensor that a result is added to.
+
+    Args:
+        out: The tensor.
+        shape: The shape that it must have.
+        size: The same shape in words.
+        name: The argument that `tensors` are.
+        tensors: Tensors that it must be on one device with, and share no memory with.
+        memory: If False, tensors may be stand-ins; the operator that is called with the real ones looks again.
+    """
     check_tensor("out", out, memory)
     assert isinstance(out, Tensor)
     if out.dtype != torch.float32:
@@ -117,32 +234,17 @@ def check_out(
     if out.device != tensors[0].device:
         raise ValueError(f"out is on device {out.device}, but {name} is on {tensors[0].device}")
     if not memory:
-        return  # the operator that is called with the real tensors looks again
+        return
     if out.requires_grad or out.is_neg():
         raise ValueError("out requires grad or is a negated view: pass a plain tensor, e.g. out.detach()")
-    strides = sorted((stride, n) for stride, n in zip(out.stride(), out.shape, strict=True) if n > 1)
-    reach = 1
-    for stride, n in strides:
-        if stride < reach:
-            raise ValueError(f"out has elements that share memory (strides {out.stride()})")
-        reach = stride * n
+    if not out.is_contiguous():
+        strides = sorted((stride, n) for stride, n in zip(out.stride(), out.shape, strict=True) if n > 1)
+        reach = 1
+        for stride, n in strides:
+            if stride < reach:
+                raise ValueError(f"out has elements that share memory (strides {out.stride()})")
+            reach = stride * n
     if out.numel():
         start = out.untyped_storage().data_ptr()
         if any(tensor.untyped_storage().data_ptr() == start for tensor in tensors if tensor.numel()):
             raise ValueError(f"out shares its storage with {name}")
-
-
-def describe(tensor: Tensor) -> tuple[int, int, int, int, list[int], list[int]]:
-    """A tensor as the compiled module takes it, trailing dimensions merged where memory allows."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == stride * size:
-            sizes[-1] *= size
-            strides[-1] = stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    return tensor.data_ptr(), DTYPES[tensor.dtype], width(tensor), tensor.stride(0), sizes, strides

@@ -1,6 +1,7 @@
-"""The projection y = P g and its adjoint P'y, where P (k × D) is made inside the multiplication and never stored.
+"""The public functions: the projection y = P g, its adjoint P'y, and entries of P (k × D).
 
-Every tensor is allocated here, after checks.py has checked the arguments.
+Each checks its arguments once, and hands them to kernels.py, or to operators.py where torch compiles or records
+the call.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..arguments import indexes, integer
+from ..arguments import indexes
 from . import checks, kernels, operators
 from .checks import Gradients
-from .kernels import _CUDA_DIMENSIONS, _adjoint_cuda, _instruction_set, _project_cuda
 
 
 def project(
@@ -49,13 +49,13 @@ def project(
         model_id: 0 to 2**32 - 1. Each has its own independent P.
         offset: Column of P that belongs to the first column of ``grads``, for gradients that come in slices: the
             slices' results add up to the whole's (up to fp32 rounding).
-        precision: How float32 and float64 gradients enter where the processor multiplies bfloat16 (AMX; elsewhere they
-            are multiplied as float32): as 1 (``"medium"``), 2 (``"high"``) or 3 (``"highest"``) bfloat16 terms. The
-            first changes an element by at most 2**-8 of itself, the second by 2**-17, the third not at all (float64:
-            2**-24, from float32); elements below 1e-33 by at most 2**-126, where bfloat16 products end. Default:
-            ``"high"`` for float32 (some 2.5e-6 of the result, where the projection itself distorts by 1/√k), and
-            ``"highest"`` for float64. bfloat16 and float16 are always exact. On CUDA, tensor cores round sums toward
-            zero besides: a result shrinks by up to 1e-5 of itself at any precision (8.4e-6 measured on an H100).
+        precision: The form in which float32 and float64 gradients enter where the processor multiplies bfloat16 (AMX;
+            elsewhere they are multiplied as float32): as 1 (``"medium"``), 2 (``"high"``) or 3 (``"highest"``) bfloat16
+            terms. The first changes an element by at most 2**-8 of itself, the second by 2**-17, the third not at all
+            (float64: 2**-24, from float32); elements below 1e-33 by at most 2**-126, where bfloat16 products end.
+            Default: ``"high"`` for float32 (some 2.5e-6 of the result, where the projection itself distorts by 1/√k),
+            and ``"highest"`` for float64. bfloat16 and float16 are always exact. On CUDA, tensor cores round sums
+            toward zero besides: a result shrinks by up to 1e-5 of itself at any precision (8.4e-6 measured on an H100).
         out: Float32 tensor (B, k) on the gradients' device that the projection is added to, in place.
         differentiable: Records the projection for autograd (torch 2.4 or newer; P'y is its derivative, see
             :func:`project_adjoint`; torch.func transforms are not supported). By default nothing is recorded, even if
@@ -70,37 +70,22 @@ def project(
         TypeError: Something has the wrong type, dtype or layout, or has no memory (meta tensors, inside vmap).
         RuntimeError: CUDA reports an error, or the device's first ``"normal"`` projection is inside a graph capture.
     """
-    compiling = torch.compiler.is_compiling()
-    tensors = checks.gradient_tensors(grads, memory=not (compiling or differentiable))
-    batch, device = tensors[0].shape[0], tensors[0].device
-    columns = sum(map(checks.width, tensors))
-    proj_dim = integer("proj_dim", proj_dim, 1, 2**32)
-    kind, seed, model_id, offset = checks.matrix_part(proj_type, seed, model_id, offset, columns)
-    terms = checks.terms_of(precision, tensors)
-    if out is not None:
-        if differentiable:
-            raise ValueError("out cannot be combined with differentiable=True: add the result to it instead")
-        checks.check_out(out, (batch, proj_dim), "(B, proj_dim)", "grads", tensors, memory=not compiling)
-    if compiling or differentiable:
-        return operators.project(tensors, proj_dim, kind, seed, model_id, offset, precision, out, differentiable)
-    add = out is not None
-    if out is None:
-        sets = device.type == "cuda" and batch > 0 and columns > 0  # the CPU's kernels always add
-        out = (torch.empty if sets else torch.zeros)(batch, proj_dim, dtype=torch.float32, device=device)
-    if batch == 0 or columns == 0:
-        return out
-    if device.type == "cuda":
-        tensors = [tensor.flatten(1) if tensor.ndim > _CUDA_DIMENSIONS else tensor for tensor in tensors]
-    projection = (
-        *(kind, seed, model_id, proj_dim, batch, offset, terms),
-        [checks.describe(tensor) for tensor in tensors if tensor.numel()],
-        *(out.data_ptr(), out.stride(0), out.stride(1)),
+    memory = not (differentiable or torch.compiler.is_compiling())
+    projection = checks.check_projection(
+        checks.gradient_tensors(grads, memory),
+        proj_dim,
+        proj_type=proj_type,
+        seed=seed,
+        model_id=model_id,
+        offset=offset,
+        precision=precision,
     )
-    if device.type == "cuda":
-        _project_cuda(projection, add, kind, device)
-    else:
-        kernels._C.project(projection, _instruction_set(), torch.get_num_threads())
-    return out
+    if out is not None:
+        checks.check_projection_out(out, projection, memory)
+        _refuse_recording(differentiable)
+    if not memory:
+        return operators.project(projection, out, differentiable)
+    return kernels.project(projection, out)
 
 
 def project_adjoint(
@@ -114,9 +99,9 @@ def project_adjoint(
     out: Tensor | None = None,
     differentiable: bool = False,
 ) -> Tensor:
-    """The adjoint (transpose) of :func:`project`: ``result[b, j] = Σ_i P[i, offset + j] · y[b, i]``, unscaled.
+    """Computes the adjoint (transpose) of :func:`project`: ``result[b, j] = Σ_i P[i, offset + j] · y[b, i]``, unscaled.
 
-    It is what carries derivatives back through a projection, and 1/k times it is an unbiased estimate of the gradient
+    The adjoint carries derivatives back through a projection, and 1/k times it is an unbiased estimate of the gradient
     that was projected. Products and sums are in fp32, and the same call gives the same bits every time.
 
     Args:
@@ -136,35 +121,22 @@ def project_adjoint(
         ValueError: A shape or a number is out of range, or ``out`` is given with ``differentiable``.
         TypeError: Something has the wrong type, dtype or layout, or has no memory (meta tensors, inside vmap).
     """
-    compiling = torch.compiler.is_compiling()
-    memory = not (compiling or differentiable)
-    checks.check_tensor("y", y, memory)
-    if memory and y.is_neg():
-        y = y.resolve_neg()
-    if y.ndim != 2 or y.shape[1] < 1:
-        raise ValueError(f"y must have two dimensions (B, proj_dim), proj_dim at least 1, not shape {tuple(y.shape)}")
-    integer("proj_dim", y.shape[1], 1, 2**32)
-    grad_dim = integer("grad_dim", grad_dim, 0, checks.MAX_COLUMNS)
-    kind, seed, model_id, offset = checks.matrix_part(proj_type, seed, model_id, offset, grad_dim)
-    if out is not None:
-        if differentiable:
-            raise ValueError("out cannot be combined with differentiable=True: add the result to it instead")
-        checks.check_out(out, (y.shape[0], grad_dim), "(B, grad_dim)", "y", [y], memory=not compiling)
-    if compiling or differentiable:
-        return operators.project_adjoint(y, grad_dim, kind, seed, model_id, offset, out, differentiable)
-    if out is None:
-        out = torch.zeros(y.shape[0], grad_dim, dtype=torch.float32, device=y.device)
-    if out.numel() == 0:
-        return out
-    adjoint = (
-        *(kind, seed, model_id, grad_dim, y.shape[0], offset, checks.describe(y)),
-        *(out.data_ptr(), out.stride(0), out.stride(1)),
+    memory = not (differentiable or torch.compiler.is_compiling())
+    adjoint = checks.check_adjoint(
+        y,
+        grad_dim,
+        proj_type=proj_type,
+        seed=seed,
+        model_id=model_id,
+        offset=offset,
+        memory=memory,
     )
-    if y.device.type == "cuda":
-        _adjoint_cuda(adjoint, kind, y.device)
-    else:
-        kernels._C.project_adjoint(adjoint, _instruction_set(), torch.get_num_threads())
-    return out
+    if out is not None:
+        checks.check_adjoint_out(out, adjoint, memory)
+        _refuse_recording(differentiable)
+    if not memory:
+        return operators.project_adjoint(adjoint, out, differentiable)
+    return kernels.project_adjoint(adjoint, out)
 
 
 def matrix(
@@ -174,7 +146,7 @@ def matrix(
     rows: Sequence[int] | npt.NDArray[Any] | Tensor,
     cols: Sequence[int] | npt.NDArray[Any] | Tensor,
 ) -> Tensor:
-    """Entries of P, one by one as the definition has them.
+    """Computes entries of P, one by one as the definition has them.
 
     Args:
         proj_type: ``"rademacher"`` or ``"normal"``.
@@ -190,15 +162,12 @@ def matrix(
         ValueError: A number is out of range.
         TypeError: Something is not an integer.
     """
-    kind, seed, model_id, _ = checks.matrix_part(proj_type, seed, model_id, 0, 0)
-    row_array = indexes("rows", rows, 2**32).astype(np.uint32)
-    col_array = indexes("cols", cols, checks.MAX_COLUMNS)
-    out = torch.empty(len(row_array), len(col_array), dtype=torch.float32)
-    kernels._C.matrix(
-        *(kind, seed, model_id, row_array.ctypes.data, len(row_array)),
-        *(col_array.ctypes.data, len(col_array), out.data_ptr()),
-    )
-    return out
+    part = checks.matrix_part(proj_type, seed, model_id, 0, 0)
+    row_numbers = indexes("rows", rows, checks.MAX_ROWS).astype(np.uint32)
+    return kernels.matrix(part, row_numbers, indexes("cols", cols, checks.MAX_COLUMNS))
 
 
-operators.define(project, project_adjoint)
+def _refuse_recording(differentiable: bool) -> None:
+    """Refuses `differentiable` beside `out`, whose own history autograd would lose."""
+    if differentiable:
+        raise ValueError("out cannot be combined with differentiable=True: add the result to it instead")

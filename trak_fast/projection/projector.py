@@ -1,28 +1,47 @@
-"""Objects that project the gradients of one model."""
+"""Objects that project the gradients of one model: whole, slice by slice, or not at all."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..arguments import integer
-from . import checks, kernels
+from . import checks, kernels, operators
 from .checks import Gradients
-from .functions import project, project_adjoint
-from .kernels import _device_table
+from .functions import project_adjoint
+
+
+class ProjectorLike(Protocol):
+    """The projectors that `TRAKer` takes; those of traker are such ones.
+
+    One that has `grad_dim` is refused for gradients of another size. `proj_type`, `seed` and `definition` go into the
+    manifest of the features.
+
+    Attributes:
+        proj_dim: Size of a projected gradient, k; 0: that of the gradient.
+    """
+
+    proj_dim: int
+
+    def project(self, grads: Mapping[str, Tensor] | Tensor, model_id: int) -> Tensor:
+        """Projects gradients, (B, D) or (B, ...) by parameter, to (B, k), by the matrix of `model_id`."""
+
+    def free_memory(self) -> None:
+        """Frees the memory that is not needed until the next projection."""
 
 
 class NoProjection:
-    """What proj_dim=0 asks for: the gradients themselves, in one row a sample."""
+    """The projector behind proj_dim=0: features are the gradients themselves, one row a sample."""
 
     proj_dim = 0
     proj_type = "none"
 
     def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
-        """Gradients, (B, D)."""
+        """Returns gradients as they are, (B, D)."""
         if isinstance(grads, Tensor):
             return grads.clone()
         return torch.cat([g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in grads.values()], dim=1)
@@ -39,7 +58,7 @@ class Projector:
         proj_dim: k.
         seed: See :func:`project`.
         proj_type: See :func:`project`.
-        device: Where the gradients will be; None: wherever they are.
+        device: The device that the gradients must be on; None: any.
         precision: See :func:`project`.
 
     Raises:
@@ -60,15 +79,14 @@ class Projector:
         self.grad_dim = integer("grad_dim", grad_dim, 0, checks.MAX_COLUMNS)
         self.proj_dim = integer("proj_dim", proj_dim, 1, 2**32)
         self.seed = integer("seed", seed, 0, 2**64 - 1)
-        checks.terms_of(precision, [])
-        checks.kind_of(proj_type)
+        checks.check_precision(precision)
+        kind = checks.kind_of(proj_type)
         self.proj_type = str(getattr(proj_type, "value", proj_type))
         self.device = None if device is None else torch.device(device)
-        on_cuda = self.device is not None and self.device.type == "cuda" and torch.cuda.is_available()
-        if on_cuda and self.proj_type == "normal":
-            _device_table(torch.empty(0, device=self.device).device)  # before anyone captures a graph
+        if self.device is not None and self.device.type == "cuda" and torch.cuda.is_available():
+            kernels.prepare(kind, self.device)  # before anyone captures a graph
         self.precision = precision
-        self.definition: int = kernels._C.DEFINITION
+        self.definition = kernels.definition()
 
     def project(self, grads: Gradients, model_id: int = 0) -> Tensor:
         """Projects gradients (B, D), or a mapping or sequence of (B, ...), to a new float32 tensor (B, k).
@@ -77,13 +95,16 @@ class Projector:
             ValueError: The gradients do not have ``grad_dim`` columns; otherwise as :func:`project`.
             TypeError: As :func:`project`.
         """
-        columns = self._columns(grads)
+        compiling = torch.compiler.is_compiling()
+        tensors = self._tensors(grads, memory=not compiling)
+        columns = sum(map(checks.width, tensors))
         if columns != self.grad_dim:
             raise ValueError(f"grads has {columns} columns, but grad_dim is {self.grad_dim}")
-        return self._project(grads, model_id)
+        projection = self._checked(tensors, model_id)
+        return operators.project(projection, None, False) if compiling else kernels.project(projection)
 
     def adjoint(self, y: Tensor, model_id: int = 0) -> Tensor:
-        """P'y: takes (B, k) back to a new float32 tensor (B, grad_dim), see :func:`project_adjoint`.
+        """Takes y (B, k) back to P'y, a new float32 tensor (B, grad_dim); see :func:`project_adjoint`.
 
         Raises:
             ValueError: ``y`` does not have ``proj_dim`` columns; otherwise as :func:`project_adjoint`.
@@ -94,31 +115,32 @@ class Projector:
         return project_adjoint(y, self.grad_dim, proj_type=self.proj_type, seed=self.seed, model_id=model_id)
 
     def accumulator(self, batch_size: int, model_id: int = 0) -> Accumulator:
-        """A sum over slices of gradients of ``batch_size`` samples, for gradients that are never whole."""
+        """Makes a sum over slices of gradients of ``batch_size`` samples, for gradients that are never whole."""
         return Accumulator(self, batch_size, model_id)
 
     def free_memory(self) -> None:
         """Does nothing: there is no matrix to free. Part of traker's protocol."""
 
-    def _columns(self, grads: Gradients) -> int:
-        tensors = checks.gradient_tensors(grads, memory=False)
+    def _tensors(self, grads: Gradients, memory: bool) -> list[Tensor]:
+        """Checks gradients, and that they are on the projector's device; returns their tensors."""
+        tensors = checks.gradient_tensors(grads, memory)
         device = tensors[0].device
         if self.device is not None and (
             device.type != self.device.type or self.device.index not in (None, device.index)
         ):
             raise ValueError(f"grads is on device {device}, but this projector's device is {self.device}")
-        return sum(map(checks.width, tensors))
+        return tensors
 
-    def _project(self, grads: Gradients, model_id: int, offset: int = 0, out: Tensor | None = None) -> Tensor:
-        return project(
-            grads,
+    def _checked(self, tensors: list[Tensor], model_id: int, offset: int = 0) -> checks.Projection:
+        """Checks everything but the tensors."""
+        return checks.check_projection(
+            tensors,
             self.proj_dim,
             proj_type=self.proj_type,
             seed=self.seed,
             model_id=model_id,
             offset=offset,
             precision=self.precision,
-            out=out,
         )
 
     def __repr__(self) -> str:
@@ -149,21 +171,26 @@ class Accumulator:
                 :func:`project`.
             TypeError: As :func:`project`.
         """
-        columns = self._projector._columns(grads)
+        compiling = torch.compiler.is_compiling()
+        projector = self._projector
+        tensors = projector._tensors(grads, memory=not compiling)
+        columns = sum(map(checks.width, tensors))
         offset = integer("offset", offset, 0, checks.MAX_COLUMNS)
-        if offset + columns > self._projector.grad_dim:
-            raise ValueError(
-                f"columns {offset} to {offset + columns} do not fit into grad_dim = {self._projector.grad_dim}"
-            )
-        first = checks.gradient_tensors(grads, memory=False)[0]
-        if len(first) != self._batch_size:
-            raise ValueError(f"grads holds {len(first)} samples, but batch_size is {self._batch_size}")
+        if offset + columns > projector.grad_dim:
+            raise ValueError(f"columns {offset} to {offset + columns} do not fit into grad_dim = {projector.grad_dim}")
+        samples = len(tensors[0])
+        if samples != self._batch_size:
+            raise ValueError(f"grads holds {samples} samples, but batch_size is {self._batch_size}")
         if self._sum is None:
-            self._sum = self._zeros(first.device)
-        self._projector._project(grads, self._model_id, offset, self._sum)
+            self._sum = self._zeros(tensors[0].device)
+        projection = projector._checked(tensors, self._model_id, offset)
+        if compiling:
+            operators.project(projection, self._sum, False)
+        else:
+            kernels.project(projection, self._sum)
 
     def result(self) -> Tensor:
-        """The sum so far: a new float32 tensor (batch_size, k)."""
+        """Returns the sum so far: a new float32 tensor (batch_size, k)."""
         if self._sum is None:
             return self._zeros(self._projector.device)
         return self._sum.clone()

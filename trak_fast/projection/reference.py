@@ -3,8 +3,8 @@
 This file is the second, independent statement of what the compiled kernels compute: the tests compare the two. It
 imports nothing from the package, and is written for the reader, not for speed.
 
-`y = P g`: `g` holds the D columns' values of one sample, `y` its k projected values, and every entry `P[i, j]` is a
-pure function of `(proj_type, seed, stream, i, j)`. `stream` is what the public functions call `model_id`.
+`y = P g`: `g` holds one sample's D values, one for each column of P, and `y` its k projected values. Every entry
+`P[i, j]` is a pure function of `(proj_type, seed, stream, i, j)`. `stream` is the public `model_id`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LOW_32_BITS = np.uint64(0xFFFFFFFF)
+
 TAGS = {"rademacher": 0, "normal": 1}
+"""Number of each kind of matrix in Philox's counter, so that no two kinds share a call."""
+
 COLUMNS_PER_BLOCK = {"rademacher": 512, "normal": 32}
+"""Columns of one row that the four calls of Philox with the same block number serve."""
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
-    """Philox4x32-10, a counter-based generator of 128 random bits a call.
+    """Computes Philox4x32-10, a counter-based generator of 128 random bits a call.
 
     Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
 
@@ -33,7 +37,7 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
     Returns:
         (..., 4) uint32, the four output words of each counter.
     """
-    # Words are kept in 64 bits, so that a product of two has room for its high half.
+    # Words are kept in 64 bits, so that a product of two words has room for its high half.
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
     k0, k1 = (int(word) for word in np.asarray(key, dtype=np.uint64))
     for _ in range(10):
@@ -50,17 +54,17 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
 
 @functools.cache
 def normal_table() -> NDArray[np.float32]:
-    """The 65,536 values of the normal kind: equiprobable quantiles, of mean 0 and variance 1, rounded to bfloat16.
+    """Makes the 65,536 values of the normal kind: equiprobable quantiles of mean 0, variance 1, rounded to bfloat16.
 
     Returns:
-        (65536,) float32, increasing; read-only, because it is made once.
+        (65536,) float32, increasing; read-only, because all calls return the same array.
     """
     quantile = NormalDist().inv_cdf
     z = np.array([quantile((u + 0.5) / 65536) for u in range(65536)])
     z = (z - z[::-1]) / 2  # exactly antisymmetric
     z /= np.sqrt(np.mean(z**2))
-    # To float32 and from there to bfloat16 (8 significant bits), ties to even both times. Rounding once would change
-    # one pair of entries (u = 8593, 56942); the golden values, which are the definition, were made with two.
+    # Rounded to float32 and from there to bfloat16 (8 significant bits), ties to even both times. Rounding once would
+    # change one pair of entries (u = 8593, 56942); the golden values, which are the definition, were rounded twice.
     mantissa, exponent = np.frexp(z.astype(np.float32))
     table: NDArray[np.float32] = np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8).astype(np.float32)
     table.setflags(write=False)
@@ -68,7 +72,7 @@ def normal_table() -> NDArray[np.float32]:
 
 
 def matrix(proj_type: str, seed: int, stream: int, rows: ArrayLike, cols: ArrayLike) -> NDArray[np.float32]:
-    """Entries `P[i, j]` for all `i` of `rows` and all `j` of `cols`.
+    """Returns the entries `P[i, j]` for all `i` of `rows` and all `j` of `cols`.
 
     Args:
         proj_type: "rademacher" (entries ±1) or "normal" (entries of `normal_table`).
@@ -123,7 +127,7 @@ def project(
     stream: int = 0,
     offset: int = 0,
 ) -> NDArray[np.float64]:
-    """`y = P g` for each row `g` of `grads`, in double precision.
+    """Computes `y = P g` for each row `g` of `grads`, in double precision.
 
     Args:
         grads: (B, D) numbers.

@@ -11,23 +11,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 BLOCK_BYTES = 64 << 20
+"""Bytes of float64 rows that are computed with at a time."""
+
 Features = NDArray[np.floating[Any]]
 
 
 def blocks(total: int, width: int) -> list[slice]:
-    """Slices that cut `total` rows of `width` float64 numbers into blocks of at most BLOCK_BYTES, or of one row."""
+    """Cuts `total` rows of `width` float64 numbers into slices of at most BLOCK_BYTES, or of one row."""
     size = max(1, BLOCK_BYTES // (8 * width))
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _load(array: Features, dtype: torch.dtype, device: torch.device, normalize: bool = False) -> Tensor:
-    """A copy of a block of a memory-mapped array; with `normalize` each row divided by its norm, zero rows left."""
+def load_block(array: Features, dtype: torch.dtype, device: torch.device, normalize: bool = False) -> Tensor:
+    """Copies a block of a memory-mapped array to a device; with `normalize` each row is divided by its norm."""
     block = torch.from_numpy(np.array(array)).to(device)
     return (normalized(block.double()) if normalize else block).to(dtype)
 
 
 def normalized(rows: Tensor) -> Tensor:
-    """Rows (B, k) divided by their norms, in the dtype that they have; rows of zeros stay."""
+    """Divides rows (B, k) by their norms, in the dtype that they have; rows of zeros stay."""
     wide = rows.double()  # where squares of float32 numbers neither overflow nor vanish
     return wide.div(wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)).to(rows.dtype)
 
@@ -35,16 +37,17 @@ def normalized(rows: Tensor) -> Tensor:
 class GramAccumulator:
     """X'RX, summed over blocks of rows as they are made, so that X is not read a second time.
 
-    Products and sums are in float64 whatever the features' dtype: those of float32 features are exact. Sums over
-    disjoint blocks may be added up, from processes of their own say: `a.add_sum(b.value())`.
+    Products and sums are in float64 whatever the features' dtype: products of float32 features are exact. Values of
+    accumulators over disjoint rows may be added up, those of several processes for example.
     """
 
     def __init__(self, proj_dim: int, device: torch.device | None = None, normalize: bool = False) -> None:
         """Starts from no rows.
 
         Args:
-            proj_dim: k. The sum takes 8 k² bytes; where n < k, `gram_matrix` on the whole X is smaller.
-            device: Where to compute; the CPU by default.
+            proj_dim: Size of a feature, k. The sum takes 8 k² bytes; where n < k, `gram_matrix` of the whole X takes
+                fewer.
+            device: The device to compute on; the CPU by default.
             normalize: Divides each row by its norm, for cosine scores.
         """
         self.normalize = normalize
@@ -69,23 +72,20 @@ class GramAccumulator:
         if roots is not None and roots.shape != features.shape[:1]:
             raise ValueError(f"weights must have shape ({len(features)},), not {tuple(roots.shape)}")
         for rows in blocks(*features.shape):
-            block = _load(features[rows], torch.float64, self._sum.device, self.normalize)
+            block = load_block(features[rows], torch.float64, self._sum.device, self.normalize)
             if roots is not None:
                 block *= roots[rows, None]
             self._waiting.append(block)
             if sum(map(len, self._waiting)) >= min(1024, len(self._sum)):
                 self._flush()
 
-    def add_sum(self, value: Tensor) -> None:
-        """Adds the sum of another accumulator, (k, k) float64."""
-        self._sum += value.to(self._sum)
-
     def value(self) -> Tensor:
-        """The sum so far, (k, k) float64. It is the accumulator's own: copy it before adding more."""
+        """Returns the sum so far, (k, k) float64. The tensor is the accumulator's own: copy it before adding more."""
         self._flush()
         return self._sum
 
     def _flush(self) -> None:
+        """Multiplies the rows that wait, and adds the product to the sum."""
         if self._waiting:
             block = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
             self._sum.addmm_(block.mT, block)
@@ -95,11 +95,11 @@ class GramAccumulator:
 def gram_matrix(
     features: Features, device: torch.device, weights: NDArray[np.float64] | None = None, normalize: bool = False
 ) -> Tensor:
-    """X'RX where k ≤ n, else R½XX'R½, with products and sums in float64.
+    """Computes X'RX where k ≤ n, else R½XX'R½, with products and sums in float64.
 
     Args:
         features: X, (n, k) floating, which may be memory-mapped.
-        device: Where to compute.
+        device: The device to compute on.
         weights: (n,) ≥ 0, the diagonal of R; all 1 by default.
         normalize: Divides each row of X by its norm.
 
@@ -108,13 +108,13 @@ def gram_matrix(
     """
     n, k = features.shape
     if k <= n:
-        sum_ = GramAccumulator(k, device, normalize)
+        accumulator = GramAccumulator(k, device, normalize)
         for rows in tqdm(blocks(n, k), desc="X'X", unit="block", leave=False, disable=None):
-            sum_.add(features[rows], None if weights is None else weights[rows])
-        return sum_.value()
+            accumulator.add(features[rows], None if weights is None else weights[rows])
+        return accumulator.value()
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
     for columns in tqdm(blocks(k, n), desc="XX'", unit="block", leave=False, disable=None):
-        block = _load(features.T[columns], torch.float64, device)
+        block = load_block(features.T[columns], torch.float64, device)
         gram.addmm_(block.mT, block)
     if normalize:
         lengths = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
@@ -127,6 +127,6 @@ def gram_matrix(
 
 
 def weighted_gram(plain: Tensor, by_curvature: Tensor, mean_curvature: float) -> Tensor:
-    """X'RX for the R of `curvature_weights`, from X'X and X'CX, with the curvatures themselves in C."""
+    """Computes X'RX for the R of `curvature_weights` from X'X and X'CX, where C has the curvatures themselves."""
     share = by_curvature / mean_curvature if mean_curvature > 0 else plain
     return (share + 0.1 * plain) / 1.1

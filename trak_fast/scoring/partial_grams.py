@@ -1,7 +1,7 @@
 """X'X of the training rows, summed while they are featurized, so that finalizing needs no second pass over them.
 
-Where the task knows the curvature of each sample's loss, X'CX is summed beside it, with the curvatures in C: of the
-two the solver makes the weighted matrix, whose weights depend on a mean that is known in the end only.
+Where the task knows the curvature of each sample's loss, X'CX is summed too, with the curvatures in C. The estimator
+makes the weighted matrix from both sums, since its weights depend on a mean that is known in the end only.
 
 Each process that writes rows of a checkpoint sums those into a matrix of its own, and now and then saves it together
 with the set of rows that are in it:
@@ -26,23 +26,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..store.files import replacing
+from ..store.files import atomic_file
 from ..store.locks import LockFile
 from ..store.rows import Rows
 from .gram import GramAccumulator, blocks
 
 SAVE_SECONDS = 60.0
-"""Time between two saves; a killed process costs at most the reading of the rows that it wrote in that time."""
+"""Seconds between two saves. After a kill, the rows that were written since the last save are read again."""
 
 FIRST_SLOT = 2**48
-"""Bytes of the lock file from here on stand for slots, those before for rows."""
+"""First byte of the lock file that stands for a slot; those before stand for rows."""
 
 logger = logging.getLogger("trak_fast")
 _taken: set[tuple[Path, int]] = set()  # by this process, whose objects no lock keeps apart
 
 
 class PartialGram:
-    """The sum over the rows that this process writes, and over those of a process before it."""
+    """The sum of X'X over the rows that this process writes, and over those of a process before it."""
 
     def __init__(
         self, folder: Path, num_rows: int, width: int, device: torch.device, locks: LockFile, weighted: bool = False
@@ -50,12 +50,12 @@ class PartialGram:
         """Takes a slot.
 
         Args:
-            folder: Where the sums are saved; made if need be.
+            folder: The folder of the saved sums; made if need be.
             num_rows: Training samples, n.
-            width: k.
-            device: Where to sum; it needs float64.
+            width: Size of a feature, k.
+            device: The device to sum on; it needs float64.
             locks: The lock file of the checkpoint.
-            weighted: Whether to sum X'CX too.
+            weighted: Sums X'CX too.
         """
         folder.mkdir(exist_ok=True)
         self.folder, self._locks = folder, locks
@@ -80,7 +80,7 @@ class PartialGram:
         """Adds rows that are on disk with their flags set; saves the sum if it is time to.
 
         Args:
-            inds: (B,) their numbers.
+            inds: (B,) the rows' numbers.
             features: (B, k) as they are read from the disk.
             curvature: (B,), where X'CX is summed.
         """
@@ -92,14 +92,14 @@ class PartialGram:
             self.save()
 
     def value(self) -> NDArray[np.float64]:
-        """The sums so far, (1 or 2, k, k): X'X and X'CX."""
+        """Returns the sums so far, (1 or 2, k, k): X'X and X'CX."""
         totals = torch.stack([total.value() for total in self._sums]).cpu().numpy()
         return totals if self._base is None else totals + self._base
 
     def save(self) -> None:
         """Puts the sum on disk."""
         if self._changed and self.folder.exists():  # it goes when the checkpoint is finalized
-            with replacing(self.path) as temporary, temporary.open("wb") as file:
+            with atomic_file(self.path) as temporary, temporary.open("wb") as file:
                 np.savez(file, gram=self.value(), rows=np.packbits(self.rows))
         self._saved, self._changed = time.monotonic(), False
 
@@ -117,7 +117,7 @@ class PartialGram:
 def load(
     path: Path, num_rows: int, shape: tuple[int, int, int]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
-    """A saved sum and its rows; None where there is none, or nothing of use: the rows are then read again."""
+    """Reads a saved sum and its rows; returns None where there is none of use, and the rows are then read again."""
     try:
         with path.open("rb") as file, np.load(file) as saved:
             gram, rows = saved["gram"], np.unpackbits(saved["rows"])[:num_rows].astype(np.bool_)
@@ -140,20 +140,20 @@ def total(
     size: int = 1,
     curvature: NDArray[np.float64] | None = None,
 ) -> Tensor:
-    """One of `size` summands of X'X: every saved sum is in one of them, as is every row that no sum contains.
+    """Computes one of `size` summands of X'X; each saved sum, and each row that no sum contains, is in one of them.
 
     Args:
         folder: The saved sums.
         train: The rows, all of them done; `features` is X (n, k).
-        device: Where to compute.
-        rank: Which summand.
-        size: How many there are.
-        curvature: (n,) of each row, for X'CX too.
+        device: The device to compute on.
+        rank: Number of the summand, from 0.
+        size: The number of summands.
+        curvature: (n,) the curvature of each row, for X'CX too.
 
     Returns:
         (1, k, k) float64 on `device`, or (2, k, k) with X'CX.
     """
-    features = train.columns["features"]
+    features = train.features
     num_rows, width = features.shape
     weightings = [None] if curvature is None else [None, curvature]
     shape = (len(weightings), width, width)

@@ -11,21 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .gram import Features, _load
+from .gram import Features, load_block
 
 DISAGREEMENT_ROWS = 1024
+"""Training samples, evenly spaced, that the disagreement of checkpoints is measured on at most."""
 
 LEAST_DISAGREEMENT = 0.2
-"""ρ that networks are taken to have at least."""
+"""The least ρ that networks are taken to have."""
 
 
 def disagreement(features: Sequence[Features], normalize: bool = False) -> float:
-    """ρ: how far the kernels XX' of several checkpoints lie apart, as a share of their size.
+    """Measures ρ, the distance between the kernels XX' of several checkpoints as a share of their size.
 
     With each kernel scaled to the same trace, ρ² is the mean of ‖K_c‖_F² less that of ⟨K_c, K_d⟩, c ≠ d, over the mean
-    of ‖K_c‖_F². What projections of their own add, (tr(K)² + ‖K‖_F²)/k, is taken off: a random projection estimates an
-    inner product ⟨a, b⟩ with the variance (‖a‖² ‖b‖² + ⟨a, b⟩²)/k. At most 1024 samples are looked at, which are
-    evenly spaced.
+    of ‖K_c‖_F². Each checkpoint has a projection of its own, which adds (tr(K)² + ‖K‖_F²)/k; this is taken off: a
+    random projection estimates an inner product ⟨a, b⟩ with the variance (‖a‖² ‖b‖² + ⟨a, b⟩²)/k. At most 1024
+    samples, evenly spaced, are compared.
 
     Args:
         features: X of each checkpoint, (n, k) floating, for the same samples.
@@ -40,7 +41,7 @@ def disagreement(features: Sequence[Features], normalize: bool = False) -> float
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     sizes, noises = [], []
     for one in tqdm(features, desc="disagreement of checkpoints", leave=False, disable=None):
-        block = _load(one[rows], torch.float64, total.device, normalize)
+        block = load_block(one[rows], torch.float64, total.device, normalize)
         kernel = block @ block.mT
         kernel *= len(rows) / (kernel.trace() or 1.0)
         total += kernel
@@ -53,17 +54,18 @@ def disagreement(features: Sequence[Features], normalize: bool = False) -> float
 
 
 def auto_ridge(gram: Tensor, num_rows: int, proj_dim: int, num_checkpoints: int = 1, rho: float = 0.0) -> float:
-    """λ = 2 ‖XX'‖_F/√n · √(max(0, 0.2² − ρ²) + ρ²/C) + tr(XX')/(k √C): the noise floor of the kernel XX'.
+    """Chooses λ = 2 ‖XX'‖_F/√n · √(max(0, 0.2² − ρ²) + ρ²/C) + tr(XX')/(k √C): the noise floor of the kernel XX'.
 
-    What networks agree on are the large eigenvalues of the kernel; below some level its directions are peculiar to one
-    network and one projection, and inverting them adds noise to scores. The two terms are the levels up to which
-    random-matrix theory expects eigenvalues of such noise. A symmetric matrix with independent entries of standard
-    deviation s has eigenvalues up to 2s√n (Wigner); what is peculiar to a network is the share ρ of the kernel, so that
-    s = ρ ‖XX'‖_F/n. A projection to k rows turns directions that samples do not share into eigenvalues about their
-    squared norms times n/k (Marchenko and Pastur), that is tr(XX')/k. Noise that is independent between C checkpoints
-    falls with √C. ρ is measured between the checkpoints. What it falls short of 0.2, they are taken to have in common:
-    one checkpoint shows nothing of ρ, and moments of one training less than there is. (Networks trained from different
-    random weights showed 0.1 to 0.6, docs/choosing.md. The 0.2 is the one number here that is not from theory.)
+    Networks agree on the large eigenvalues of the kernel. Below some level its directions are peculiar to one network
+    and one projection, and inverting them adds noise to scores. The two terms are the levels up to which random-matrix
+    theory expects eigenvalues of such noise. A symmetric matrix with independent entries of standard deviation s has
+    eigenvalues up to 2s√n (Wigner); the part that is peculiar to a network is the share ρ of the kernel, so that s = ρ
+    ‖XX'‖_F/n. A projection to k rows turns directions that samples do not share into eigenvalues about their squared
+    norms times n/k (Marchenko and Pastur), that is tr(XX')/k. Noise that is independent between C checkpoints falls
+    with √C. ρ is measured between the checkpoints; the difference to 0.2, where it is smaller, is taken to be noise
+    that they have in common: one checkpoint shows nothing of ρ, and moments of one training show too little of it.
+    (Networks trained from different random weights showed 0.1 to 0.6, docs/choosing.md. The 0.2 is the one number here
+    that is not from theory.)
 
     λ has the unit of X'X, so scores do not depend on the scale of gradients and projection.
 
@@ -80,10 +82,10 @@ def auto_ridge(gram: Tensor, num_rows: int, proj_dim: int, num_checkpoints: int 
 
 
 def shrunk_weights(weights: Tensor) -> Tensor:
-    """Q of the samples, moved a third of the way to its mean where no entry is negative.
+    """Moves the weights Q of samples a third of the way to their mean, where no entry is negative.
 
-    Q = −∂ℓ/∂f of a training sample, 1 − p for classification, comes from networks that were trained on the sample. What
-    it would be without the sample, and what it is in other networks, lies nearer to the mean. (The third was found on
+    Q = −∂ℓ/∂f of a training sample, 1 − p for classification, comes from networks that were trained on the sample.
+    Without the sample, and in other networks, it lies nearer to the mean. (The third was found on
     digits, docs/choosing.md.)
 
     Args:
@@ -96,7 +98,7 @@ def shrunk_weights(weights: Tensor) -> Tensor:
 
 
 def curvature_weights(curvature: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """R from the curvature of each sample's loss in the model output: its mean 1, a tenth of it the same for all.
+    """Makes R from the curvature of each sample's loss in the model output: its mean is 1, a tenth is the same for all.
 
     X'RX is then the Gauss-Newton matrix of the loss up to a factor. The uniform tenth bounds how far samples that are
     fitted to saturation, whose curvature is next to 0, lose their say.

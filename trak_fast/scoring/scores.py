@@ -1,17 +1,18 @@
 """Scores of many training samples for many targets, a block of rows at a time: all of them, or the extreme ones.
 
 The features of each checkpoint are read once, from first to last, the next block while the present one is multiplied.
-All n × m scores are in memory at no time: they go to a file, or only the highest (or lowest) of each target are kept.
+All n × m scores are never in memory at once: they go to a file, or only the highest (or lowest) of each target are
+kept.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,22 +20,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..store.files import create_array, explaining, sync, write_at
+from ..store.files import advising_on_full_disk, create_array, sync, write_at
 from ..store.rows import Rows
 from .gram import normalized
 from .solver import Solver
 
+T = TypeVar("T")
+
 BLOCK_BYTES = 32 << 20
-"""Features of a checkpoint that are read at a time, as float32."""
+"""Bytes of a checkpoint's features, as float32, that are read at a time."""
 
 SOLVED_BYTES = 256 << 20
-"""Solved systems (k × m numbers for each checkpoint) that are kept at a time; with more targets, features are read
-again for each group of targets."""
+"""Bytes of solved systems (k × m numbers for each checkpoint) that are kept at a time. With more targets, features are
+read again for each group of targets."""
 
 
 @dataclass
 class Checkpoint:
-    """What scores of one checkpoint are computed from."""
+    """All that the scores of one checkpoint are computed from.
+
+    Attributes:
+        solver: The solver, with the training samples' features.
+        train: The same features as rows on disk, which are read without a memory map.
+        targets: (m, k) the targets' features.
+    """
 
     solver: Solver
     train: Rows
@@ -48,14 +57,15 @@ class ScoreMatrix:
         """Describes the matrix Σ_c X_c (X_c'X_c + λ_c I)⁻¹ Φ_c', with each row times its weight.
 
         Args:
-            checkpoints: With the same samples and targets.
-            weights: (n,).
+            checkpoints: The checkpoints, with the same samples and targets.
+            weights: (n,) a factor for each training sample's scores.
         """
-        self.checkpoints, self.weights = checkpoints, weights.float()
+        self.checkpoints = checkpoints
+        self.weights = weights.float()
         self.shape = (len(weights), len(checkpoints[0].targets))
 
     def groups(self) -> Iterator[slice]:
-        """Groups of targets for which all solved systems are kept at a time."""
+        """Cuts the targets into groups whose solved systems are kept at a time."""
         num_rows, num_targets = self.shape
         heights = (c.targets.shape[1] if c.solver.primal else num_rows for c in self.checkpoints)
         size = max(1, SOLVED_BYTES // (4 * sum(heights)))
@@ -63,7 +73,7 @@ class ScoreMatrix:
             yield slice(start, min(start + size, num_targets))
 
     def blocks(self, rows: slice, columns: slice) -> Iterator[tuple[slice, Tensor]]:
-        """The scores of some training samples and targets, in blocks of consecutive samples.
+        """Computes the scores of some training samples and targets, in blocks of consecutive samples.
 
         Args:
             rows: Training samples [start, stop).
@@ -76,20 +86,17 @@ class ScoreMatrix:
         width = max(self.checkpoints[0].targets.shape[1], columns.stop - columns.start)
         size = max(1, BLOCK_BYTES // (4 * width))
         parts = [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
-        with ThreadPoolExecutor(1) as reader:
-            jobs = itertools.product(parts, range(len(self.checkpoints)))
-            waiting, total = None, torch.empty(0)
-            for part, index in [*jobs, (None, None)]:
-                following = None if part is None else (part, index, reader.submit(self._features, part, index))
-                if waiting is not None:
-                    present, checkpoint, features = waiting
-                    scores = self._product(features.result(), solved[checkpoint], present)
-                    total = scores if checkpoint == 0 else total.add_(scores)
-                    if checkpoint == len(self.checkpoints) - 1:
-                        yield present, total.cpu().mul_(self.weights[present, None])
-                waiting = following
+        count = len(self.checkpoints)
+        total = torch.empty(0)
+        jobs = list(itertools.product(parts, range(count)))
+        for (part, index), features in zip(jobs, _read_ahead(self._features, jobs), strict=True):
+            scores = self._product(features, solved[index], part)
+            total = scores if index == 0 else total.add_(scores)
+            if index == count - 1:
+                yield part, total.cpu().mul_(self.weights[part, None])
 
     def _features(self, rows: slice, index: int) -> Tensor | None:
+        """Reads the features of some training samples at one checkpoint; None where the solver needs none."""
         checkpoint = self.checkpoints[index]
         if not checkpoint.solver.primal:
             return None
@@ -101,8 +108,15 @@ class ScoreMatrix:
         return solved[rows].clone() if features is None else features.to(solved.device) @ solved
 
 
-def _progress(name: str, rows: slice, width: int) -> Any:
-    return tqdm(total=(rows.stop - rows.start) * width, desc=name, unit_scale=True, disable=None)
+def _read_ahead(read: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+    """Yields `read(*job)` of each job, and reads the next one in a thread while the present one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(read, *jobs[0]) if jobs else None
+        for job in [*jobs[1:], None]:
+            present = following
+            following = None if job is None else reader.submit(read, *job)
+            if present is not None:
+                yield present.result()
 
 
 class ScoreFile:
@@ -110,12 +124,13 @@ class ScoreFile:
 
     def __init__(self, path: Path, shape: tuple[int, int]) -> None:
         """Names the file; `begin` makes it."""
-        self.path, self.shape = path, shape
+        self.path = path
+        self.shape = shape
         self._partial = path.with_name(f".{path.name}.partial")
 
     def begin(self) -> None:
-        """Makes an empty file, in place of what a process that was killed has left."""
-        with explaining(self.path):
+        """Makes an empty file, in place of one that a killed process may have left."""
+        with advising_on_full_disk(self.path):
             create_array(self._partial, self.shape, np.float32)
 
     def fill(self, matrix: ScoreMatrix, rows: slice) -> None:
@@ -125,14 +140,15 @@ class ScoreFile:
             OSError: The disk is full, for example.
         """
         row_bytes = 4 * self.shape[1]
-        with explaining(self.path), self._partial.open("r+b", buffering=0) as file:
+        with advising_on_full_disk(self.path), self._partial.open("r+b", buffering=0) as file:
             offset = self._partial.stat().st_size - row_bytes * self.shape[0]
             with tqdm(
                 total=(rows.stop - rows.start) * self.shape[1], desc="scores", unit_scale=True, disable=None
             ) as bar:
                 for columns in matrix.groups():
                     for part, block in matrix.blocks(rows, columns):
-                        data, start = block.contiguous().numpy(), offset + part.start * row_bytes + 4 * columns.start
+                        data = block.contiguous().numpy()
+                        start = offset + part.start * row_bytes + 4 * columns.start
                         whole = columns.stop - columns.start == self.shape[1]
                         for i, piece in enumerate([data] if whole else data):
                             write_at(file.fileno(), piece.data.cast("B"), start + i * row_bytes)

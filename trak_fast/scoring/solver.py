@@ -1,4 +1,4 @@
-"""The linear algebra of TRAK (Park et al., ICML 2023, section 3.2): X'X, its ridge, its inverse, and scores.
+"""The linear algebra of TRAK (Park et al., ICML 2023, section 3.2): the inverse of X'RX + λI, and scores.
 
 X (n, k) holds the projected training gradients of one checkpoint, one sample a row. A target φ scores every training
 sample by X (X'RX + λI)⁻¹ φ, where R is the identity, as in the paper, or a diagonal of sample weights such as the
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .gram import Features, _load, blocks
+from .gram import Features, blocks, load_block
 
 logger = logging.getLogger("trak_fast")
 
@@ -36,7 +36,7 @@ class Inverse:
         condition: Ratio of the largest eigenvalue to the smallest that is inverted: exact for "eigh", else estimated
             from below by power iteration.
         method: "cholesky", or "eigh" where the matrix is singular to rounding.
-        jitter: What was added to the diagonal to make Cholesky's factorisation possible.
+        jitter: The number that was added to the diagonal to make Cholesky's factorisation possible.
     """
 
     solve: Callable[[Tensor], Tensor]
@@ -52,8 +52,8 @@ def factorize(matrix: Tensor, cutoff: float, jitter: bool = False) -> Inverse:
         matrix: (s, s) float64, symmetric.
         cutoff: Relative to the largest eigenvalue. A matrix with a pivot below it gets its pseudo-inverse: directions
             with an eigenvalue of at most `cutoff` times the largest are left out.
-        jitter: Whether a matrix that is not positive definite to rounding may have up to 1000 roundings of its largest
-            entry added to its diagonal first. For matrices with a ridge, which is that much uncertain anyway.
+        jitter: Adds up to 1000 roundings of the largest entry to the diagonal of a matrix that is not positive definite
+            to rounding. For matrices with a ridge, which is that uncertain anyway.
     """
     largest = matrix.diagonal().max().item()
     rounding = len(matrix) * torch.finfo(torch.float64).eps * largest
@@ -86,7 +86,7 @@ def _cholesky_solve(lower: Tensor, right: Tensor) -> Tensor:
 
 
 def _norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """The largest eigenvalue of a symmetric operator, by 20 power iterations: from below, mostly within 20 %."""
+    """Estimates the largest eigenvalue of a symmetric operator by 20 power iterations, from below within some 20 %."""
     vector = torch.randn(len(like), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like)
     size = 1.0
     for _ in range(20):
@@ -118,7 +118,10 @@ class Solver:
         Raises:
             ValueError: `weights` are given with λ = 0 and k > n.
         """
-        self.features, self.gram, self.device, self.ridge = features, gram, gram.device, ridge
+        self.features = features
+        self.gram = gram
+        self.device = gram.device
+        self.ridge = ridge
         self.normalize = normalize
         self.primal = features.shape[0] >= features.shape[1]
         self.roots = None
@@ -136,7 +139,7 @@ class Solver:
         self.inverse = factorize(regularized, cutoff, jitter=ridge > 0)
 
     def solve(self, targets: Features) -> Tensor:
-        """All that scores for some targets need apart from X.
+        """Solves for some targets: all that their scores need apart from X.
 
         Args:
             targets: Projected gradients of the targets, (m, k) floating.
@@ -146,16 +149,16 @@ class Solver:
             X S; otherwise (n < k) the scores themselves, (n, m). The product X S may be in float32: nothing
             amplifies its error.
         """
-        right = _load(targets, torch.float64, self.device, self.normalize).mT
+        right = load_block(targets, torch.float64, self.device, self.normalize).mT
         if self.primal:
             return self.inverse.solve(right).float()
         return self._dual(torch.cat([self._rows(rows) @ right for rows in blocks(*self.features.shape)])).float()
 
     def self_influence(self, rows: slice) -> Tensor:
-        """φ (X'RX + λI)⁻¹ φ' of training samples for themselves, a part of the diagonal of X (X'RX + λI)⁻¹ X'.
+        """Computes φ (X'RX + λI)⁻¹ φ' of training samples for themselves, a part of the diagonal of X (X'RX + λI)⁻¹ X'.
 
         Args:
-            rows: Which samples, [start, stop).
+            rows: The samples [start, stop).
 
         Returns:
             (stop − start,) float64 on the CPU; times the weights, each is in [0, 1].
@@ -178,7 +181,7 @@ class Solver:
         return influence
 
     def _dual(self, products: Tensor) -> Tensor:
-        """X (X'RX + λI)⁻¹ φ from the products Xφ (n, m), by the n × n system."""
+        """Computes X (X'RX + λI)⁻¹ φ from the products Xφ (n, m), by the n × n system."""
         if self.roots is None:
             return self.inverse.solve(products)
         # Woodbury: (Xφ − XX'R½ (R½XX'R½ + λI)⁻¹ R½Xφ)/λ. XX'R½ is R⁻½ times the Gram matrix, but a weight may be 0,
@@ -190,5 +193,6 @@ class Solver:
             back.addmm_(self._rows(rows).mT, inner[rows])
         return (products - torch.cat([self._rows(rows) @ back for rows in blocks(n, k)])) / self.ridge
 
-    def _rows(self, rows: slice, dtype: torch.dtype = torch.float64) -> Tensor:
-        return _load(self.features[rows], dtype, self.device, self.normalize)
+    def _rows(self, rows: slice) -> Tensor:
+        """Returns some rows of X, in float64 on the solver's device."""
+        return load_block(self.features[rows], torch.float64, self.device, self.normalize)

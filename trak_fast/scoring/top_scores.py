@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..store.files import replacing
+from ..store.files import atomic_file
 from .scores import ScoreMatrix
 
 
@@ -25,7 +25,7 @@ class TopScores:
     Attributes:
         indices: (m, k) int64: training samples, best first; of equal scores, the lower index first.
         scores: (m, k) float32.
-        largest: Whether they are the highest.
+        largest: True if they are the highest.
     """
 
     indices: NDArray[np.int64]
@@ -34,7 +34,7 @@ class TopScores:
 
     def save(self, path: Path) -> None:
         """Writes `indices`, `scores` and `largest` to a .npz file."""
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, indices=self.indices, scores=self.scores, largest=self.largest)
 
     @staticmethod
@@ -45,11 +45,11 @@ class TopScores:
 
 
 class _Best:
-    """The `count` highest of the values seen so far in each of m columns, of equal ones those that came first."""
+    """The `count` highest values so far in each of m columns; of equal values, those that came first."""
 
     def __init__(self, count: int, num_columns: int) -> None:
         self.count = count
-        self.columns = np.zeros(0, np.int64)  # of what is kept, sorted by column, then from high to low
+        self.columns = np.zeros(0, np.int64)  # of the values that are kept: sorted by column, then from high to low
         self.rows = np.zeros(0, np.int64)
         self.values = np.zeros(0, np.float32)
         self._least = torch.full((num_columns,), -torch.inf)
@@ -78,13 +78,13 @@ class _Best:
 
 
 def top_scores(matrix: ScoreMatrix, rows: slice, count: int, largest: bool = True) -> TopScores:
-    """The `count` highest (or lowest) scores of each target among some training samples, in memory O(m · count).
+    """Finds the `count` highest (or lowest) scores of each target among some training samples, in memory O(m · count).
 
     Args:
         matrix: The scores.
         rows: Training samples [start, stop).
-        count: Scores to keep for each target, fewer if there are fewer samples.
-        largest: Whether the highest.
+        count: Scores to keep for each target; fewer if there are fewer samples.
+        largest: Finds the highest if True, the lowest if False.
     """
     count = min(count, rows.stop - rows.start)
     sign = 1 if largest else -1
@@ -105,9 +105,10 @@ def top_scores(matrix: ScoreMatrix, rows: slice, count: int, largest: bool = Tru
 
 
 def merge_top_scores(parts: Iterable[TopScores], count: int) -> TopScores:
-    """The `count` best scores of each target out of lists that are about different training samples."""
+    """Merges lists about different training samples into the `count` best scores of each target."""
     parts = list(parts)
-    num_targets, largest = len(parts[0].indices), parts[0].largest
+    num_targets = len(parts[0].indices)
+    largest = parts[0].largest
     sign = 1 if largest else -1
     best = _Best(count, num_targets)
     for part in parts:
@@ -121,10 +122,10 @@ def save_table(path: str | Path, scores: TopScores | NDArray[Any]) -> None:
 
     Args:
         path: The file to write.
-        scores: What `TRAKer.top_scores` returned; or an array (n, m), written target by target from the highest score
+        scores: The result of `TRAKer.top_scores`; or an array (n, m), written target by target from the highest score
             to the lowest, or (n,), of one target.
     """
-    with replacing(Path(path)) as temporary, temporary.open("w", newline="") as file:
+    with atomic_file(Path(path)) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["target", "train_index", "score"])
         if not isinstance(scores, TopScores):

@@ -1,7 +1,7 @@
-"""Features on disk: what survives the process that computed it."""
+"""Features on disk, which survive the process that computed them."""
 
 from .folder import Store
-from .manifest import describe, digest
+from .manifest import digest, manifest_of
 from .rows import Rows
 
-__all__ = ["Rows", "Store", "describe", "digest"]
+__all__ = ["Rows", "Store", "digest", "manifest_of"]

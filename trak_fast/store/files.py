@@ -1,4 +1,4 @@
-"""Files and folders that are on disk whole or not at all, and what is wrong with them in words."""
+"""Files and folders that are on disk whole or not at all, and messages that say what is wrong with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.lib.format import open_memmap
 
 
 def sync(handle: int) -> None:
-    """Flushes a file's data, and the size that reading them needs, to the disk."""
+    """Flushes a file's data to the disk, and its size, without which they could not be read."""
     getattr(os, "fdatasync", os.fsync)(handle)
 
 
@@ -26,26 +26,27 @@ def write_at(handle: int, data: memoryview, offset: int) -> None:
     """Writes all of `data`, however little the system takes at a time."""
     while data:
         count = os.pwrite(handle, data, offset)
-        data, offset = data[count:], offset + count
+        data = data[count:]
+        offset += count
 
 
 @contextmanager
-def explaining(path: Path) -> Iterator[None]:
-    """Adds to the errors of a disk what they mean for the store."""
+def advising_on_full_disk(path: Path) -> Iterator[None]:
+    """Adds to the error of a full disk that everything stored is safe, and the way to go on."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
-                f"{os.strerror(error.errno)}; what was stored before is safe: make room and run the same again",
+                f"{os.strerror(error.errno)}; everything stored before is safe: make room and run the same again",
                 str(path),
             ) from error
         raise
 
 
 def sync_folder(path: Path) -> None:
-    """Flushes a folder's names to the disk."""
+    """Flushes the names of a folder's files to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -54,11 +55,11 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file name that replaces `path` at the end of the block, unless something was raised."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a temporary file, which becomes `path` at the end of the block unless something was raised."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with explaining(path):
+        with advising_on_full_disk(path):
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -69,18 +70,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def building(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` at the end of the block, unless something was raised."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder, which becomes `path` at the end of the block unless something was raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(path.parent.stat().st_mode & 0o777)  # mkdtemp's own mode is the user's alone
+        temporary.chmod(path.parent.stat().st_mode & 0o777)  # mkdtemp lets nobody but its user in
         sync_folder(temporary)
         try:
             temporary.rename(path)
         except OSError:
-            if not path.exists():  # otherwise another process was quicker, and what it made is as good
+            if not path.exists():  # otherwise another process was quicker, and the folder it made is as good
                 raise
         sync_folder(path.parent)
     finally:
@@ -88,10 +89,10 @@ def building(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, unless a file is at `path` by then: of several processes the first one wins."""
+    """Writes a JSON object, unless `path` exists by then: where several processes write, the first one wins."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with explaining(path):
+        with advising_on_full_disk(path):
             with temporary.open("w") as file:
                 file.write(json.dumps(content, indent=1) + "\n")
                 file.flush()
@@ -108,10 +109,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Reads a JSON object.
 
     Raises:
-        ValueError: It is missing, truncated or corrupt.
+        ValueError: The file is missing, truncated or corrupt.
     """
     try:
         content = json.loads(path.read_text())
@@ -121,27 +122,25 @@ def read_json(path: Path) -> dict[str, Any]:
             "or delete this one to start again"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is corrupt: it holds no JSON object")
+        raise ValueError(f"{path} is corrupt: it must hold a JSON object, not {type(content).__name__}")
     return content
 
 
-def create_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> int:
-    """Makes a .npy file of zeros that take no space yet; returns where its data begin."""
+def create_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    """Makes a .npy file of zeros that take no space yet."""
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        offset = file.tell()
-        file.truncate(offset + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64)))
+        file.truncate(file.tell() + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64)))
         file.flush()
         os.fsync(file.fileno())
-    return offset
 
 
 def read_array(path: Path) -> np.memmap:
-    """A read-only memory map of a .npy file.
+    """Opens a .npy file as a read-only memory map.
 
     Raises:
-        ValueError: It is missing, truncated or corrupt.
+        ValueError: The file is missing, truncated or corrupt.
     """
     try:
         return open_memmap(path, "r")
@@ -150,8 +149,12 @@ def read_array(path: Path) -> np.memmap:
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap:
-    """As `read_array`, of a known shape and dtype."""
+    """Opens a .npy file of a known shape and dtype as a read-only memory map.
+
+    Raises:
+        ValueError: The file is missing, truncated or corrupt, or holds another array.
+    """
     stored = read_array(path)
     if stored.shape != shape or stored.dtype != dtype:
-        raise ValueError(f"{path}: stored {stored.dtype} {stored.shape}, expected {np.dtype(dtype)} {shape}")
+        raise ValueError(f"{path} must hold {np.dtype(dtype)} {shape}, not {stored.dtype} {stored.shape}")
     return stored

@@ -1,15 +1,15 @@
-"""Features on disk.
+"""The folder of features.
 
-    save_dir/manifest.json                           what the features are; written once
+    save_dir/manifest.json                           all that the features depend on; written once
     save_dir/checkpoint_<model_id>/checkpoint.json   digest of the checkpoint's weights
-                                   gram.npy          X'X (and X'CX) or XX'; once it is there it is finalized
-                                   gram/             parts of it until then (scoring/partial_grams.py)
+                                   gram.npy          X'X (and X'CX) or XX'; a checkpoint that has it is finalized
+                                   gram/             parts of X'X until then (scoring/partial_grams.py)
                                    train/            rows of the training samples (rows.py), locks of their writers
                                    targets/<name>/   rows of the targets of an experiment
     save_dir/scores/<name>.npy, <name>.highest.npz, ...
 
-Whole files and folders appear by renaming, and a row's flag is set after its values are on disk, so whatever is there
-after a crash is complete and right. Each checkpoint has its own files, and no file holds the state of several.
+Whole files and folders appear by renaming, and a row's flag is set after its values are on disk, so everything that is
+found after a crash is complete and right. Each checkpoint has its own files, and no file holds the state of several.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from .files import building, read_array, read_json, replacing, write_json
+from .files import atomic_file, atomic_folder, read_array, read_json, write_json
 from .manifest import differences, digest
 from .rows import Rows
 
 FORMAT = 3
-"""Number of the folder's format, in each manifest."""
+"""The number of the folder's format, which each manifest has."""
 
 
 class Store:
@@ -43,17 +43,18 @@ class Store:
 
         Args:
             save_dir: The folder.
-            manifest: What the features depend on: a JSON object whose values must equal those stored. If its "dtype"
-                is "float16", training features are stored so.
+            manifest: All that the features depend on: a JSON object whose values must equal those stored. If its
+                "dtype" is "float16", training features are stored in that.
             num_rows: Training samples, n.
             width: Size of a projected gradient, k.
 
         Raises:
-            ValueError: The folder holds features of another kind (the message says what differs), or its manifest
-                is missing, truncated or corrupt.
+            ValueError: The folder holds features that were made in another way (the message says what differs), or its
+                manifest is missing, truncated or corrupt.
         """
         self.path = Path(save_dir).resolve()
-        self.num_rows, self.width = num_rows, width
+        self.num_rows = num_rows
+        self.width = width
         self._half = ("features",) if manifest.get("dtype") == "float16" else ()
         (self.path / "scores").mkdir(parents=True, exist_ok=True)
         manifest = {"format": FORMAT, **manifest}
@@ -68,16 +69,16 @@ class Store:
             )
 
     def model_ids(self) -> list[int]:
-        """Checkpoints that the folder has, in increasing order."""
+        """Lists the checkpoints that the folder has, in increasing order."""
         names = [path.name.removeprefix("checkpoint_") for path in self.path.glob("checkpoint_*")]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def checkpoint(self, model_id: int) -> Path:
-        """The folder of a checkpoint."""
+        """Returns the path of a checkpoint's folder."""
         return self.path / f"checkpoint_{model_id}"
 
     def register(self, model_id: int, weights: Mapping[str, Any]) -> None:
-        """Makes a checkpoint's folder with no row done, or checks that the one that is there has these weights.
+        """Makes a checkpoint's folder with no row done, or checks that the existing one belongs to these weights.
 
         Raises:
             ValueError: The folder belongs to other weights.
@@ -85,7 +86,7 @@ class Store:
         """
         path = self.checkpoint(model_id)
         if not path.exists():
-            with building(path) as folder:
+            with atomic_folder(path) as folder:
                 Rows.create(folder / "train", self.num_rows, self._train_shapes, self._half)
                 write_json(folder / "checkpoint.json", {"digest": digest(weights)})
         self.check_weights(model_id, weights)
@@ -94,7 +95,7 @@ class Store:
         """Checks that a checkpoint's folder belongs to a state dict.
 
         Raises:
-            ValueError: It does not.
+            ValueError: The folder belongs to other weights.
         """
         stored = read_json(self.checkpoint(model_id) / "checkpoint.json")
         if lines := differences(stored, {"digest": digest(weights)}):
@@ -104,24 +105,25 @@ class Store:
             )
 
     def forget(self, model_id: int) -> None:
-        """Deletes all that is stored for a checkpoint."""
+        """Deletes everything that is stored for a checkpoint."""
         path = self.checkpoint(model_id)
         if path.exists():
             leaving = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=self.path))
-            path.rename(leaving / path.name)  # so that half of it is never taken for a whole checkpoint
+            path.rename(leaving / path.name)  # so that half of the folder is never taken for a whole checkpoint
             shutil.rmtree(leaving)
 
     @property
     def _train_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The columns of training rows, by the shape of one row."""
         return {"features": (self.width,), "weights": ()}
 
     def train(self, model_id: int) -> Rows:
-        """Training rows of a registered checkpoint: `features` (n, k) and `weights` (n,), the task's Q."""
+        """Opens the training rows of a registered checkpoint: `features` (n, k) and `weights` (n,), the task's Q."""
         path = self.checkpoint(model_id)
         return Rows(path / "train", self.num_rows, self._train_shapes, self._half)
 
     def targets(self, model_id: int, exp_name: str, num_targets: int | None = None) -> Rows:
-        """Target rows of an experiment: `features` (m, k). They are made if `num_targets` is given.
+        """Opens the target rows of an experiment, `features` (m, k); makes them if `num_targets` is given.
 
         Raises:
             ValueError: Nothing is stored for this experiment and checkpoint, or another number of targets, or
@@ -130,7 +132,7 @@ class Store:
         check_name(exp_name)
         path = self.checkpoint(model_id) / "targets" / exp_name
         if num_targets is not None and not path.exists():
-            with building(path) as folder:
+            with atomic_folder(path) as folder:
                 Rows.create(folder, num_targets, {"features": (self.width,)})
         if not path.exists():
             raise ValueError(f"exp_name {exp_name!r} has no targets for model_id {model_id}")
@@ -140,31 +142,31 @@ class Store:
         return Rows(path, stored, {"features": (self.width,)})
 
     def partial_grams(self, model_id: int) -> Path:
-        """The folder of a checkpoint's sums that are not finished."""
+        """Returns the path of the folder of a checkpoint's unfinished sums."""
         return self.checkpoint(model_id) / "gram"
 
     def save_gram(self, model_id: int, gram: NDArray[np.float64]) -> None:
-        """Stores a checkpoint's Gram matrices, see `gram`, which makes the checkpoint finalized."""
-        with replacing(self.checkpoint(model_id) / "gram.npy") as temporary, temporary.open("wb") as file:
+        """Stores a checkpoint's Gram matrices (see `gram`), which makes the checkpoint finalized."""
+        with atomic_file(self.checkpoint(model_id) / "gram.npy") as temporary, temporary.open("wb") as file:
             np.save(file, gram)
         shutil.rmtree(self.partial_grams(model_id), ignore_errors=True)
 
     def is_finalized(self, model_id: int) -> bool:
-        """Whether a checkpoint has its Gram matrix."""
+        """Tells if a checkpoint has its Gram matrices."""
         return (self.checkpoint(model_id) / "gram.npy").exists()
 
     def gram(self, model_id: int) -> NDArray[np.float64]:
-        """The Gram matrices of a finalized checkpoint: (1, n, n) XX', or X'X and perhaps X'CX (1 or 2, k, k)."""
+        """Reads the Gram matrices of a finalized checkpoint: XX' (1, n, n), or X'X and perhaps X'CX (1 or 2, k, k)."""
         gram: NDArray[np.float64] = np.load(self.checkpoint(model_id) / "gram.npy")
         return gram
 
     def scores_file(self, exp_name: str, ending: str = ".npy") -> Path:
-        """Where the scores of an experiment are."""
+        """Returns the path of a file of an experiment's scores."""
         check_name(exp_name)
         return self.path / "scores" / f"{exp_name}{ending}"
 
     def scores(self, exp_name: str) -> np.memmap:
-        """Scores of an experiment, (n, m) float32. Changes that the caller makes do not reach the disk."""
+        """Opens the scores of an experiment, (n, m) float32. Changes that the caller makes do not reach the disk."""
         return open_memmap(self.scores_file(exp_name), "c")
 
 
@@ -172,7 +174,7 @@ def check_name(exp_name: str) -> None:
     """Checks that an experiment's name can be a file's.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: The name is empty, begins with a dot, or has a character that file names cannot have.
     """
     if not exp_name or exp_name.startswith(".") or any(c in exp_name for c in "/\\\0"):
         raise ValueError(f"exp_name must be a file name, without separators or a leading dot, not {exp_name!r}")

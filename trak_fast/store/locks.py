@@ -1,8 +1,8 @@
-"""Who writes what: locks on ranges of a file, which the system drops when their process ends, however it ends.
+"""Locks on ranges of a file, which say who writes which rows.
 
-POSIX record locks, because they also work between machines on shared file systems (NFS among them), and because a
-process that is killed leaves none behind. They belong to a process: two objects of one process never exclude each
-other.
+They are POSIX record locks, because these also work between machines on shared file systems (NFS among them), and
+because the system drops them when their process ends, killed or not. They belong to a process: two objects of one
+process never exclude each other.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ logger = logging.getLogger("trak_fast")
 
 
 class LockFile:
-    """A file whose byte ranges are locked. Get it from `lock_file`: closing a second handle would drop every lock."""
+    """A file whose byte ranges are locked. Get it from `lock_file`: closing a second handle would drop every lock.
+
+    Attributes:
+        supported: False once the file system has turned out to have no locks.
+    """
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self.supported = True
 
     def acquire(self, start: int, length: int = 1) -> bool:
-        """Locks bytes [start, start + length) unless another process has one of them; says whether it did.
+        """Locks bytes [start, start + length), unless another process has locked one of them.
 
-        Where the file system has no locks this always succeeds, and `supported` becomes False.
+        Returns:
+            True if the bytes are locked now, or the file system has no locks; then `supported` becomes False.
         """
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
@@ -44,13 +49,14 @@ class LockFile:
         return True
 
     def holder(self, start: int, length: int = 1) -> tuple[int, int, int] | None:
-        """Start, length (0: no end) and process id of a lock that another process has within a range."""
+        """Returns start, length (0: no end) and process id of a lock that another process has within a range."""
         if not sys.platform.startswith("linux"):
             return None
         layout = "hhqqi4x"  # struct flock where off_t has 64 bits
         asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-        kind, _, first, count, process = struct.unpack(layout, fcntl.fcntl(self._handle, fcntl.F_GETLK, asked))
-        return None if kind == fcntl.F_UNLCK else (first, count, process)
+        answer = fcntl.fcntl(self._handle, fcntl.F_GETLK, asked)
+        lock_type, _, first, count, process = struct.unpack(layout, answer)
+        return None if lock_type == fcntl.F_UNLCK else (first, count, process)
 
     def release(self, start: int, length: int = 1) -> None:
         """Unlocks bytes [start, start + length)."""
@@ -63,7 +69,7 @@ class LockFile:
 
 
 def lock_file(path: Path) -> LockFile:
-    """The lock file at `path`, which is made; one object for each file in a process."""
+    """Opens the lock file at `path`, or makes it. A process has one object for each file."""
     try:
         status = path.stat()
         known = _files.get((status.st_dev, status.st_ino))

@@ -1,4 +1,4 @@
-"""What features depend on, as a manifest, and how two of them differ."""
+"""The manifest, which lists all that features depend on, and its differences from another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """One line for each entry that differs, with both values; lists are compared item by item."""
+    """Lists the entries that differ, one a line with both values; lists are compared item by item."""
     lines = []
     for name in dict.fromkeys([*given, *stored]):
         old, new = stored.get(name), given.get(name)
@@ -25,7 +25,7 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
 
 
 def digest(weights: Mapping[str, Any]) -> str:
-    """SHA-256 of the tensors of a state dict, with their names, shapes and dtypes."""
+    """Returns the SHA-256 of a state dict's tensors, with their names, shapes and dtypes."""
     sha = hashlib.sha256()
     for name, tensor in weights.items():
         if isinstance(tensor, Tensor):
@@ -34,7 +34,7 @@ def digest(weights: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def describe(
+def manifest_of(
     projector: Any,
     proj_dim: int,
     task: object,
@@ -43,20 +43,24 @@ def describe(
     train_set_size: int,
     half: bool = False,
 ) -> dict[str, Any]:
-    """What features depend on, as a manifest.
+    """Writes down all that features depend on.
 
     Args:
-        projector: An object with `proj_type`, and perhaps `seed` and `definition`, the number of its matrix's.
+        projector: The projector, known by its `proj_type` and `seed`, and by `definition`, the number of its matrix's
+            definition; if it has no such number, by its class's name.
         proj_dim: Size of a feature, k.
         task: The task, known by its `name` if it has one, else by its class's.
         model: The model, known by its modules' names and classes.
-        parameters: What gradients are taken of, in this order.
+        parameters: The parameters that gradients are taken with respect to, in this order.
         train_set_size: Training samples, n.
-        half: Whether features are stored in float16.
+        half: If True, features are stored in float16.
+
+    Returns:
+        A JSON object.
     """
-    proj_type, seed = getattr(projector, "proj_type", None), getattr(projector, "seed", None)
+    proj_type = getattr(projector, "proj_type", None)
+    seed = getattr(projector, "seed", None)
     return {
-        # a projector that follows no numbered definition is known by its class's name
         "matrix_definition": getattr(projector, "definition", type(projector).__qualname__),
         "proj_type": getattr(proj_type, "value", proj_type),
         "seed": None if seed is None else int(seed),

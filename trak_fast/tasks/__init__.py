@@ -1,6 +1,6 @@
-"""Tasks: which scalar f of a model is attributed, and the weighting Q that follows from its loss."""
+"""Tasks: the scalar f of a model that is attributed, and the weighting Q that follows from its loss."""
 
-from .base import BatchTask, FunctionTask, Task
+from .base import BatchOutputs, BatchTask, FunctionTask, LossCurvature, Task
 from .classification import Classification, ImageClassification, IterativeImageClassification, margin
 from .clip import CLIP
 from .registry import TASKS, resolve_task
@@ -10,6 +10,7 @@ from .text import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, TextCl
 __all__ = [
     "CLIP",
     "TASKS",
+    "BatchOutputs",
     "BatchTask",
     "CausalLM",
     "CausalLMPerToken",
@@ -17,6 +18,7 @@ __all__ = [
     "FunctionTask",
     "ImageClassification",
     "IterativeImageClassification",
+    "LossCurvature",
     "MaskedLM",
     "MaskedLMPerToken",
     "Regression",

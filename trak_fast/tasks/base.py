@@ -1,7 +1,7 @@
-"""What a task is: a model output function f and its loss term Q (Park et al., "TRAK: Attributing Model Behavior at
-Scale", ICML 2023, sections 2 and 3).
+"""The contract of tasks: a model output function f and its loss term Q (Park et al., "TRAK: Attributing Model Behavior
+at Scale", ICML 2023, sections 2 and 3).
 
-A task says which scalar f(z, θ) of a model is attributed, and how the loss depends on it. The methods have the
+A task says which scalar f(z, θ) of a model is attributed, and how the loss depends on this scalar. The methods have the
 names and signatures of traker's, so tasks written for traker work here as they are.
 """
 
@@ -9,27 +9,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
 
 class Task(ABC):
-    """Base class for own tasks. `weights` and `buffers` map the names of `model`'s to the tensors to use instead.
+    """Base class for tasks of your own.
 
     A subclass has `get_output`, and one of these for Q: `loss`, a function of f that autograd then differentiates;
-    `get_out_to_loss_grad`, which gives Q itself; or neither, where f is the negative loss. It may have
-    `get_outputs(model, weights, buffers, batch) -> (B,)`, f of a whole batch, by which `HookGradientComputer` is
-    faster; and `get_loss_curvature(Q)`, ∂²ℓ/∂f² of samples from their Q, (B,) each, by which TRAKer weighs samples.
+    `get_out_to_loss_grad`, which gives Q itself; or neither, where f is the negative loss. It may have the methods of
+    `BatchOutputs` and of `LossCurvature` too. In all of them `weights` and `buffers` map the names of the model's
+    parameters and buffers to the tensors to use in their place.
     """
 
     @abstractmethod
     def get_output(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
     ) -> Tensor:
-        """The model output f(z, θ) of one sample, which torch.func differentiates with respect to `weights`.
+        """Computes the model output f(z, θ) of one sample, which torch.func differentiates with respect to `weights`.
 
         Args:
             model: The module to call, with `torch.func.functional_call`.
@@ -43,18 +45,19 @@ class Task(ABC):
 
     @property
     def _has_loss(self) -> bool:
+        """True where `loss` is something other than −f."""
         return type(self).loss is not Task.loss
 
     def loss(self, output: Tensor, *sample: Tensor) -> Tensor:
-        """The training loss of one sample as a function of f; −f unless a subclass knows better."""
+        """Computes the training loss of one sample from its f: −f, unless a subclass says otherwise."""
         return -output
 
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        """The weighting Q of each sample: minus the derivative of its loss with respect to f.
+        """Computes the weighting Q of each sample: minus the derivative of its loss with respect to f.
 
-        With this sign a training sample's score for a target says how it moves the target's f (upwards, if positive).
+        With this sign, a positive score says that the training sample moves the target's f upwards.
 
         Args:
             model: The module to call, with `torch.func.functional_call`.
@@ -78,18 +81,38 @@ class Task(ABC):
 
 
 def bind(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """`model` as a function that uses other parameters and buffers."""
+    """Returns `model` as a function that uses other parameters and buffers."""
     return lambda *args, **kwargs: functional_call(model, (dict(weights), dict(buffers)), args, kwargs)
 
 
+class BatchOutputs(Protocol):
+    """A task that computes f of a whole batch at once, by which `HookGradientComputer` is faster."""
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """Computes f of each sample of a batch; the arguments are those of `Task.get_out_to_loss_grad`.
+
+        Returns:
+            (B,).
+        """
+
+
+class LossCurvature(Protocol):
+    """A task that knows the curvature of its loss, by which `TRAKer` weighs training samples."""
+
+    def get_loss_curvature(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Computes ∂²ℓ/∂f² of samples from their weightings Q, (n,) float64 each."""
+
+
 class BatchTask(Task):
-    """Base class for tasks that compute f of a whole batch at once."""
+    """Base class for tasks that compute f of a whole batch at once (`BatchOutputs`)."""
 
     @abstractmethod
     def get_outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        """f of each sample of a batch, (B,)."""
+        """Computes f of each sample of a batch, (B,)."""
 
     def get_output(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor
@@ -104,12 +127,13 @@ class FunctionTask(Task):
         """Takes the functions.
 
         Args:
-            output: f: `output(model, *sample)` gives a tensor of one element; `model` is called as usual, with a batch
+            output: f: `output(model, *sample)` returns a tensor of one element; it calls `model` as usual, with a batch
                 of one sample.
-            loss: `loss(output, *sample)`, the training loss in terms of f, whose derivative is taken by autograd. By
+            loss: `loss(output, *sample)` returns the training loss in terms of f, and autograd its derivative. By
                 default the loss is −f.
         """
-        self.output, self._loss = output, loss
+        self.output = output
+        self._loss = loss
         self.name = f"{getattr(output, '__module__', '')}.{getattr(output, '__qualname__', type(output).__qualname__)}"
 
     def get_output(

@@ -1,4 +1,4 @@
-"""Classification, and that of images."""
+"""The tasks of classification, and of image classification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import BatchTask, bind
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p/(1 − p) of the labelled class, p by softmax: its logit minus the logsumexp of the others.
+    """Computes log p/(1 − p) of the labelled class, p by softmax: its logit minus the logsumexp of the others.
 
     p itself is never formed, so the margin keeps its relative accuracy where p rounds to 0 or to 1.
 
@@ -39,16 +39,16 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Classification(BatchTask):
-    """f = log p/(1 − p) with the cross-entropy loss −log p, so −∂ℓ/∂f = 1 − p (section 3.3 of the paper)."""
+    """Classification with f = log p/(1 − p) and the cross-entropy loss −log p, so −∂ℓ/∂f = 1 − p (section 3.3)."""
 
     @abstractmethod
     def logits(self, model: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
-        """What `model` returns for `inputs`, the batch without its labels."""
+        """Calls `model` with `inputs`, the batch without its labels; returns logits (B, C) or an object with them."""
 
     def get_outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        """f of each sample of a batch, (B,)."""
+        """Computes f of each sample of a batch, (B,)."""
         *inputs, labels = batch
         output = self.logits(bind(model, weights, buffers), inputs)
         return margin(getattr(output, "logits", output), labels)
@@ -61,7 +61,7 @@ class Classification(BatchTask):
         return torch.sigmoid(-self.get_outputs(model, weights, buffers, batch))
 
     def get_loss_curvature(self, weights: Any) -> Any:
-        """∂²ℓ/∂f² of each sample, p (1 − p), from its weighting Q = 1 − p; tensors and arrays of any shape."""
+        """Computes ∂²ℓ/∂f² = p (1 − p) of samples from their weightings Q = 1 − p, tensors or arrays of any shape."""
         return weights * (1 - weights)
 
 
@@ -73,7 +73,7 @@ class ImageClassification(Classification):
 
 
 class IterativeImageClassification(ImageClassification):
-    """The same for gradient computers that, as traker's iterative one, ask for f of a whole batch without weights."""
+    """Image classification for gradient computers that give batches and no weights, as traker's iterative one does."""
 
     def get_output(
         self,

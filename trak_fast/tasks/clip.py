@@ -1,9 +1,9 @@
-"""Contrastive models of images and texts (Park et al., ICML 2023, section 5.1)."""
+"""The task of contrastive models of images and texts (Park et al., ICML 2023, section 5.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,28 @@ from torch import Tensor, nn
 from .base import BatchTask, bind
 
 
-class CLIP(BatchTask):
-    """Batches are (images, texts); `model(image=..., text=...)` returns their embeddings and the logit scale.
+class _Embeddings(NamedTuple):
+    """The embeddings that f and Q are computed from.
 
+    Attributes:
+        images: (B, d), those of the batch.
+        texts: (B, d).
+        other_images: (simulated batch size, d), those of the simulated batch.
+        other_texts: (simulated batch size, d).
+        scale: The logit scale that the model returns, or None.
+    """
+
+    images: Tensor
+    texts: Tensor
+    other_images: Tensor
+    other_texts: Tensor
+    scale: Any
+
+
+class CLIP(BatchTask):
+    """The contrastive task: batches are (images, texts), and a sample is an image with its text.
+
+    `model(image=..., text=...)` returns the embeddings of both and the logit scale.
     With φ the embedding of an image and ψ that of its text, f = −log Σ_j exp(φ·(ψ_j − ψ)) − log Σ_j exp(ψ·(φ_j − φ)),
     where j runs over a simulated batch: pairs drawn once among those given to `get_embeddings`. Every sample meets the
     same ones, so that features neither depend on batches nor change from run to run. Q is 1 minus the mean of the
@@ -26,11 +45,13 @@ class CLIP(BatchTask):
         """Describes the simulated batch.
 
         Args:
-            temperature: What dot products are multiplied by in Q; by default the logit scale that the model returns.
-            simulated_batch_size: Pairs in it.
-            seed: Of the draw.
+            temperature: The factor of dot products in Q; by default the logit scale that the model returns.
+            simulated_batch_size: Pairs in the simulated batch.
+            seed: Seed of the draw.
         """
-        self.temperature, self.simulated_batch_size, self.seed = temperature, simulated_batch_size, seed
+        self.temperature = temperature
+        self.simulated_batch_size = simulated_batch_size
+        self.seed = seed
         self.image_embeddings: Tensor | None = None
         self.text_embeddings: Tensor | None = None
 
@@ -50,16 +71,17 @@ class CLIP(BatchTask):
         Args:
             model: The model with the checkpoint's weights.
             loader: Batches (images, texts).
-            batch_size: Not needed; part of traker's signature, as is the next one.
-            embedding_dim: Not needed.
-            size: Pairs to take at most.
+            batch_size: Has no effect; part of traker's signature, as is the next one.
+            embedding_dim: Has no effect.
+            size: Largest number of pairs to draw from.
             preprocess_fn_img: Applied to the images of a batch.
             preprocess_fn_txt: Applied to the texts of a batch.
 
         Raises:
             ValueError: The loader has fewer pairs than the simulated batch.
         """
-        images, texts, count = [], [], 0
+        images, texts = [], []
+        count = 0
         training = model.training
         model.eval()
         try:
@@ -76,25 +98,29 @@ class CLIP(BatchTask):
             model.train(training)
         count = min(count, size)
         if count < self.simulated_batch_size:
-            raise ValueError(f"the simulated batch needs {self.simulated_batch_size} pairs, the loader has {count}")
+            raise ValueError(
+                f"loader must have at least the {self.simulated_batch_size} pairs of the simulated batch, not {count}"
+            )
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: self.simulated_batch_size]
-        self.image_embeddings, self.text_embeddings = (torch.cat(x)[drawn.to(x[0].device)] for x in (images, texts))
+        self.image_embeddings = torch.cat(images)[drawn.to(images[0].device)]
+        self.text_embeddings = torch.cat(texts)[drawn.to(texts[0].device)]
 
     def _embed(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
-        """Embeddings of a batch's images and texts, those of the simulated batch, and the logit scale."""
+    ) -> _Embeddings:
+        """Computes the embeddings of a batch, and puts those of the simulated batch beside them."""
         if self.image_embeddings is None or self.text_embeddings is None:
             raise RuntimeError("clip: call task.get_embeddings(model, loader) with each checkpoint before its samples")
         image, text = batch
-        image_embeddings, text_embeddings, *scale = bind(model, weights, buffers)(image=image, text=text)
-        return image_embeddings, text_embeddings, self.image_embeddings, self.text_embeddings, *scale[:1]
+        images, texts, *rest = bind(model, weights, buffers)(image=image, text=text)
+        scale = rest[0] if rest else None
+        return _Embeddings(images, texts, self.image_embeddings, self.text_embeddings, scale)
 
     def get_outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        """f of each sample of a batch, (B,)."""
-        images, texts, other_images, other_texts, *_ = self._embed(model, weights, buffers, batch)
+        """Computes f of each sample of a batch, (B,)."""
+        images, texts, other_images, other_texts, _ = self._embed(model, weights, buffers, batch)
         own = (images * texts).sum(1, keepdim=True)
         return -(images @ other_texts.T - own).logsumexp(1) - (texts @ other_images.T - own).logsumexp(1)
 
@@ -102,14 +128,12 @@ class CLIP(BatchTask):
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        images, texts, other_images, other_texts, *scale = self._embed(model, weights, buffers, batch)
-        if self.temperature is None and not scale:
+        images, texts, other_images, other_texts, scale = self._embed(model, weights, buffers, batch)
+        factor = scale if self.temperature is None else self.temperature
+        if factor is None:
             raise ValueError("clip: the model returns no logit scale; give CLIP(temperature=...)")
-        factor = scale[0] if self.temperature is None else self.temperature
         own = (images * texts).sum(1, keepdim=True)
         # 1 − p = σ(log Σ of the others − own)
-        missed = [
-            torch.sigmoid((factor * (a @ b.T - own)).logsumexp(1))
-            for a, b in ((images, other_texts), (texts, other_images))
-        ]
-        return (missed[0] + missed[1]) / 2
+        missed_texts = torch.sigmoid((factor * (images @ other_texts.T - own)).logsumexp(1))
+        missed_images = torch.sigmoid((factor * (texts @ other_images.T - own)).logsumexp(1))
+        return (missed_texts + missed_images) / 2

@@ -1,4 +1,4 @@
-"""The tasks that have names, and those of images and of numbers."""
+"""The tasks that have names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def resolve_task(task: str | Task | Callable[..., Tensor]) -> Task:
-    """The task of that name, one made of a plain function, or `task` itself where it has a task's methods.
+    """Returns the task of a name, a task made of a plain function, or `task` itself if it has a task's methods.
 
     Raises:
         ValueError: No task has that name.

@@ -1,7 +1,7 @@
 """Tasks of text models: classification, masked and causal language modelling.
 
-Models are called as those of Hugging Face's transformers: with keyword arguments, returning logits or an object that
-has them.
+Models are called as those of Hugging Face's transformers are: with keyword arguments. They return logits or an object
+that has them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from .base import BatchTask, bind
 from .classification import Classification, margin
 
 IGNORED = -100
-"""The label of positions that are not predicted."""
+"""Label of positions that are not predicted."""
 
 
 class TextClassification(Classification):
-    """Batches are (input_ids, token_type_ids, attention_mask, labels), as Hugging Face's sequence classifiers take.
+    """Text classification: batches are (input_ids, token_type_ids, attention_mask, labels).
 
-    The model is called with the first three as keyword arguments; it returns the logits or an object that has them.
+    The model is called with the first three as keyword arguments, as Hugging Face's sequence classifiers are, and
+    returns the logits or an object that has them.
     """
 
     inputs = ("input_ids", "token_type_ids", "attention_mask")
@@ -32,33 +33,33 @@ class TextClassification(Classification):
     def logits(self, model: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         if len(inputs) != len(self.inputs):
             raise ValueError(
-                f"text_classification: a batch is ({', '.join(self.inputs)}, labels), {len(self.inputs) + 1} "
+                f"text_classification: batch must be ({', '.join(self.inputs)}, labels), {len(self.inputs) + 1} "
                 f"tensors, not {len(inputs) + 1}"
             )
         return model(**dict(zip(self.inputs, inputs, strict=True)))
 
 
 class LanguageModelling(BatchTask):
-    """What masked and causal language modelling share: tokens that a model predicts, each a classification.
+    """Base class for masked and causal language modelling: a model predicts tokens, each by a classification.
 
-    The model is called with `input_ids` and `attention_mask` and returns logits (B, T, V). For a sequence, p is the
-    geometric mean of its predicted tokens' probabilities: the loss is −log p, their mean cross-entropy,
-    f = log p/(1 − p), and Q = 1 − p, as for a classification. A sequence of one predicted token is one.
+    The model is called with `input_ids` and `attention_mask` and returns logits (B, T, V), V the vocabulary's size. For
+    a sequence, p is the geometric mean of its predicted tokens' probabilities: the loss is −log p, the tokens' mean
+    cross-entropy, f = log p/(1 − p), and Q = 1 − p. With one predicted token this is a classification.
     """
 
     fields: tuple[str, ...]
 
     @abstractmethod
     def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (B, T', V) and the tokens that they should predict, (B, T'), IGNORED where none."""
+        """Picks logits (B, T', V) and the tokens that they should predict, (B, T'), IGNORED where there is none."""
 
     def _losses(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        """−log p of each sequence, (B,), with its relative accuracy where p is close to 1."""
+        """Computes −log p of each sequence, (B,), with its relative accuracy where p is close to 1."""
         if len(batch) != len(self.fields):
             raise ValueError(
-                f"{type(self).__name__}: a batch is ({', '.join(self.fields)}), {len(self.fields)} tensors, "
+                f"{type(self).__name__}: batch must be ({', '.join(self.fields)}), {len(self.fields)} tensors, "
                 f"not {len(batch)}"
             )
         output = bind(model, weights, buffers)(input_ids=batch[0], attention_mask=batch[1])
@@ -70,9 +71,9 @@ class LanguageModelling(BatchTask):
     def get_outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        """f of each sequence of a batch, (B,)."""
+        """Computes f of each sequence of a batch, (B,)."""
         losses = self._losses(model, weights, buffers, batch)
-        losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)  # a sequence without predicted tokens has none
+        losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)  # 0 where a sequence has no predicted tokens
         return -losses - torch.log(-torch.expm1(-losses))
 
     @torch.no_grad()
@@ -83,17 +84,24 @@ class LanguageModelling(BatchTask):
 
 
 class CausalLM(LanguageModelling):
-    """Batches are (input_ids, attention_mask): each token but the first is predicted from those before it."""
+    """Causal language modelling: batches are (input_ids, attention_mask).
+
+    Each token but the first is predicted from those before it.
+    """
 
     fields = ("input_ids", "attention_mask")
 
     def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        tokens, mask = batch[0], batch[1].bool()
+        tokens = batch[0]
+        mask = batch[1].bool()
         return logits[:, :-1], torch.where(mask[:, 1:] & mask[:, :-1], tokens[:, 1:], IGNORED)
 
 
 class CausalLMPerToken(LanguageModelling):
-    """Batches are (input_ids, attention_mask, position): a sample is the token at `position` (B,) ≥ 1 of a sequence."""
+    """Causal language modelling of single tokens: batches are (input_ids, attention_mask, position).
+
+    A sample is the token at `position` (B,) ≥ 1 of a sequence.
+    """
 
     fields = ("input_ids", "attention_mask", "position")
 
@@ -102,7 +110,10 @@ class CausalLMPerToken(LanguageModelling):
 
 
 class MaskedLM(LanguageModelling):
-    """Batches are (input_ids, attention_mask, labels): the labels are the tokens that were masked, elsewhere −100."""
+    """Masked language modelling: batches are (input_ids, attention_mask, labels).
+
+    The labels are the tokens that were masked, and −100 elsewhere.
+    """
 
     fields = ("input_ids", "attention_mask", "labels")
 
@@ -111,7 +122,10 @@ class MaskedLM(LanguageModelling):
 
 
 class MaskedLMPerToken(LanguageModelling):
-    """Batches are (input_ids, attention_mask, labels, position): a sample is the token at `position` of a sequence."""
+    """Masked language modelling of single tokens: batches are (input_ids, attention_mask, labels, position).
+
+    A sample is the token at `position` (B,) of a sequence.
+    """
 
     fields = ("input_ids", "attention_mask", "labels", "position")
 
@@ -120,5 +134,5 @@ class MaskedLMPerToken(LanguageModelling):
 
 
 def _at(logits: Tensor, positions: Tensor) -> Tensor:
-    """Logits (B, 1, V) at one position of each sequence."""
+    """Picks the logits (B, 1, V) at one position of each sequence."""
     return logits.gather(1, positions[:, None, None].expand(-1, 1, logits.shape[2]))

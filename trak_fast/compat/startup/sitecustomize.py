@@ -1,7 +1,8 @@
 """Puts trak_fast into fast_jl, traker, dattri and bergson when a program imports them.
 
-Python runs a file of this name when it starts, if its folder is in PYTHONPATH; `python -m trak_fast.compat` arranges
-that. Nothing is imported here before one of those libraries is, and another sitecustomize, if there is one, is run too.
+Python runs a file of this name when it starts, if its folder is in PYTHONPATH; `python -m trak_fast.compat` puts it
+there. torch and trak_fast are imported only with one of those libraries. If there is another sitecustomize, it runs
+too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+# Modules of other libraries, and the layers that patch them.
 LAYERS = {
     "trak.projectors": "trak_fast.compat.traker",
     "dattri.func.projection": "trak_fast.compat.dattri",
@@ -24,7 +26,7 @@ LAYERS = {
 
 
 class FastJlLoader(importlib.abc.Loader):
-    """Fills a module with trak_fast.compat.fast_jl."""
+    """A loader that fills a module with the contents of trak_fast.compat.fast_jl."""
 
     def exec_module(self, module: ModuleType) -> None:
         source = importlib.import_module("trak_fast.compat.fast_jl")
@@ -32,10 +34,11 @@ class FastJlLoader(importlib.abc.Loader):
 
 
 class PatchingLoader(importlib.abc.Loader):
-    """Loads a module as another loader does, then patches it."""
+    """A loader that loads a module as another loader does, then patches it."""
 
     def __init__(self, loader: importlib.abc.Loader, layer: str) -> None:
-        self.loader, self.layer = loader, layer
+        self.loader = loader
+        self.layer = layer
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -49,9 +52,9 @@ class PatchingLoader(importlib.abc.Loader):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules that are replaced or patched."""
+    """A finder of the modules that are replaced or patched."""
 
-    trak_fast = True
+    trak_fast = True  # marks the finder, so that it is installed once
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -67,12 +70,13 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Begins; more than once makes no difference."""
+    """Adds the finder to Python's; a second call changes nothing."""
     if not any(hasattr(finder, "trak_fast") for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())
 
 
 def run_the_next_sitecustomize() -> None:
+    """Runs the sitecustomize that Python would have found without this one."""
     here = os.path.dirname(os.path.abspath(__file__))
     others = [folder for folder in sys.path if os.path.abspath(folder or ".") != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)

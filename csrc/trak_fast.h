@@ -1,5 +1,6 @@
-// The C++ interface of trak_fast: y += P g for a batch of gradients, entries of P, and what this build and this machine
-// offer. Pointers and sizes in, no framework: the caller has checked everything and owns all tensors.
+// The C++ interface of trak_fast: y += P g for a batch of gradients, its adjoint, entries of P, and a list of what this
+// build and this machine can run. It takes pointers and sizes and knows no framework, so that one build serves every
+// version of torch: the caller has checked everything and owns all tensors.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -35,9 +36,9 @@ struct Projection {
   int64_t out_batch_stride, out_row_stride;
 };
 
-// On `threads` threads; any number gives the same bits. Between pieces of work the calling thread asks keep_going, and
-// stops early when the answer is no; out then lacks some or all of the sum. Returns whether it finished.
-// instruction_set: one of instruction_sets(); empty for the best.
+// Projects on `threads` threads; any number gives the same bits. Between pieces of work the calling thread asks
+// keep_going, and stops early when the answer is no; out then lacks some or all of the sum. Returns true if it
+// finished. instruction_set: one of instruction_sets(), or empty for the best.
 bool project_cpu(const Projection& projection, const std::string& instruction_set, int threads, bool (*keep_going)());
 
 // out[b, c] += sum over i < y.columns of P[i, offset + c] * y[b, i], for c < columns: the adjoint.
@@ -53,10 +54,10 @@ struct Adjoint {
   int64_t out_batch_stride, out_column_stride;
 };
 
-// As project_cpu.
+// Works on threads, stops early and returns as project_cpu does.
 bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_set, int threads, bool (*keep_going)());
 
-// Instruction sets that this build has and this processor can run, best first, and all that this build has.
+// The instruction sets that this build has and this processor can run, best first; and all that this build has.
 std::vector<std::string> instruction_sets();
 std::vector<std::string> built_instruction_sets();
 
@@ -67,25 +68,26 @@ void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* r
 // The upper half of the normal table: kNormalHalf bf16 bit patterns.
 const uint16_t* normal_half_table();
 
-// CUDA architectures compiled in ("" without CUDA), the CUDA version (13000 for 13.0; 0 without), the number of devices
-// found (0 on any error, such as no driver), and the tile kernels that a device can run, best first.
-std::string cuda_architectures();
-int cuda_version();
-int cuda_device_count();
-std::vector<std::string> cuda_kernels(int device);
+std::string cuda_architectures();                   // compiled in; "" without CUDA
+int cuda_version();                                 // 13000 for 13.0; 0 without CUDA
+int cuda_device_count();                            // 0 on any error, such as a missing driver
+std::vector<std::string> cuda_kernels(int device);  // tile kernels that the device can run, best first
 
-// Gives the address, aligned to 256, of so many bytes on the device. They stay the caller's, who keeps them at least
-// until the call that asked for them returns. What it throws goes through.
+// Returns the address, aligned to 256, of memory on the device. It stays the caller's, who keeps it at least until the
+// call that asked for it returns. Exceptions pass through.
 using Allocate = std::function<void*(int64_t bytes)>;
 
-// The projection of tensors on a CUDA device, in the order of its stream: it only launches kernels. add: to what out
-// holds, which need not be set otherwise. half_table: the normal table's upper half on the device, as bf16 and then as
-// fp16, each kNormalHalf values (unused for rademacher). scratch: asked once, before the first launch. kernel: one of
-// cuda_kernels(device), or empty for the best. Throws std::runtime_error for errors of CUDA.
+// Projects tensors on a CUDA device. Only launches kernels, in the order of `stream`.
+//   add: adds to the values in out; without it out is written, and need not be set before.
+//   half_table: the normal table's upper half on the device, as bf16 and then as fp16, each kNormalHalf values; unused
+//     for rademacher.
+//   scratch: called once, before the first launch.
+//   kernel: one of cuda_kernels(device), or empty for the best.
+// Throws std::runtime_error for errors of CUDA.
 void project_cuda(const Projection& projection, bool add, const void* half_table, const Allocate& scratch, int device,
                   void* stream, const std::string& kernel);
 
-// The adjoint, likewise.
+// Adds the adjoint to out, likewise.
 void project_adjoint_cuda(const Adjoint& adjoint, const void* half_table, const Allocate& scratch, int device,
                           void* stream);
 

@@ -1,0 +1,187 @@
+"""The estimator's choices: which ridge and which weights scores are computed with, checkpoint by checkpoint.
+
+gram.py, ridge.py and solver.py have the algebra. This file reads from the store what they need, and follows the
+arguments of `TRAKer`: `lambda_reg`, `curvature`, `shrink_weights` and `normalize`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..store.folder import Store
+from ..store.rows import Rows
+from ..tasks.base import LossCurvature
+from . import partial_grams
+from .gram import gram_matrix, weighted_gram
+from .ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
+from .scores import Checkpoint, ScoreMatrix
+from .solver import Solver
+
+logger = logging.getLogger("trak_fast")
+
+
+@dataclass(frozen=True)
+class EstimatorSettings:
+    """The choices that `TRAKer` documents.
+
+    Attributes:
+        lambda_reg: The ridge in traker's unit; None: chosen from the features ("auto").
+        curvature: Weighs samples in X'X by the curvature of their loss, where the ridge is chosen.
+        shrink_weights: Moves the weights Q toward their mean, where the ridge is chosen.
+        normalize: Divides each feature by its norm.
+    """
+
+    lambda_reg: float | None
+    curvature: bool
+    shrink_weights: bool
+    normalize: bool
+
+
+def ridge_setting(lambda_reg: float | str | None) -> float | None:
+    """Checks `lambda_reg`, and returns it with None for "auto".
+
+    Raises:
+        ValueError: It is neither "auto" nor a finite number that is at least 0.
+    """
+    if lambda_reg is None or (isinstance(lambda_reg, str) and lambda_reg == "auto"):
+        return None
+    if isinstance(lambda_reg, (str, bool)) or not 0 <= lambda_reg < math.inf:
+        raise ValueError(f'lambda_reg must be "auto" or a finite number >= 0, not {lambda_reg!r}')
+    return float(lambda_reg)
+
+
+class Estimator:
+    """Makes each checkpoint's solver, and the scores of an experiment, from what is stored."""
+
+    def __init__(
+        self, store: Store, settings: EstimatorSettings, *, task: object, grad_dim: int, device: torch.device
+    ) -> None:
+        """Takes the store and the choices.
+
+        Args:
+            store: The features; its `num_rows` is n and its `width` k.
+            settings: The choices.
+            task: The task; where it is a `LossCurvature`, samples can be weighed by it.
+            grad_dim: Gradient size, D.
+            device: The model's device. Systems are solved there if it is a CUDA device, else on the CPU, since not all
+                other devices have float64.
+        """
+        self.store = store
+        self.settings = settings
+        self.grad_dim = grad_dim
+        self.device = device if device.type == "cuda" else torch.device("cpu")
+        wanted = settings.lambda_reg is None and settings.curvature
+        # isinstance, from Python 3.12 on, does not see a method that a task forwards to another one by __getattr__
+        self._loss = cast(LossCurvature, task) if wanted and hasattr(task, "get_loss_curvature") else None
+
+    @property
+    def sums_while_featurizing(self) -> bool:
+        """True where X'X is summed while samples are featurized; where n < k, XX' is formed in the end."""
+        return self.store.width <= self.store.num_rows
+
+    def curvature(self, weights: NDArray[np.float32]) -> NDArray[np.float64] | None:
+        """Computes the curvature ∂²ℓ/∂f² of samples from their weightings Q, (B,) each; None where it has no say."""
+        if self._loss is None:
+            return None
+        return np.asarray(self._loss.get_loss_curvature(np.array(weights, np.float64)))
+
+    def partial_gram(self, model_id: int, train: Rows) -> partial_grams.PartialGram:
+        """Opens a sum of X'X over the rows that this process writes to `train`."""
+        return partial_grams.PartialGram(
+            self.store.partial_grams(model_id),
+            num_rows=self.store.num_rows,
+            width=self.store.width,
+            device=self.device,
+            locks=train.locks,
+            weighted=self._loss is not None,
+        )
+
+    def gram_summand(self, model_id: int, train: Rows, rank: int, size: int) -> Tensor:
+        """Computes the summand that process `rank` of `size` contributes to a checkpoint's Gram matrices.
+
+        Returns:
+            (1 or 2, s, s) float64, s = min(n, k); of XX', which is no sum over processes, the first one has all and
+            the others an empty tensor.
+        """
+        if self.sums_while_featurizing:
+            curvature = self.curvature(train.weights)
+            return partial_grams.total(self.store.partial_grams(model_id), train, self.device, rank, size, curvature)
+        return gram_matrix(train.features, self.device).unsqueeze(0) if rank == 0 else torch.empty(0)
+
+    def disagreement(self, model_ids: Collection[int]) -> float:
+        """Measures ρ between checkpoints, where the ridge depends on it."""
+        if self.settings.lambda_reg is not None:
+            return 0.0
+        return disagreement([self.store.train(i).features for i in model_ids], self.settings.normalize)
+
+    def solver(self, model_id: int, num_checkpoints: int, rho: float) -> Solver:
+        """Makes the solver of one of `num_checkpoints` checkpoints whose scores are averaged, and that differ by ρ."""
+        train = self.store.train(model_id)
+        features = train.features
+        curvature = self.curvature(train.weights)
+        weights = None if curvature is None else curvature_weights(curvature)
+        matrix = self._gram(model_id, train, curvature, weights)
+        if self.settings.lambda_reg is None:
+            ridge = auto_ridge(matrix, len(features), features.shape[1], num_checkpoints, rho)
+        else:
+            ridge = self.settings.lambda_reg * self.grad_dim
+        solver = Solver(features, matrix, ridge, weights, self.settings.normalize)
+        share = ridge * len(features) / (matrix.trace().item() or 1.0)
+        logger.info(
+            "model_id %d: ridge %.3g, %.3g times the mean squared norm of the features; condition number %.2g",
+            model_id,
+            ridge,
+            share,
+            solver.inverse.condition,
+        )
+        return solver
+
+    def _gram(
+        self,
+        model_id: int,
+        train: Rows,
+        curvature: NDArray[np.float64] | None,
+        weights: NDArray[np.float64] | None,
+    ) -> Tensor:
+        """Returns a checkpoint's Gram matrix with its weights, from the stored ones where they suffice."""
+        stored = torch.from_numpy(self.store.gram(model_id)).to(self.device)
+        if self.settings.normalize:
+            return gram_matrix(train.features, self.device, weights, normalize=True)
+        if weights is None or curvature is None:
+            return stored[0]
+        if len(stored[0]) < self.store.width:  # XX'
+            roots = torch.from_numpy(weights).to(stored).sqrt()
+            return stored[0] * roots[:, None] * roots
+        if len(stored) == 2:
+            return weighted_gram(stored[0], stored[1], float(curvature.mean()))
+        return gram_matrix(train.features, self.device, weights)  # X'CX is missing: finalized for another ridge
+
+    def score_matrix(self, targets: Mapping[int, Rows]) -> ScoreMatrix:
+        """Describes the scores of an experiment.
+
+        Args:
+            targets: The target rows of each checkpoint, by model_id.
+        """
+        rho = self.disagreement(targets)
+        checkpoints = [
+            Checkpoint(self.solver(i, len(targets), rho), self.store.train(i), rows.features)
+            for i, rows in targets.items()
+        ]
+        weights = self.mean_weights(targets)
+        if self.settings.lambda_reg is None and self.settings.shrink_weights:
+            weights = shrunk_weights(weights)
+        return ScoreMatrix(checkpoints, weights / len(targets))
+
+    def mean_weights(self, model_ids: Collection[int]) -> Tensor:
+        """Averages the weightings Q of the training samples over checkpoints, (n,) float64."""
+        weights = [np.array(self.store.train(i).weights, np.float64) for i in model_ids]
+        return torch.from_numpy(np.mean(weights, axis=0))
