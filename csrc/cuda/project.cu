@@ -1,9 +1,9 @@
-// The CUDA projection: which kernel, how the work is cut, and the launches in order.
+// The CUDA projection: chooses the kernel, cuts the work and launches the pieces in order.
 //
-// A pass treats up to 256 panel rows (samples times bf16 terms) against all rows and columns of P: tiles multiply, each
-// for some rows of P and a share of the columns, into sums of their own; reduce adds those up. A large tensor whose
-// memory is a panel already is read where it is; all else is packed, chunk by chunk, into one buffer of bounded size.
-// The cut depends on the shapes and the device alone, so the same call gives the same bits.
+// A pass multiplies up to 256 panel rows (samples times bf16 terms) by all rows and columns of P. Each tile has some
+// rows of P, a share of the columns, and sums of its own; reduce adds those up. A large tensor whose memory is a panel
+// already is read in place; all others are packed, chunk by chunk, into one buffer of bounded size. The cut depends on
+// the shapes and the device alone, so the same call gives the same bits.
 #include <algorithm>
 
 #include "../floats.h"
@@ -16,12 +16,13 @@
 namespace trak_fast {
 namespace {
 
-constexpr int64_t kPassRows = 256;
-constexpr int64_t kPanelBytes = 32 << 20;  // of the packed chunk: stays in the L2 cache of a large GPU
-constexpr int64_t kSpanColumns = 1 << 30;  // of one launch: TMA's coordinates, and no change of the high block bits
+constexpr int64_t kPassRows = 256;         // most panel rows in a pass
+constexpr int64_t kPanelBytes = 32 << 20;  // most bytes of a packed chunk, to stay in the L2 cache of a large GPU
+// Most columns in a launch: TMA's coordinates reach no further, and the high block bits stay the same.
+constexpr int64_t kSpanColumns = 1 << 30;
 // A tensor that has fewer columns or elements is packed with its neighbours: a launch of its own would cost more.
 constexpr int64_t kDirectColumns = 1 << 16, kDirectElements = 1 << 22;
-constexpr int kLeastUnits = 4;  // that a split is worth starting for
+constexpr int kLeastUnits = 4;  // fewest units for which a split is worth starting
 
 enum class Family { sm80, sm90, sm90_wide };
 
@@ -62,14 +63,14 @@ Family choose_kernel(int device, const std::string& wanted) {
                               " can run: " + known);
 }
 
-// Parts of one launch or of one packed run, and the columns (counted from the first part's first) that they hold.
+// Consecutive parts that are read in place or packed together.
 struct Span {
-  size_t first, last;  // parts
-  int64_t begin, end;
-  bool direct;
+  size_t first, last;  // parts first .. last - 1
+  int64_t begin, end;  // their columns, counted from the projection's first column
+  bool direct;         // read in place
 };
 
-// One cut of a projection: everything but the data.
+// The cut of a projection into passes, spans and launches. It knows everything but the data.
 class Plan {
  public:
   Plan(const Projection& projection, int device, const std::string& kernel)
@@ -141,7 +142,7 @@ class Plan {
   }
 
  private:
-  // How a pass is cut.
+  // The cut of a pass.
   struct Cut {
     TileShape shape;
     int batch_tiles, splits;
@@ -153,7 +154,7 @@ class Plan {
     Cut cut;
   };
 
-  // Samples of the pass that begins at sample b.
+  // Returns the number of samples in the pass that begins at sample b.
   int64_t pass_samples(int64_t b) const {
     const int64_t rows = (p_.batch - b) * terms_;
     // 129 to 192 rows are better served as 128 and a narrower rest than by 256.
@@ -179,7 +180,7 @@ class Plan {
     c.batch_tiles = static_cast<int>(divide_up(panel_rows, c.shape.width));
     const int64_t blocks = divide_up(p_.rows, c.shape.rows) * c.batch_tiles;
     const int64_t room = int64_t{multiprocessors_} * c.shape.blocks_per_multiprocessor;
-    // Columns are split until the last wave of blocks is about as full as it gets.
+    // Splits columns until the last wave of blocks is about as full as it gets.
     const int64_t most = std::max<int64_t>(
         1, std::min(std::max<int64_t>(4, room * 2 / blocks), longest_launch(panel_rows) / kLeastUnits));
     double best = 0;
@@ -196,20 +197,21 @@ class Plan {
     return c;
   }
 
-  // Units of a packed chunk. A power of two: then no launch meets two values of the block number's high bits.
+  // Returns the units of a packed chunk. They are a power of two, so that no launch meets two values of the block
+  // number's high bits.
   int64_t chunk_units(int64_t panel_rows) const {
     int64_t units = kSpanColumns / kUnit;
     while (units > 1 && units * panel_rows * kUnit * 2 > kPanelBytes) units /= 2;
     return units;
   }
 
-  // Units that the columns begin .. end of the projection meet.
+  // Returns how many units a span's columns meet.
   int64_t units_of(const Span& span) const {
     const int64_t offset = static_cast<int64_t>(p_.offset);
     return divide_up(offset + span.end, kUnit) - (offset + span.begin) / kUnit;
   }
 
-  // Units of the longest launch, and of the longest that packs.
+  // Returns the units of the longest launch, or of the longest one that packs.
   int64_t longest_launch(int64_t panel_rows, bool packed_only = false) const {
     int64_t longest = 0;
     for (const Span& span : spans_) {
@@ -220,7 +222,7 @@ class Plan {
     return longest;
   }
 
-  // Whether a tensor's memory is a panel as it stands.
+  // Returns true if a tensor's memory is a panel already.
   bool is_panel(const Part& part) const {
     const bool inner = part.sizes.empty() || (part.sizes.size() == 1 && part.strides[0] == 1);
     const bool rows = p_.batch == 1 || (part.batch_stride >= part.columns && part.batch_stride % 8 == 0);
@@ -246,7 +248,7 @@ class Plan {
     }
   }
 
-  // Columns begin to end of a part's samples; its first column counts from the part's first.
+  // Returns columns begin .. end - 1 of a part's samples as a panel, whose first column counts from the part's first.
   Panel part_as_panel(const Part& part, int64_t b, int64_t samples, int64_t begin, int64_t end) const {
     const int64_t skipped = begin / 8 * 8;  // keeps the address aligned
     const auto* data = static_cast<const uint16_t*>(part.data) + b * part.batch_stride + skipped;
