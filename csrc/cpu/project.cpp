@@ -3,8 +3,7 @@
 // Columns are cut into chunks at absolute positions, and rows of P into blocks. A phase multiplies some chunks and
 // packs the next ones; a counter hands its tasks out to the threads. The cut depends on the shape alone and one thread
 // sums each piece in a fixed order, so the result has the same bits on any number of threads. Few rows would make few
-// tasks: then several chunks are multiplied side by side, each into sums of its own, which are added in order at the
-// end.
+// tasks: then several chunks are multiplied side by side, into sums of their own that are added in order at the end.
 #include <algorithm>
 
 #include "../normal_table.h"

@@ -143,8 +143,7 @@ __device__ __forceinline__ uint32_t normal_pair(uint32_t word, const uint16_t* h
   return (second * 0x10000 + first) | (~word & 0x80008000U);
 }
 
-// Makes the four registers of a fragment in step s of a unit, from the words that rows g and g + 8 have in the step's
-// block.
+// Makes the four registers of a fragment in step s of a unit, from the words of rows g and g + 8 in the step's block.
 template <Kind kind, bool bf16>
 __device__ __forceinline__ void make_fragment(uint32_t (&a)[4], const uint32_t (&upper)[4], const uint32_t (&lower)[4],
                                               int s, uint32_t ones, const uint16_t* half_table) {

@@ -28,8 +28,7 @@ struct Config {
   static constexpr int rows = consumers * 64 * tiles;
   static constexpr int depth = table && width <= 32 ? 4 : 2;  // sets of fragment registers
   // If true, a step's share of the next words is made beside the next fragments, after the wait for their registers;
-  // else before that wait. Measured: after is better with the table and in narrow tiles, before is better at 64 rows
-  // and more.
+  // else before that wait. Measured: after is better with the table and in narrow tiles, before at 64 rows and more.
   static constexpr bool words_after_wait = table || width <= 32;
   static constexpr bool keeps_rows = table || width != 32;  // at 32 without the table registers are short
   static constexpr int stores_at_once = consumers == 4 ? 1 : width <= 64 ? width / 8 : 8;
@@ -119,8 +118,8 @@ struct WordStream {
   Calls calls;
   typename Calls::State now[kCalls], next[kCalls];
 
-  // Does the work of a step on the next words, after the step's fragments were made. first_block: the unit's;
-  // steps of the next unit count on from kStepsPerUnit.
+  // Does the work of a step on the next words, after the step's fragments were made. first_block: the unit's; steps of
+  // the next unit count on from kStepsPerUnit.
   __device__ __forceinline__ void prepare(int step, uint32_t first_block) {
     const int part = step % kSteps;
     if (part == 0) {
