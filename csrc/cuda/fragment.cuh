@@ -14,6 +14,7 @@ namespace trak_fast {
 constexpr int kUnit = 512;                 // columns that kernels treat together, at absolute positions modulo 512
 constexpr int kStepsPerUnit = kUnit / 16;  // columns of one multiplication: 16
 
+// Philox blocks that a unit of columns takes.
 template <Kind kind>
 constexpr int kBlocksPerUnit = kUnit / KindTraits<kind>::block_columns;
 

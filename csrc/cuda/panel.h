@@ -10,8 +10,8 @@ namespace trak_fast {
 
 // The way from gradients to panel elements.
 enum class PanelType : int {
-  copy_16_bits,  // copies; all gradients are bf16, or all are fp16
-  bf16_terms,    // splits each value into `terms` bf16, in panel rows terms * b to terms * b + terms - 1
+  copy_16_bits,  // copies of gradients that are all bf16, or all fp16
+  bf16_terms,    // `terms` bf16 for each value, in panel rows terms * b to terms * b + terms - 1
 };
 
 struct PackJob {
