@@ -2,12 +2,12 @@
 //
 // Every entry P[i, j] is a pure function of (kind, seed, stream, i, j): some bits of a Philox4x32-10 word. A fragment
 // of a tensor core gives one thread the columns 2t, 2t+1, 2t+8 and 2t+9 of each 16, and the words are numbered so that
-// this thread needs no others: row i and t have four words of their own in each block of columns. The bits of word v
-// stand for these columns of the block:
+// this thread needs no others: in each block of columns, row i and t have four words of their own. The bits of word v
+// stand for these columns of the block, counted from column 128 v (Rademacher) or 8 v (normal):
 //
-//                                bit 31 ... bit 17    bit 16 | bit 15 ... bit 1    bit 0
-//   Rademacher, after 128 v:     2t+121 ... 2t+9      2t+1   | 2t+120 ... 2t+8     2t
-//   normal, after 8 v:           2t+1, all sixteen bits      | 2t, all sixteen bits
+//               bit 31 ... bit 17   bit 16 | bit 15 ... bit 1   bit 0
+//   Rademacher  2t+121 ... 2t+9     2t+1   | 2t+120 ... 2t+8    2t
+//   normal      2t+1, all sixteen bits     | 2t, all sixteen bits
 //
 // Kernels generate the same words many rows at a time. This header is what they are tested against, and the only place
 // that says where an entry's bits stand. A change of any entry is a new definition number.

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kAccSize = 1 << 17;      // most floats in one thread's sums, to stay in a second-level cache
 constexpr int64_t kPanelSize = 1 << 20;    // most floats of packed y in a pass
-constexpr int64_t kMaxSamples = 256;       // of a pass
+constexpr int64_t kMaxSamples = 256;       // most samples in a pass
 constexpr int64_t kColumnsPerTask = 2048;  // a multiple of every kernel's group
 
 // One pass: some samples and rows of P, with all columns.
@@ -119,7 +119,7 @@ bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_
   const std::vector<Part> parts{adjoint.y};
   const Columns y(parts);
   if (adjoint.columns == 0 || adjoint.batch == 0) return true;
-  half_table_for(adjoint.kind);  // built before threads ask for it
+  half_table_for(adjoint.kind);  // builds the table before threads ask for it
   const int64_t samples_per_pass = std::min({kAccSize / kernel.group_columns, kMaxSamples, adjoint.batch});
   const int64_t rows_per_pass = kPanelSize / samples_per_pass / kUnit * kUnit;
   for (int64_t b = 0; b < adjoint.batch; b += samples_per_pass) {

@@ -32,7 +32,7 @@ struct Multiply {
   uint32_t row;
   int64_t row_blocks;
   uint64_t unit;               // the first unit
-  int64_t units;               // from it on, which share the Philox counter's high block bits
+  int64_t units;               // units to multiply; all share the Philox counter's high block bits
   int64_t batch, panel_units;  // the panel's size
   const void* panel;
   float* acc;  // [row_blocks][32 / lanes][batch][lanes]

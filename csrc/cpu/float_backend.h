@@ -1,5 +1,5 @@
-// The kernels of a backend that multiplies floats, or adds signed sums of them: all of avx2, avx512 and portable, and
-// whatever avx512_bf16 and amx have no better way for.
+// The kernels of a backend that multiplies floats, or adds signed sums of them. They are all that avx2, avx512 and
+// portable have; avx512_bf16 and amx use them where they have nothing better.
 #pragma once
 #include "adjoint_kernel.h"
 

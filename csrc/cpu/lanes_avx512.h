@@ -64,8 +64,7 @@ struct Avx512 {
     const __m512i positive = _mm512_srai_epi16(words, 15);  // all ones where u >= 32768
     const __m512i m = _mm512_ternarylogic_epi32(words, positive, _mm512_set1_epi16(0x7FFF), 0x96);
     const __m512i even = _mm512_and_si512(m, _mm512_set1_epi32(0xFFFF)), odd = _mm512_srli_epi32(m, 16);
-    // Gathers of 32 bits for 16-bit elements. The odd ones begin an element early, which puts their value in the high
-    // half.
+    // Gathers of 32 bits for 16-bit elements. The odd ones begin an element early: their value lands in the high half.
     const __m512i zero = _mm512_setzero_si512();
     const __m512i low = _mm512_mask_i32gather_epi32(zero, 0xFFFF, even, half, 2);
     const __m512i top = _mm512_mask_i32gather_epi32(zero, 0xFFFF, odd, half - 1, 2);

@@ -22,7 +22,7 @@ inline __m512i nearest_bf16(__m512i bits) {
   return _mm512_and_si512(r, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
 }
 
-// Returns x - term, but zero for an infinite term, where inf - inf would be NaN.
+// Returns x - term, but zero where the term is not finite: inf - inf would be NaN.
 inline __m512 rest_of(__m512 x, __m512i term) {
   const __m512i magnitude = _mm512_and_si512(term, _mm512_set1_epi32(0x7FFFFFFF));
   const __mmask16 finite = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x7F800000));

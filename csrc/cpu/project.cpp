@@ -3,8 +3,7 @@
 // Columns are cut into chunks at absolute positions, and rows of P into blocks. A phase multiplies some chunks and
 // packs the next ones; a counter hands its tasks out to the threads. The cut depends on the shape alone and one thread
 // sums each piece in a fixed order, so the result has the same bits on any number of threads. Few rows would make few
-// tasks: then several chunks are multiplied side by side, each into sums of its own, which are added in order at the
-// end.
+// tasks: then several chunks are multiplied side by side, into sums of their own that are added in order at the end.
 #include <algorithm>
 
 #include "../normal_table.h"
@@ -20,7 +19,7 @@ constexpr int64_t kChunkBytes = 1 << 20;   // most bytes of one chunk's panel, t
 constexpr int64_t kPanelsBytes = 8 << 20;  // most bytes of the panels of a phase
 constexpr int64_t kAccBytes = 16 << 20;    // most bytes of all sums
 constexpr int64_t kMaxChunkUnits = 16;     // a power of two: then no chunk spans two values of the high block bits
-constexpr int64_t kTasksWanted = 32;       // tasks of a phase that keep so many threads busy
+constexpr int64_t kTasksWanted = 32;       // least tasks wanted in a phase, to keep so many threads busy
 constexpr int64_t kRowsPerPass = 16384;    // most rows of P in a pass
 constexpr int64_t kPackUnits = 4;          // units of one sample in a packing task
 
@@ -167,7 +166,7 @@ bool project_cpu(const Projection& projection, const std::string& instruction_se
   const int input_terms = columns.all_bf16() ? 1 : projection.terms;
   const Kernel& kernel = kernel_for(projection.kind, input_terms == 1 ? backend.kernels_of_one_term : backend.kernels);
   const int terms = kernel.bf16 ? input_terms : 1;
-  half_table_for(projection.kind);  // built before threads ask for it
+  half_table_for(projection.kind);  // builds the table before threads ask for it
   const int64_t samples_per_pass = kMaxPanelRows / terms;
   for (int64_t b = 0; b < projection.batch; b += samples_per_pass) {
     const int64_t samples = std::min(samples_per_pass, projection.batch - b);

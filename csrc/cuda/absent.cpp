@@ -1,4 +1,4 @@
-// Stands in for the CUDA part in a build without a CUDA compiler.
+// The CUDA part of a build without a CUDA compiler: it finds no device, and a projection says why it fails.
 #include <stdexcept>
 
 #include "../trak_fast.h"

@@ -1,9 +1,9 @@
 // The adjoint P'y on CUDA, by mma.sync on every architecture since sm_80.
 //
-// A block makes 512 columns of the result for up to 32 samples. Each of its four warps has 128 of them, goes through
-// the rows of P 16 at a time and makes the same fragments as the projection does, transposed in registers (movmatrix),
-// as A operands; y is the B operand, split into bf16 terms that all add to the same sums. One Philox call covers 512
-// columns of a ±1 row, so the warps make the words of 16 rows each and share them.
+// A block makes 512 columns of the result for up to 32 samples, and each of its four warps 128 of them. A warp goes
+// through the rows of P 16 at a time. It makes the same fragments as the projection and transposes them in registers
+// (movmatrix): they are the A operand. y is the B operand, split into bf16 terms that all add to the same sums. One
+// Philox call covers 512 columns of a ±1 row, so there the warps make the words of 16 rows each and share them.
 #include <algorithm>
 
 #include "../floats.h"
@@ -15,15 +15,15 @@ namespace trak_fast {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kStageRows = 64;                   // rows of P a stage: 128 bytes of y
-constexpr int kFragments = kUnit / kWarps / 16;  // of a warp, side by side
+constexpr int kStageRows = 64;                   // rows of P in a stage: 128 bytes of y
+constexpr int kFragments = kUnit / kWarps / 16;  // side by side, of one warp
 constexpr int kStages = 2;
-constexpr int64_t kLaunchRows = 1 << 14;  // rows that are summed in the tensor cores' accumulators (see tile.cuh)
+constexpr int64_t kLaunchRows = 1 << 14;  // most rows that are summed in the tensor cores' accumulators (see tile.cuh)
 
 struct Job {
   Generator generator;
   const uint16_t* half_table;
-  const uint16_t* panel;  // [batch * terms][panel_columns]: rows first_row .. of y
+  const uint16_t* panel;  // [batch * terms][panel_columns]: y from first_row on
   int64_t panel_columns;
   int64_t batch;
   uint32_t first_row;
@@ -40,14 +40,14 @@ template <Kind kind, int width, int terms>
 struct Config {
   static constexpr bool shares_words = kBlocksPerUnit<kind> == 1;
   static constexpr int stage_bytes = terms * width * 128;
-  // Words of a stage: [row group][upper or lower row][lane], twice.
+  // A stage's words, [row group][upper or lower row][lane], for two stages.
   static constexpr int word_count = shares_words ? kWarps * 2 * 32 : 0;
   static constexpr int words_at = kStages * stage_bytes;
   static constexpr int table_at = words_at + kStages * word_count * static_cast<int>(sizeof(RowWords));
   static constexpr int shared_bytes = table_at + kTableBytes<kind>;
 };
 
-// Starts the copy of 64 rows' values of y: samples of one term follow each other, swizzled as in tile_sm80.cu.
+// Starts the copy of y's values for 64 rows: the samples of one term follow each other, swizzled as in tile_sm80.cu.
 template <int width, int terms>
 __device__ __forceinline__ void load_stage(char* stage, const Job& job, int64_t first_sample, int64_t row) {
   for (int i = static_cast<int>(threadIdx.x); i < terms * width * 8; i += kThreads) {
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
   const int64_t unit = job.first_unit + blockIdx.x, first_sample = int64_t{blockIdx.y} * width;
   const auto block = static_cast<uint64_t>(unit * kBlocksPerUnit<kind>);
   const auto block_high = static_cast<uint32_t>(block >> 32);
-  const uint32_t one = packed_one<true>();
+  const uint32_t ones = packed_ones<true>();
   const int stage_count = static_cast<int>(job.panel_columns / kStageRows);
-  // This lane's row of an ldmatrix: samples in eights (two of them, or one in two steps), pieces of 16 bytes.
+  // This lane's row for ldmatrix: 16 bytes of a sample, of two groups of eight samples, or of one group in two steps.
   const int matrix = lane / 8, sample = width == 8 ? lane % 8 : 8 * (matrix / 2) + lane % 8;
   const int piece = width == 8 ? matrix : matrix % 2;
   const int offset = sample * 128 + (piece ^ (sample % 8)) * 16;
@@ -87,6 +87,8 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
     }
     ptx::cp_async_commit();
   };
+
+  // Multiplies stage after stage, while the copy of the next one is under way.
   load(0);
   float sums[kFragments][groups][4] = {};
   for (int stage = 0; stage < stage_count; ++stage) {
@@ -105,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
     ptx::cp_async_wait<1>();
     ptx::block_barrier();
     const char* columns = shared + stage % kStages * C::stage_bytes;
-    // Normal entries take so many registers that the compiler must not make those of several steps at once. With eight
-    // samples two steps share an ldmatrix.
+    // Normal entries take so many registers that the compiler must not make the entries of several steps at once. With
+    // eight samples two steps share an ldmatrix.
 #pragma unroll(C::shares_words ? kStageRows / 16 : width == 8 ? 2 : 1)
     for (int step = 0; step < kStageRows / 16; ++step) {
       uint32_t b[terms][groups][2];
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
           }
         }
         uint32_t p[4];
-        make_fragment<kind, true>(p, upper, lower, f, one, table);
+        make_fragment<kind, true>(p, upper, lower, f, ones, table);
         const uint32_t a[4] = {ptx::movmatrix_trans(p[0]), ptx::movmatrix_trans(p[2]), ptx::movmatrix_trans(p[1]),
                                ptx::movmatrix_trans(p[3])};
 #pragma unroll
@@ -159,6 +161,7 @@ __global__ void __launch_bounds__(kThreads, width == 8 ? 3 : 2) adjoint(const __
     ptx::block_barrier();  // before this stage's memory is written again
   }
 
+  // Adds the sums to the output.
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
@@ -196,11 +199,12 @@ void launch_terms(int terms, const Job& job, void* stream) {
   }
 }
 
-// Samples of a pass, and the rows of P of a launch, rounded up to what a stage holds.
-constexpr int64_t kPassSamples = 256;
+constexpr int64_t kPassSamples = 256;  // most samples in a pass
+
+// Returns the rows of P in a launch, rounded up to whole stages.
 int64_t launch_rows(const Adjoint& a) { return divide_up(std::min(a.y.columns, kLaunchRows), kStageRows) * kStageRows; }
 
-// bf16 terms that hold all bits of bf16, or of any other type up to float32.
+// Returns how many bf16 terms hold all bits of bf16, or of any other type up to float32.
 int terms_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? 1 : 3; }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The host side of every launch: errors with file and line, the device made current for a scope, and the launch itself.
-// Nothing here allocates or synchronises.
+// The host side of every launch: errors with file and line, a guard for the current device, and the launch itself.
+// Nothing here allocates or synchronises, so that a projection can be recorded in a CUDA graph.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -43,8 +43,8 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// kernel<<<grid, threads, shared_bytes, stream>>>(arguments...), checked. shared_bytes: dynamic shared memory, which
-// may exceed the 48 KiB that need no permission.
+// Performs kernel<<<grid, threads, shared_bytes, stream>>>(arguments...) and checks it. shared_bytes: dynamic shared
+// memory; more than 48 KiB needs permission, which is asked for here.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void* stream,
             const std::common_type_t<Parameters>&... arguments) {

@@ -1,9 +1,10 @@
-// Packing: any strides, dtypes, alignment and lists of tensors become panels, and are dealt with here and nowhere else.
+// Packing: makes panels of tensors. Strides, dtypes, alignment and lists of tensors end here, so that the tile kernels
+// know none of them.
 //
-// A thread makes eight neighbouring columns of some samples, 16 bytes of each of their panel rows. Where they stand
-// side by side in one tensor it reads them with the widest loads that their address allows, else one by one. The parts
-// come as a kernel parameter, some at a time, so that nothing is copied to the device and a launch can be captured in a
-// graph.
+// A thread makes eight neighbouring columns of some samples: 16 bytes of each of their panel rows. If the eight are
+// side by side in one tensor, it reads them with the widest loads that their address allows, else one by one. The parts
+// are a kernel parameter, some for each launch, so that nothing is copied to the device and a launch can be recorded in
+// a CUDA graph.
 #include <algorithm>
 #include <cmath>
 
@@ -16,9 +17,9 @@ namespace trak_fast {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kGroup = 8;  // columns of a thread
+constexpr int kGroup = 8;  // columns that a thread makes
 constexpr int kRows = 4;   // samples of a thread, whose loads are under way together
-constexpr int kMaxParts = 64, kMaxShapes = 8, kMaxDimensions = 6;  // of a launch
+constexpr int kMaxParts = 64, kMaxShapes = 8, kMaxDimensions = 6;  // room in a launch
 static_assert(kMaxParts >= kGroup && kMaxShapes >= kGroup, "a launch must have room for a whole group of columns");
 
 struct DevicePart {
@@ -26,7 +27,7 @@ struct DevicePart {
   int64_t end;  // columns of the panel; a part begins where the one before it ends
   int64_t batch_stride;
   int32_t dtype;
-  int32_t shape;  // -1: its elements stand side by side
+  int32_t shape;  // -1: the elements are side by side
 };
 
 struct Shape {
@@ -38,7 +39,7 @@ struct Pack {
   int terms, part_count;
   int64_t parts_begin;  // column of the panel where the first part begins
   int64_t begin, end;   // columns of the panel that this launch makes
-  int64_t columns;      // of the panel
+  int64_t columns;      // in the whole panel
   int64_t first_sample, samples;
   uint16_t* panel;
   DevicePart parts[kMaxParts];
@@ -50,10 +51,10 @@ struct alignas(16) Vector {
   uint32_t x[4];
 };
 
-// What a launch's parts hold. Its own code for each: of one dtype, no element asks what it is.
+// The dtype of a launch's parts. Each has a kernel of its own, in which no element has to ask for its dtype.
 enum class Source { copied_16_bits, float32, float64, mixed };
 
-// Eight neighbours on their way: raw 16 bits, two a word, or floats.
+// Eight neighbours between loads and stores: raw 16 bits, two in a word, or floats.
 template <bool raw>
 struct Values;
 template <>
@@ -98,7 +99,7 @@ __device__ __forceinline__ float load_float(const char* p, int dtype) {
   }
 }
 
-// Element i of the eight, from anywhere.
+// Loads element i of the eight from any address.
 template <Source source>
 __device__ __forceinline__ void load_one(Values<source == Source::copied_16_bits>& values, int i, const char* p,
                                          int dtype) {
@@ -109,7 +110,7 @@ __device__ __forceinline__ void load_one(Values<source == Source::copied_16_bits
   }
 }
 
-// Eight neighbours side by side in memory, by the widest loads that the address allows.
+// Loads eight neighbours that are side by side in memory, by the widest loads that the address allows.
 template <Source source>
 __device__ __forceinline__ void load_neighbours(Values<source == Source::copied_16_bits>& values, const char* p,
                                                 int dtype) {
@@ -122,7 +123,7 @@ __device__ __forceinline__ void load_neighbours(Values<source == Source::copied_
 #pragma unroll
       for (int i = 0; i < 4; ++i) values.pairs[i] = load<uint32_t>(p + 4 * i);
     } else {
-      uint32_t words[5];  // the halves in the middle of pairs, of which the first and the last are alone
+      uint32_t words[5];  // aligned words: the first gives its high half alone, the last its low half
       words[0] = static_cast<uint32_t>(load<uint16_t>(p)) << 16;
 #pragma unroll
       for (int i = 0; i < 3; ++i) words[i + 1] = load<uint32_t>(p + 2 + 4 * i);
@@ -144,9 +145,10 @@ __device__ __forceinline__ void load_neighbours(Values<source == Source::copied_
   }
 }
 
-// The first term of each of the eight, two a word; the values keep what the next terms have to carry, exactly.
+// Returns the first bf16 term of each of the eight, two in a word, and subtracts it: the values keep the exact rest,
+// for the next terms.
 __device__ __forceinline__ Vector split_off_term(Values<false>& values) {
-  constexpr float kLargest = 0x1.FEp127F;  // of bf16; what is beyond it could be rounded to infinity
+  constexpr float kLargest = 0x1.FEp127F;  // the largest bf16; a larger value could be rounded to infinity
   bool ordinary = true;
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) ordinary = ordinary && std::fabs(values.x[i]) <= kLargest;
@@ -169,7 +171,7 @@ __device__ __forceinline__ Vector split_off_term(Values<false>& values) {
   return packed;
 }
 
-// Where column c of a part's sample b stands.
+// Returns the address of column c of a part's sample b.
 __device__ __forceinline__ const char* place(const Pack& job, const DevicePart& part, int64_t b, int64_t c) {
   int64_t element = b * part.batch_stride;
   if (part.shape < 0) {
@@ -185,7 +187,7 @@ __device__ __forceinline__ const char* place(const Pack& job, const DevicePart& 
   return part.data + element * element_size(part.dtype);
 }
 
-// The part that holds a column of the panel, or the next after it: part_count if there is none.
+// Returns the part that holds a column of the panel, or the next part after it; part_count if there is none.
 __device__ __forceinline__ int find_part(const Pack& job, int64_t column) {
   int first = 0, last = job.part_count;
   while (first < last) {
@@ -262,7 +264,7 @@ Source find_source(const PackJob& job, const std::vector<Part>& parts) {
   return all(Dtype::float32) ? Source::float32 : all(Dtype::float64) ? Source::float64 : Source::mixed;
 }
 
-// Adds a part that ends at a column of the panel; whether the launch had room for it.
+// Adds a part that ends at a column of the panel. Returns false if the launch has no room for it.
 bool add_part(Pack& job, int& shape_count, const Part& part, int64_t end) {
   const bool side_by_side = part.sizes.empty() || (part.sizes.size() == 1 && part.strides[0] == 1);
   if (part.sizes.size() > kMaxDimensions) {
@@ -307,8 +309,8 @@ void launch_pack(const PackJob& job, const std::vector<Part>& parts, void* strea
       break;
   }
 
-  // The parts that the panel meets, as many in a launch as there is room for. A launch ends where a group of columns
-  // ends; a part that is cut there goes into the next launch again.
+  // Each launch takes as many of the parts that the panel meets as it has room for. It ends where a group of columns
+  // ends; a part that is cut there belongs to the next launch, too.
   size_t next = 0;
   int64_t next_begin = static_cast<int64_t>(job.offset) - job.first_column;
   while (pack_job.begin < job.columns) {

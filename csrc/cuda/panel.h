@@ -1,5 +1,5 @@
-// The memory-bound ends of a projection: panels made from the caller's tensors, and the tiles' sums added to the
-// output.
+// The two ends of a projection, which are bound by memory: pack makes panels from the caller's tensors, and reduce adds
+// the tiles' sums to the output.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -8,22 +8,22 @@
 
 namespace trak_fast {
 
-// How panel elements come from gradients.
+// The way from gradients to panel elements.
 enum class PanelType : int {
-  copy_16_bits,  // all gradients are bf16, or all are fp16
-  bf16_terms,    // each value as the sum of `terms` bf16, in panel rows terms * b to terms * b + terms - 1
+  copy_16_bits,  // copies of gradients that are all bf16, or all fp16
+  bf16_terms,    // `terms` bf16 for each value, in panel rows terms * b to terms * b + terms - 1
 };
 
 struct PackJob {
   PanelType type;
   int terms;
   int64_t first_sample, samples;
-  int64_t first_column, columns;  // of the panel, absolute; multiples of 512
-  uint64_t offset;                // absolute column of the first part's first
+  int64_t first_column, columns;  // the panel's absolute columns; multiples of 512
+  uint64_t offset;                // absolute column at which the first part begins
   uint16_t* panel;                // [terms * samples][columns]
 };
 
-// Writes every element of the panel; columns that no part has are zeros.
+// Writes every element of the panel; zeros where no part has a column.
 void launch_pack(const PackJob& job, const std::vector<Part>& parts, void* stream);
 
 struct ReduceJob {
@@ -36,7 +36,7 @@ struct ReduceJob {
   int64_t batch_stride, row_stride;
 };
 
-// out[b][i] = or += the sum over splits and terms, in a fixed order.
+// Sets out[b][i] to the sum over splits and terms, in a fixed order, or adds that sum to it.
 void launch_reduce(const ReduceJob& job, void* stream);
 
 }  // namespace trak_fast

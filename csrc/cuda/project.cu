@@ -1,9 +1,9 @@
-// The CUDA projection: which kernel, how the work is cut, and the launches in order.
+// The CUDA projection: chooses the kernel, cuts the work and launches the pieces in order.
 //
-// A pass treats up to 256 panel rows (samples times bf16 terms) against all rows and columns of P: tiles multiply, each
-// for some rows of P and a share of the columns, into sums of their own; reduce adds those up. A large tensor whose
-// memory is a panel already is read where it is; all else is packed, chunk by chunk, into one buffer of bounded size.
-// The cut depends on the shapes and the device alone, so the same call gives the same bits.
+// A pass multiplies up to 256 panel rows (samples times bf16 terms) by all rows and columns of P. Each tile has some
+// rows of P, a share of the columns, and sums of its own; reduce adds those up. A large tensor whose memory is a panel
+// already is read in place; all others are packed, chunk by chunk, into one buffer of bounded size. The cut depends on
+// the shapes and the device alone, so the same call gives the same bits.
 #include <algorithm>
 
 #include "../floats.h"
@@ -16,12 +16,13 @@
 namespace trak_fast {
 namespace {
 
-constexpr int64_t kPassRows = 256;
-constexpr int64_t kPanelBytes = 32 << 20;  // of the packed chunk: stays in the L2 cache of a large GPU
-constexpr int64_t kSpanColumns = 1 << 30;  // of one launch: TMA's coordinates, and no change of the high block bits
+constexpr int64_t kPassRows = 256;         // most panel rows in a pass
+constexpr int64_t kPanelBytes = 32 << 20;  // most bytes of a packed chunk, to stay in the L2 cache of a large GPU
+// Most columns in a launch: TMA's coordinates reach no further, and the high block bits stay the same.
+constexpr int64_t kSpanColumns = 1 << 30;
 // A tensor that has fewer columns or elements is packed with its neighbours: a launch of its own would cost more.
 constexpr int64_t kDirectColumns = 1 << 16, kDirectElements = 1 << 22;
-constexpr int kLeastUnits = 4;  // that a split is worth starting for
+constexpr int kLeastUnits = 4;  // fewest units for which a split is worth starting
 
 enum class Family { sm80, sm90, sm90_wide };
 
@@ -62,26 +63,27 @@ Family choose_kernel(int device, const std::string& wanted) {
                               " can run: " + known);
 }
 
-// Parts of one launch or of one packed run, and the columns (counted from the first part's first) that they hold.
+// Consecutive parts that are read in place or packed together.
 struct Span {
-  size_t first, last;  // parts
-  int64_t begin, end;
-  bool direct;
+  size_t first, last;  // parts first .. last - 1
+  int64_t begin, end;  // their columns, counted from the projection's first column
+  bool direct;         // read in place
 };
 
-// One cut of a projection: everything but the data.
+// The cut of a projection into passes, spans and launches. It knows everything but the data.
 class Plan {
  public:
   Plan(const Projection& projection, int device, const std::string& kernel)
-      : p_(projection), family_(choose_kernel(device, kernel)) {
+      : projection_(projection), family_(choose_kernel(device, kernel)) {
     multiprocessors_ = device_attribute(cudaDevAttrMultiProcessorCount, device);
-    const Dtype first = p_.parts.empty() ? Dtype::float32 : p_.parts.front().dtype;
-    const bool same = std::all_of(p_.parts.begin(), p_.parts.end(), [&](const Part& q) { return q.dtype == first; });
+    const Dtype first = projection_.parts.empty() ? Dtype::float32 : projection_.parts.front().dtype;
+    const bool same = std::all_of(projection_.parts.begin(), projection_.parts.end(),
+                                  [&](const Part& q) { return q.dtype == first; });
     native_ = same && (first == Dtype::bfloat16 || first == Dtype::float16);
     bf16_ = !native_ || first == Dtype::bfloat16;
-    terms_ = native_ ? 1 : p_.terms;
+    terms_ = native_ ? 1 : projection_.terms;
     cut_columns();
-    for (int64_t b = 0; b < p_.batch; b += passes_.back().samples) {
+    for (int64_t b = 0; b < projection_.batch; b += passes_.back().samples) {
       const int64_t samples = pass_samples(b), panel_rows = samples * terms_;
       passes_.push_back({.first = b, .samples = samples, .cut = cut(panel_rows)});
       sums_bytes_ = std::max(sums_bytes_, passes_.back().cut.sums_bytes);
@@ -96,9 +98,9 @@ class Plan {
     auto* panel = static_cast<uint16_t*>(scratch);
     auto* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + panel_bytes_);
     Tile tile = {};
-    tile.generator = make_generator(p_.seed, p_.stream);
+    tile.generator = make_generator(projection_.seed, projection_.stream);
     tile.half_table = static_cast<const uint16_t*>(half_table) + (bf16_ ? 0 : kNormalHalf);
-    tile.rows = p_.rows;
+    tile.rows = projection_.rows;
     tile.sums = sums;
     for (const auto& [b, samples, c] : passes_) {
       tile.batch_tiles = c.batch_tiles;
@@ -106,8 +108,8 @@ class Plan {
       tile.add = false;
       for (const Span& span : spans_) {
         const int64_t step = span.direct ? kSpanColumns : chunk_units(samples * terms_) * kUnit;
-        const int64_t first = static_cast<int64_t>(p_.offset) + span.begin;
-        const int64_t end = static_cast<int64_t>(p_.offset) + span.end;
+        const int64_t first = static_cast<int64_t>(projection_.offset) + span.begin;
+        const int64_t end = static_cast<int64_t>(projection_.offset) + span.end;
         for (int64_t from = first; from < end;) {
           // Steps end at multiples of their length, so a column meets the same multiplication wherever it comes from.
           const int64_t to = std::min((from / step + 1) * step, end);
@@ -115,7 +117,7 @@ class Plan {
           tile.units = static_cast<int>(divide_up(to, kUnit) - tile.first_unit);
           tile.units_per_split = static_cast<int>(divide_up(tile.units, c.splits));
           if (span.direct) {
-            tile.panel = part_as_panel(p_.parts[span.first], b, samples, from - first, to - first);
+            tile.panel = part_as_panel(projection_.parts[span.first], b, samples, from - first, to - first);
             tile.panel.first += first;
           } else {
             tile.panel =
@@ -128,20 +130,20 @@ class Plan {
       }
       launch_reduce({.sums = sums,
                      .splits = c.splits,
-                     .rows = p_.rows,
+                     .rows = projection_.rows,
                      .width = int64_t{c.batch_tiles} * c.shape.width,
                      .samples = samples,
                      .terms = terms_,
                      .add = add,
-                     .out = p_.out + b * p_.out_batch_stride,
-                     .batch_stride = p_.out_batch_stride,
-                     .row_stride = p_.out_row_stride},
+                     .out = projection_.out + b * projection_.out_batch_stride,
+                     .batch_stride = projection_.out_batch_stride,
+                     .row_stride = projection_.out_row_stride},
                     stream);
     }
   }
 
  private:
-  // How a pass is cut.
+  // The cut of a pass.
   struct Cut {
     TileShape shape;
     int batch_tiles, splits;
@@ -153,33 +155,33 @@ class Plan {
     Cut cut;
   };
 
-  // Samples of the pass that begins at sample b.
+  // Returns the number of samples in the pass that begins at sample b.
   int64_t pass_samples(int64_t b) const {
-    const int64_t rows = (p_.batch - b) * terms_;
+    const int64_t rows = (projection_.batch - b) * terms_;
     // 129 to 192 rows are better served as 128 and a narrower rest than by 256.
-    return std::min(p_.batch - b, (rows <= 192 ? kPassRows / 2 : kPassRows) / terms_);
+    return std::min(projection_.batch - b, (rows <= 192 ? kPassRows / 2 : kPassRows) / terms_);
   }
 
   TileShape shape(int64_t panel_rows) const {
 #ifdef TRAK_FAST_SM90
-    if (family_ != Family::sm80) return tile_shape_sm90(p_.kind, panel_rows, family_ == Family::sm90_wide);
+    if (family_ != Family::sm80) return tile_shape_sm90(projection_.kind, panel_rows, family_ == Family::sm90_wide);
 #endif
-    return tile_shape_sm80(p_.kind, panel_rows);
+    return tile_shape_sm80(projection_.kind, panel_rows);
   }
 
   void launch_tile(const TileShape& shape, const Tile& tile, void* stream) const {
 #ifdef TRAK_FAST_SM90
-    if (family_ != Family::sm80) return launch_tile_sm90(p_.kind, bf16_, shape, tile, stream);
+    if (family_ != Family::sm80) return launch_tile_sm90(projection_.kind, bf16_, shape, tile, stream);
 #endif
-    launch_tile_sm80(p_.kind, bf16_, shape, tile, stream);
+    launch_tile_sm80(projection_.kind, bf16_, shape, tile, stream);
   }
 
   Cut cut(int64_t panel_rows) const {
     Cut c = {.shape = shape(panel_rows), .batch_tiles = 0, .splits = 1, .sums_bytes = 0};
     c.batch_tiles = static_cast<int>(divide_up(panel_rows, c.shape.width));
-    const int64_t blocks = divide_up(p_.rows, c.shape.rows) * c.batch_tiles;
+    const int64_t blocks = divide_up(projection_.rows, c.shape.rows) * c.batch_tiles;
     const int64_t room = int64_t{multiprocessors_} * c.shape.blocks_per_multiprocessor;
-    // Columns are split until the last wave of blocks is about as full as it gets.
+    // Splits columns until the last wave of blocks is about as full as it gets.
     const int64_t most = std::max<int64_t>(
         1, std::min(std::max<int64_t>(4, room * 2 / blocks), longest_launch(panel_rows) / kLeastUnits));
     double best = 0;
@@ -192,24 +194,25 @@ class Plan {
         c.splits = static_cast<int>(splits);
       }
     }
-    c.sums_bytes = c.splits * p_.rows * c.batch_tiles * c.shape.width * static_cast<int64_t>(sizeof(float));
+    c.sums_bytes = c.splits * projection_.rows * c.batch_tiles * c.shape.width * static_cast<int64_t>(sizeof(float));
     return c;
   }
 
-  // Units of a packed chunk. A power of two: then no launch meets two values of the block number's high bits.
+  // Returns the units of a packed chunk. They are a power of two, so that no launch meets two values of the block
+  // number's high bits.
   int64_t chunk_units(int64_t panel_rows) const {
     int64_t units = kSpanColumns / kUnit;
     while (units > 1 && units * panel_rows * kUnit * 2 > kPanelBytes) units /= 2;
     return units;
   }
 
-  // Units that the columns begin .. end of the projection meet.
+  // Returns how many units a span's columns meet.
   int64_t units_of(const Span& span) const {
-    const int64_t offset = static_cast<int64_t>(p_.offset);
+    const int64_t offset = static_cast<int64_t>(projection_.offset);
     return divide_up(offset + span.end, kUnit) - (offset + span.begin) / kUnit;
   }
 
-  // Units of the longest launch, and of the longest that packs.
+  // Returns the units of the longest launch, or of the longest one that packs.
   int64_t longest_launch(int64_t panel_rows, bool packed_only = false) const {
     int64_t longest = 0;
     for (const Span& span : spans_) {
@@ -220,22 +223,22 @@ class Plan {
     return longest;
   }
 
-  // Whether a tensor's memory is a panel as it stands.
+  // Returns true if a tensor's memory is a panel already.
   bool is_panel(const Part& part) const {
     const bool inner = part.sizes.empty() || (part.sizes.size() == 1 && part.strides[0] == 1);
-    const bool rows = p_.batch == 1 || (part.batch_stride >= part.columns && part.batch_stride % 8 == 0);
+    const bool rows = projection_.batch == 1 || (part.batch_stride >= part.columns && part.batch_stride % 8 == 0);
     return native_ && inner && rows && reinterpret_cast<uintptr_t>(part.data) % 16 == 0;
   }
 
   void cut_columns() {
     int64_t column = 0;
-    for (size_t i = 0; i < p_.parts.size(); ++i) {
-      const Part& part = p_.parts[i];
+    for (size_t i = 0; i < projection_.parts.size(); ++i) {
+      const Part& part = projection_.parts[i];
       // Kernels fetch 16 bytes at a time from columns that are multiples of 8: TMA from any other is an illegal
       // instruction.
-      const bool aligned = (p_.offset + static_cast<uint64_t>(column)) % 8 == 0;
-      const bool large = part.columns >= kDirectColumns && part.columns * p_.batch >= kDirectElements;
-      const bool direct = is_panel(part) && aligned && (large || p_.parts.size() == 1);
+      const bool aligned = (projection_.offset + static_cast<uint64_t>(column)) % 8 == 0;
+      const bool large = part.columns >= kDirectColumns && part.columns * projection_.batch >= kDirectElements;
+      const bool direct = is_panel(part) && aligned && (large || projection_.parts.size() == 1);
       if (part.columns > 0 && (direct || spans_.empty() || spans_.back().direct)) {
         spans_.push_back({.first = i, .last = i + 1, .begin = column, .end = column + part.columns, .direct = direct});
       } else if (part.columns > 0) {
@@ -246,18 +249,18 @@ class Plan {
     }
   }
 
-  // Columns begin to end of a part's samples; its first column counts from the part's first.
+  // Returns columns begin .. end - 1 of a part's samples as a panel, whose first column counts from the part's first.
   Panel part_as_panel(const Part& part, int64_t b, int64_t samples, int64_t begin, int64_t end) const {
     const int64_t skipped = begin / 8 * 8;  // keeps the address aligned
     const auto* data = static_cast<const uint16_t*>(part.data) + b * part.batch_stride + skipped;
-    const int64_t stride = p_.batch == 1 ? divide_up(part.columns, 8) * 8 : part.batch_stride;
+    const int64_t stride = projection_.batch == 1 ? divide_up(part.columns, 8) * 8 : part.batch_stride;
     return {.data = data, .row_stride = stride, .rows = samples, .columns = end - skipped, .first = skipped};
   }
 
   Panel pack(const Span& span, int64_t b, int64_t samples, int64_t offset, int64_t first, int64_t columns,
              uint16_t* panel, void* stream) const {
-    const std::vector<Part> parts(p_.parts.begin() + static_cast<int64_t>(span.first),
-                                  p_.parts.begin() + static_cast<int64_t>(span.last));
+    const std::vector<Part> parts(projection_.parts.begin() + static_cast<int64_t>(span.first),
+                                  projection_.parts.begin() + static_cast<int64_t>(span.last));
     const PanelType type = native_ ? PanelType::copy_16_bits : PanelType::bf16_terms;
     launch_pack({.type = type,
                  .terms = terms_,
@@ -271,7 +274,7 @@ class Plan {
     return {.data = panel, .row_stride = columns, .rows = samples * terms_, .columns = columns, .first = first};
   }
 
-  const Projection& p_;
+  const Projection& projection_;
   const Family family_;
   int multiprocessors_ = 0, terms_ = 1;
   bool native_ = false, bf16_ = true;

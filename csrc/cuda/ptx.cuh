@@ -1,12 +1,12 @@
 // Every instruction that the kernels use by name: one wrapper each, and no asm anywhere else.
 //
-// The kernels' source also compiles as ordinary C++, for tests on machines without a GPU: then TRAK_FAST_EMULATE is
-// defined, and tests/emulator/ptx_host.h declares the same functions with their meaning spelled out, performed when
-// all threads that take part have arrived. So a kernel body may use these wrappers, plain C++ and what launch.cuh
-// offers, and nothing else of CUDA.
+// The kernels' source also compiles as ordinary C++, for tests on machines without a GPU. Then TRAK_FAST_EMULATE is
+// defined, and tests/emulator/ptx_host.h declares the same functions with their meaning spelled out; a function is
+// performed when all threads that take part have arrived. So a kernel body may use these wrappers, plain C++ and the
+// functions of launch.cuh, and nothing else of CUDA.
 //
-// Shared memory is addressed by ordinary pointers; the wrappers convert. "Warp" and "warpgroup" functions must be
-// called by all 32 or 128 of their threads.
+// Shared memory is addressed by ordinary pointers; the wrappers convert them. All 32 threads of a warp, or all 128 of a
+// warpgroup, must call the functions that are said to be of a warp or of a warpgroup.
 #pragma once
 #include <cstdint>
 
@@ -31,29 +31,29 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // Registers and bits -------------------------------------------------------------------------------------------------
 
-// (a & b) ^ c in one operation.
+// Returns (a & b) ^ c, in one operation.
 __device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
-// x, of which the compiler knows nothing: constants stay in registers, and what is computed from x is computed here,
-// not kept from before.
+// Returns x, and hides from the compiler that it does: a constant stays in a register, and values that depend on x are
+// computed here, not kept from before.
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// Bytes of the pair a (bytes 0..3), b (bytes 4..7), chosen by the four nibbles of `selector`; a nibble's high bit asks
-// for the byte's sign bit eight times.
+// Returns four bytes of the pair a (bytes 0..3), b (bytes 4..7), chosen by the four nibbles of `selector`. A nibble
+// with its high bit set gives the byte's sign bit eight times.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
 
-// a and b (finite), each rounded to the nearest bf16, ties to even; a in the low half.
+// Returns a and b (finite) rounded to the nearest bf16, ties to even; a in the low half.
 __device__ __forceinline__ uint32_t round_to_bf16(float a, float b) {
   uint32_t d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a));
@@ -77,7 +77,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives, and has the phase wait for `bytes` of copies besides.
+// Arrives, and makes the phase wait for `bytes` of copies, too.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -96,9 +96,9 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
-// As mbarrier_wait, but ends the kernel with an error where the phase has not completed after two seconds: a mistake
-// about barriers or copies then costs one context, not a device that hangs. The error is a store to address 0: with a
-// trap in a kernel, ptxas keeps descriptors out of the uniform registers in all its warps (17.0 instead of 13.7
+// Waits like mbarrier_wait, but ends the kernel with an error if the phase has not completed after two seconds: a
+// mistake about barriers or copies then costs one context, not a device that hangs. The error is a store to address 0:
+// with a trap in a kernel, ptxas keeps descriptors out of the uniform registers in all its warps (17.0 instead of 13.7
 // instructions a piece, 10 to 15 % slower on an H100).
 __device__ __forceinline__ void mbarrier_wait_or_fail(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -121,7 +121,7 @@ __device__ __forceinline__ void mbarrier_wait_or_fail(uint64_t* barrier, uint32_
 
 // Copies to shared memory --------------------------------------------------------------------------------------------
 
-// 16 bytes of which the first `valid` (0..16) come from global memory and the rest are zeros.
+// Starts a copy of 16 bytes: the first `valid` (0..16) come from global memory, the rest are zeros.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
                : "memory");
@@ -139,8 +139,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The box of a two-dimensional tensor whose first element is (x, y), x along the contiguous dimension; elements
-// outside of the tensor are zeros. Its bytes count on the mbarrier.
+// Starts the copy of a box of a two-dimensional tensor. The box's first element is (x, y), x along the contiguous
+// dimension; elements outside of the tensor are zeros. The mbarrier counts the box's bytes.
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, int32_t x, int32_t y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -151,8 +151,8 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
 
 // mma.sync -----------------------------------------------------------------------------------------------------------
 
-// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Of each matrix a lane
-// gets elements 2 (l % 4) and the next of row l / 4.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8, and gets
+// elements 2 (l % 4) and the next of row l / 4 of each matrix.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -160,14 +160,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* shared
                : "memory");
 }
 
-// The transpose of an 8 x 8 matrix of 16-bit elements held as one register a lane.
+// Returns the transpose of an 8 x 8 matrix of 16-bit elements, held as one register a lane.
 __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t a) {
   uint32_t d;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
   return d;
 }
 
-// d (16 x 8, four floats a lane) += a (16 x 16) b (16 x 8), elements bf16 or fp16.
+// Adds a (16 x 16) times b (16 x 8) to d (16 x 8, four floats a lane). The elements of a and b are bf16 or fp16.
 template <bool bf16>
 __device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (bf16) {
@@ -205,12 +205,12 @@ __device__ __forceinline__ void wgmma_operand(float (&d)[size]) {
   for (int i = 0; i < size; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Registers that a wgmma reads until it is waited for.
+// Likewise for registers that a wgmma reads until it is waited for.
 __device__ __forceinline__ void wgmma_operand(uint32_t (&a)[4]) {
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
 }
 
-// Registers a thread of this warpgroup may use from here on.
+// Set how many registers a thread of this warpgroup may use from here on.
 template <int count>
 __device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
@@ -247,7 +247,7 @@ __device__ __forceinline__ void decrease_registers() {
 #define TRAK_FAST_OPERANDS_64(i) TRAK_FAST_OPERANDS_32(i), TRAK_FAST_OPERANDS_32((i) + 32)
 #define TRAK_FAST_OPERANDS_128(i) TRAK_FAST_OPERANDS_64(i), TRAK_FAST_OPERANDS_64((i) + 64)
 
-// One instruction: %0.. are d, then four registers of a, the descriptor, and whether to add to d.
+// One instruction. Its operands are %0.. for d, then four registers of a, the descriptor, and the flag `accumulate`.
 #define TRAK_FAST_WGMMA(n, type, size, a0, a1, a2, a3, descriptor, add)                               \
   asm volatile(                                                                                       \
       "{\n"                                                                                           \
@@ -262,8 +262,9 @@ __device__ __forceinline__ void decrease_registers() {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)                           \
       : "memory")
 
-// d (64 x n, float) = a (64 x 16, in registers) b (16 x n, in shared memory), plus d if accumulate; elements bf16 or
-// fp16. b: descriptor of n rows of 16 elements, see swizzled_descriptor. a and d must stay untouched until waited for.
+// Starts d (64 x n, float) = a (64 x 16, in registers) b (16 x n, in shared memory), plus d if accumulate. The elements
+// of a and b are bf16 or fp16. b: descriptor of n rows of 16 elements, see swizzled_descriptor. a and d must stay
+// untouched until the wgmma is waited for.
 template <int n, bool bf16>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   if constexpr (n == 8) {
@@ -319,8 +320,8 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[n / 2], const uint32_t (
 namespace trak_fast {
 namespace ptx {
 
-// Rows of 128 bytes, swizzled in groups of eight as the copy engine's 128-byte mode does, the groups back to back.
-// `shared` points to the first of the 16 elements within row 0; row 0 is aligned to 1024 bytes.
+// Returns the descriptor of rows of 128 bytes, swizzled in groups of eight as in the copy engine's 128-byte mode, the
+// groups back to back. `shared` points to the first of the 16 elements within row 0; row 0 is aligned to 1024 bytes.
 __device__ __forceinline__ uint64_t swizzled_descriptor(const void* shared) {
   const uint64_t start = (shared_address(shared) & 0x3FFFF) >> 4, group_stride = 1024 >> 4, swizzle_128 = 1;
   return start | uint64_t{1} << 16 | group_stride << 32 | swizzle_128 << 62;

@@ -1,7 +1,8 @@
-// The end of a projection: the sums of column splits and of bf16 terms, added into the output in a fixed order.
+// The end of a projection: adds the sums of column splits and of bf16 terms up, into the output.
 //
-// A block reads 32 samples of eight rows of P, side by side in memory, and writes them transposed, eight rows side by
-// side, which fills the 32-byte sectors of both. The order of additions depends on the shape alone: no atomics.
+// A block reads 32 samples, side by side in memory, of eight rows of P, and writes them transposed, with eight rows
+// side by side, so that reads and writes fill their 32-byte sectors. There are no atomics, and the order of additions
+// depends on the shape alone.
 #include "../floats.h"
 #include "launch.cuh"
 #include "panel.h"

@@ -1,4 +1,4 @@
-// TMA descriptors of panels. The driver's function comes through the runtime, so that nothing links to libcuda.
+// TMA descriptors of panels. The runtime finds the driver's function for them, so that nothing links to libcuda.
 #pragma once
 #include "launch.cuh"
 #include "tile.cuh"
@@ -20,7 +20,7 @@ inline decltype(&cuTensorMapEncodeTiled) find_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
-// Boxes of box_rows panel rows and box_columns columns, in the 128-byte swizzle.
+// Returns the descriptor for boxes of box_rows panel rows and box_columns columns, in the 128-byte swizzle.
 inline ptx::TensorMap make_tensor_map(const Panel& panel, bool bf16, int box_columns, int box_rows) {
   static const auto encode = find_encoder();
   ptx::TensorMap map;

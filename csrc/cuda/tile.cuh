@@ -1,9 +1,9 @@
-// What the host's plan (project.cu) hands to a tile kernel: sums[split] = or += P times a panel, for one span of
-// columns.
+// The interface between the plan on the host (project.cu) and the tile kernels, which compute sums[split] = or += P
+// times a panel, for one span of columns.
 //
-// A panel is a row-major matrix of 16-bit elements in global memory, one row a sample and bf16 term: either the
-// caller's gradients themselves or what pack.cu made of them. Kernels read it at absolute column positions modulo 512;
-// what lies outside of it counts as zeros.
+// A panel is a row-major matrix of 16-bit elements in global memory, with one row for each sample and bf16 term: the
+// caller's gradients themselves, or a copy by pack.cu. Kernels read it at absolute column positions modulo 512;
+// elements outside of it count as zeros.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -16,22 +16,22 @@ struct Panel {
   const void* data;    // aligned to 16 bytes
   int64_t row_stride;  // in elements, a multiple of 8
   int64_t rows, columns;
-  int64_t first;  // absolute column of its first column
+  int64_t first;  // the absolute number of its first column
 };
 
 struct Tile {
   Generator generator;
-  const uint16_t* half_table;  // of the panel's type, in device memory (normal only)
+  const uint16_t* half_table;  // in device memory, of the panel's type; only for kinds that need it
   Panel panel;
-  int64_t rows;        // of P
-  int64_t first_unit;  // of `units`, which share the block number's bits above 2^32
+  int64_t rows;        // rows of P
+  int64_t first_unit;  // the first of `units`, which share the block number's bits above 2^32
   int units, units_per_split, splits;
-  int batch_tiles;  // each of the kernel's width
-  bool add;         // to what sums hold already
+  int batch_tiles;  // each as wide as the kernel
+  bool add;         // adds to the values in sums, which else need not be set
   float* sums;      // [splits][rows][batch_tiles * width]
 };
 
-// The block's share of the columns: that of split blockIdx.z. The last splits may have none.
+// The share of the columns that a block has: the share of split blockIdx.z. The last splits may have none.
 struct Share {
   int64_t first_unit;
   int units;
@@ -43,15 +43,15 @@ struct Share {
   }
 };
 
-// Columns that are summed in the tensor core's own accumulators, which round toward zero (Fasi et al., "Numerical
-// behavior of NVIDIA tensor cores", PeerJ CS 2021), before they are added to `sums` with proper rounding. On an H100 a
-// sum of one sign shrinks by 8.4e-6 of itself; a quarter of the columns makes that 7e-7, and costs 8 to 15 % of the
-// speed at 128 rows and more.
+// Units of columns that are summed in the tensor core's own accumulators before they are added to `sums` with proper
+// rounding. The accumulators round toward zero (Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ CS
+// 2021): on an H100 a sum of one sign shrinks by 8.4e-6 of itself. A quarter of the columns makes that 7e-7, and costs
+// 8 to 15 % of the speed at 128 rows and more.
 constexpr int kUnitsPerSegment = 32;
 
-// A lane's accumulators of `width` panel rows: sums[split] = or += those of rows `row` and `row` + 8 of P, as all
-// tensor cores lay them out. Each place belongs to one thread. `at_once` loads go ahead of their stores, as far as
-// registers reach: the compiler could not decide that, as it does not know that the places differ.
+// Writes or adds a lane's accumulators to the sums of its split: `width` panel rows for rows `row` and `row` + 8 of P,
+// as all tensor cores lay them out. Each place belongs to one thread. `at_once` loads go ahead of their stores, as far
+// as registers reach: the compiler cannot do that by itself, as it does not know that the places differ.
 template <int width, int at_once>
 __device__ __forceinline__ void store_tile(const Tile& tile, const float (&sums)[width / 2], int64_t row, bool add) {
   struct alignas(8) Pair {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const float (&sums)
   }
 }
 
-// The table to shared memory, by all threads of the block; a barrier must follow.
+// Copies the table to shared memory. All threads of the block call it, and a barrier must follow.
 __device__ __forceinline__ void copy_half_table(uint16_t* shared, const uint16_t* half_table) {
   struct alignas(16) Vector {
     uint32_t x[4];
@@ -124,12 +124,14 @@ void with_constants(Kind kind, bool bf16, int width, const Use& use) {
   });
 }
 
-// Panel rows of one batch tile and rows of P of one row tile, of the kernel that serves a number of panel rows.
+// The size of a tile kernel's tiles.
 struct TileShape {
-  int width, rows, blocks_per_multiprocessor;
+  int width;  // panel rows of a batch tile
+  int rows;   // rows of P of a row tile
+  int blocks_per_multiprocessor;
 };
 
-// wide: 256 panel rows in one tile instead of two.
+// Return the shape that serves a number of panel rows best. wide: 256 panel rows in one tile instead of two.
 TileShape tile_shape_sm80(Kind kind, int64_t panel_rows);
 TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide);
 

@@ -1,8 +1,8 @@
 // The tile kernel for every tensor core since sm_80, by mma.sync.
 //
-// Eight warps stand one above the other: each makes its own 16 or 32 rows of P and multiplies them with the same panel
-// columns, which arrive in shared memory by cp.async, a few stages of 128 columns ahead. The panel is the B operand, so
-// that a small batch fills an instruction whose smaller side is 8. P exists in registers alone.
+// Each of a block's eight warps makes its own 16 or 32 rows of P and multiplies them by the same panel columns, which
+// cp.async brings to shared memory a few stages of 128 columns ahead. The panel is the B operand, whose side of the
+// instruction is 8 wide, so that a small batch fills it. P exists in registers alone.
 #include "../floats.h"
 #include "launch.cuh"
 #include "tile.cuh"
@@ -12,9 +12,9 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kStageColumns = 128, kStagesPerUnit = kUnit / kStageColumns, kStepsPerStage = kStageColumns / 16;
-constexpr int kSharedBytes = 99 * 1024;  // what a block may have on every one of these architectures
+constexpr int kSharedBytes = 99 * 1024;  // most that a block may have on every one of these architectures
 
-// With the table beside it, a panel of 128 rows would not leave room for two stages.
+// Panel rows of the widest tile. Beside the table, a panel of 128 rows would not leave room for two stages.
 template <Kind kind>
 constexpr int kWidest = KindTraits<kind>::needs_table ? 64 : 128;
 
@@ -30,15 +30,15 @@ struct Config {
   static_assert(shared_bytes <= kSharedBytes, "too much shared memory");
 };
 
-// Starts the copy of 128 columns, from absolute column `column`, of the batch tile's rows. Rows of 64 columns are
-// swizzled: the 16-byte piece c of row r stands at c ^ (r % 8), so that the eight rows of an ldmatrix meet no bank
+// Starts the copy of 128 columns, from absolute column `column` on, for the batch tile's rows. Rows of 64 columns are
+// swizzled: the 16-byte piece c of row r goes to place c ^ (r % 8), so that the eight rows of an ldmatrix meet no bank
 // twice.
 template <int width>
 __device__ __forceinline__ void load_stage(char* stage, const Panel& panel, int64_t first_row, int64_t column) {
-  // All pieces of a thread are of the same columns, and of rows that are equal modulo 8.
+  // All pieces of a thread have the same columns, and rows that are equal modulo 8.
   constexpr int pieces = kStageColumns / 8, row_step = kThreads / pieces;
   static_assert(row_step % 8 == 0);
-  // With 64 rows no register is left to keep what follows from stage to stage.
+  // With 64 rows no register is left to keep the values below from stage to stage.
   const int thread = static_cast<int>(width == 64 ? ptx::opaque(threadIdx.x) : threadIdx.x);
   const int piece = thread % pieces, first_of_thread = thread / pieces;
   const int64_t first = column + 8 * piece - panel.first, left = first >= 0 ? panel.columns - first : 0;
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_stage(char* stage, const Panel& panel, int6
   }
 }
 
-// Where this lane's row of an ldmatrix stands within a stage, for step 0 and group 0.
+// Returns the offset within a stage of this lane's row for ldmatrix, for step 0 and group 0.
 template <int width>
 __device__ __forceinline__ int operand_offset() {
   const int lane = static_cast<int>(threadIdx.x % 32), matrix = lane / 8;
@@ -62,11 +62,11 @@ __device__ __forceinline__ int operand_offset() {
   return row * 128 + (piece ^ (row % 8)) * 16;
 }
 
-// B operands of the eight-row groups `group` and `group` + 1 (or, for a panel of eight rows, of steps `step` and
-// `step` + 1).
+// Loads the B operands of the eight-row groups `group` and `group` + 1; for a panel of eight rows, those of steps
+// `step` and `step` + 1.
 template <int width>
 __device__ __forceinline__ void load_operands(uint32_t (&b)[4], const char* stage, int offset, int step, int group) {
-  // A step's two pieces of 16 bytes change bits 5 and 6, which nothing else does but the swizzle.
+  // A step's two pieces of 16 bytes change bits 5 and 6. Only the swizzle changes them, too: hence xor.
   ptx::ldmatrix_x4(b, stage + (offset ^ step % 4 * 32) + (step / 4 * width + 8 * group) * 128);
 }
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
   const Share share(tile);
   const int64_t first_block = share.first_unit * blocks_per_unit;
   const auto block_high = static_cast<uint32_t>(first_block >> 32);
-  const uint32_t one = packed_one<bf16>();
+  const uint32_t ones = packed_ones<bf16>();
   const int offset = operand_offset<width>();
 
   const auto load = [&](int stage) {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
     const int unit = stage / kStagesPerUnit, quarter = stage % kStagesPerUnit;
     const auto block = static_cast<uint32_t>(first_block + unit * blocks_per_unit);
     ptx::cp_async_wait<C::stages - 2>();
-    ptx::block_barrier();  // this stage is there for all, and all are done with the one that is loaded next
+    ptx::block_barrier();  // all threads see this stage, and none reads the one that is overwritten next
     load(stage + C::stages - 1);
     const char* columns = stages + stage % C::stages * C::stage_bytes;
     if constexpr (blocks_per_unit == 1) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
       uint32_t a[tiles][4];
 #pragma unroll
       for (int m = 0; m < tiles; ++m) {
-        make_fragment<kind, bf16>(a[m], words[2 * m].c, words[2 * m + 1].c, s, one, table);
+        make_fragment<kind, bf16>(a[m], words[2 * m].c, words[2 * m + 1].c, s, ones, table);
       }
 #pragma unroll
       for (int n = 0; n < groups; ++n) {
@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(kThreads, Config<kind, width>::blocks_per_mult
     }
     if (stage % (kStagesPerUnit * kUnitsPerSegment) == kStagesPerUnit * kUnitsPerSegment - 1) flush();
   }
-  if (share.units == 0 ? !add : share.units % kUnitsPerSegment != 0) flush();  // sums that hold nothing yet get zeros
+  // Without columns, sums that hold nothing yet get zeros.
+  if (share.units == 0 ? !add : share.units % kUnitsPerSegment != 0) flush();
 }
 
 template <Kind kind, bool bf16, int width>

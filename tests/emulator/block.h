@@ -1,4 +1,4 @@
-// The state of the emulated device and of the block that runs on it, shared by the emulator's own files.
+// The state of the emulated device and of the block that runs on it. The emulator's own files share it.
 #pragma once
 #include <cstring>
 #include <deque>
@@ -21,20 +21,20 @@ constexpr uint32_t kSharedBase = 1024;  // the device address of dynamic shared 
 struct Thread;
 using Queue = std::vector<Thread*>;  // threads that wait for one thing
 
-struct Copy {
+struct Copy {  // 16 bytes of cp.async
   void* to;
   const void* from;
   int valid;
 };
 
-struct Transfer {  // TMA
+struct Transfer {  // a box of TMA
   char* to;
   CUtensorMap map;
   uint64_t* barrier;
   int64_t x, y;
 };
 
-struct Wgmma {
+struct Wgmma {  // a product, and the operands of all threads of its warpgroup
   int n;
   bool bf16, accumulate;
   uint64_t b;
@@ -45,18 +45,18 @@ struct Wgmma {
   Queue waiting;
 };
 
-struct Accumulator {  // the true value of registers that read as NaN while in flight
+struct Accumulator {  // the true value of registers that read as NaN while a wgmma is in flight
   std::vector<float> value;
   int in_flight = 0;
 };
 
-struct InFlight {
+struct InFlight {  // one thread's part in a wgmma
   std::shared_ptr<Wgmma> wgmma;
   const uint32_t* a;
   float* d;
 };
 
-struct Operand {  // what a thread last multiplied from these registers
+struct Operand {  // the values that a thread last multiplied from these registers
   uint32_t a[4];
   int fences;
 };
@@ -68,7 +68,7 @@ struct Thread : Fiber {
   const char* at = "its start";
   int64_t at_argument = 0;
   bool done = false;
-  std::deque<std::vector<Copy>> copies = {{}};  // committed groups, and the one being filled
+  std::deque<std::vector<Copy>> copies = {{}};  // the committed groups, then the group that is being filled
   size_t warpgroup_events = 0;
   std::vector<InFlight> uncommitted;
   std::deque<std::vector<InFlight>> committed;
@@ -91,7 +91,7 @@ struct Mbarrier {
   Queue waiting = {};
 };
 
-struct Warp {
+struct Warp {  // an instruction at which the warp's lanes meet
   const char* what = nullptr;
   void (*perform)(void* const*) = nullptr;
   void* operands[32] = {};
@@ -99,7 +99,7 @@ struct Warp {
   Queue waiting;
 };
 
-struct Event {
+struct Event {  // an instruction that all threads of a warpgroup must execute
   const char* what;
   uint64_t argument;
   int arrived = 0;
@@ -141,10 +141,10 @@ struct Block {
   std::map<uint64_t*, Mbarrier> mbarriers;
   std::vector<Transfer> transfers;
   std::string report;
-  // Drawn for each block: whether whoever is first goes on as long as possible, how often threads change places
-  // without need (of 256), and when asynchronous work is done (chance of 256 at each occasion; 256: at once).
-  bool fixed_order;
-  size_t pause_chance, work_chance;
+  // Drawn for each block.
+  bool fixed_order;     // if true, the thread of the highest priority goes on as long as possible
+  size_t pause_chance;  // of 256: that a thread gives way without need
+  size_t work_chance;   // of 256, at each occasion: that asynchronous work is done; at 256 it is done at once
 };
 
 extern Block* block;
@@ -156,11 +156,11 @@ struct Failure {
 
 // scheduler.cpp
 uint64_t draw();
-size_t draw(size_t n);          // below n
-bool by_chance(size_t of_256);  // true so often
+size_t draw(size_t n);          // draws a number below n
+bool by_chance(size_t of_256);  // returns true in so many of 256 calls
 void make_ready(Thread* thread);
 void wake(Queue& queue);
-void give_way();  // to the next thread; whoever calls has seen to it that the calling thread will be woken
+void give_way();  // runs the next thread; the caller has seen to it that the calling thread will be woken
 void wait_in(Queue& queue, const char* at, int64_t argument = 0);
 
 // copies.cpp
@@ -168,7 +168,7 @@ void perform(Copy& copy);
 void perform_any_transfer();
 
 // wgmma.cpp
-void perform_first(Warpgroup& group);  // of its wgmmas
+void perform_first(Warpgroup& group);  // performs the first of the group's wgmmas
 
 }  // namespace emulator
 }  // namespace trak_fast

@@ -1,5 +1,5 @@
-// Copies to shared memory and the mbarriers that count them: cp.async and TMA, performed some time before they are
-// waited for. Until then their destination reads as NaN.
+// Copies to shared memory, by cp.async and TMA, and the mbarriers that count them. A copy is performed at some time
+// before the kernel has waited for it; until then its destination reads as NaN.
 #include "block.h"
 
 namespace trak_fast {
@@ -124,7 +124,7 @@ void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int32_t x
   pause();
   if (map->magic != kTensorMapMagic) fail("TMA with something that is no tensor map");
   if (settings.capability < 90) fail("TMA on a device before 9.0");
-  // Nothing documents this; an H100 was seen to stop.
+  // This is documented nowhere; an H100 was seen to stop.
   if (x % 8 != 0) fail("TMA from a column that is no multiple of 16 bytes: an illegal instruction");
   const size_t bytes = size_t{2} * map->box[0] * map->box[1];
   check_shared(shared, bytes, 128, "TMA");

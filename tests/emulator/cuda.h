@@ -1,7 +1,7 @@
-// Stand-in for the CUDA driver's header: the types of a TMA descriptor and the function that makes one.
+// A stand-in for the CUDA driver's header: the types of a TMA descriptor and the function that makes one.
 //
-// The function is the host twin of the driver's: it checks what the driver's documentation asks for, and keeps the
-// facts as they are instead of an encoding.
+// The function is the host twin of the driver's: it checks the requirements in the driver's documentation, and keeps
+// the facts as they are instead of an encoding.
 #pragma once
 #include <cstdint>
 
@@ -24,7 +24,7 @@ enum CUtensorMapL2promotion {
 };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 };
 
-// Two-dimensional tensors of 16-bit elements. 128 bytes, as the real one.
+// A two-dimensional tensor of 16-bit elements. It has 128 bytes, as the real descriptor.
 struct alignas(64) CUtensorMap {
   const char* data;
   uint64_t sizes[2], stride;  // stride in bytes

@@ -1,4 +1,4 @@
-// Stand-in for the CUDA runtime's header: as much of it as csrc/cuda uses, on the emulated device of emulator.h.
+// A stand-in for the CUDA runtime's header: as much of it as csrc/cuda uses, on the emulated device of emulator.h.
 //
 // Device memory is host memory, a launch runs the whole grid before it returns, and streams mean nothing.
 #pragma once
@@ -49,10 +49,8 @@ enum cudaError_t : int {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrL2CacheSize = 38,
   cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+  cudaDevAttrComputeCapabilityMinor = 76
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
@@ -67,7 +65,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-const char* cudaGetErrorString(cudaError_t error);  // of a failed launch: the emulator's report
+const char* cudaGetErrorString(cudaError_t error);  // the emulator's report, for a failed launch
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);

@@ -1,10 +1,10 @@
-// An emulated GPU for tests on machines without one: what cuda_runtime.h and ptx_host.h ask of it.
+// An emulated GPU for tests on machines without one: the functions that cuda_runtime.h and ptx_host.h call.
 //
 // Each CUDA thread is a fiber with a stack of its own; blocks run one after another, in one thread of the operating
-// system. Threads change places where they meet, and now and then at any wrapper of ptx_host.h. Who goes first, and
-// when asynchronous work (cp.async, TMA, wgmma) is done within what the waits allow, is drawn from a seed, so that a
-// missing barrier or wait shows as a wrong result for some seed. What is in flight reads as NaN. Rules of the
-// instructions that can be checked are checked: a violation, like a deadlock, ends the launch with
+// system. Threads change places where they meet, and now and then at any wrapper of ptx_host.h. A seed decides which
+// thread goes first and when asynchronous work (cp.async, TMA, wgmma) is done, within the limits that the waits set, so
+// that a missing barrier or wait shows as a wrong result for some seed. Values in flight read as NaN. Rules of the
+// instructions are checked as far as they can be: a violation, like a deadlock, ends the launch with
 // cudaErrorLaunchFailure and a report.
 #pragma once
 #include <cstddef>
@@ -25,10 +25,10 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* kernel, const
 // Ends the launch with this report.
 [[noreturn]] void fail(const std::string& what);
 
-// Perhaps lets other threads or the copy engine go on.
+// Lets other threads or the copy engine go on, now and then.
 void pause();
 
-// The block's dynamic shared memory, and the address that the device would have for a place in it.
+// Return the block's dynamic shared memory, and the address that the device would have for a place in it.
 char* shared_memory();
 uint32_t shared_address(const void* p);
 // Fails unless [p, p + bytes) lies in shared memory and p is aligned.
@@ -57,18 +57,18 @@ void wgmma_commit();
 void wgmma_wait(int groups);
 void set_registers(int count);
 
-// c (rows x columns) = a (rows x 16) b (16 x columns), in float: the products, which are exact, in order of k.
+// Computes c (rows x columns) = a (rows x 16) b (16 x columns) in float, adding the exact products in order of k.
 void multiply_16(int rows, int columns, const float* a, const float* b, float* c);
 float bf16_or_fp16_to_float(bool bf16, uint32_t bits);
 
 }  // namespace emulator
 }  // namespace trak_fast
 
-// For tests, also through ctypes: the seed of all that is drawn, and what the device says of itself.
+// For tests, also through ctypes: the seed of all draws, and the properties of the device.
 extern "C" {
 void emulator_set_seed(uint64_t seed);
-void emulator_set_idle(int idle);                                                  // whether launches are counted only
+void emulator_set_idle(int idle);  // if not 0, launches are only counted
 void emulator_set_device(int count, int compute_capability, int multiprocessors);  // 90 for 9.0
-// How often an instruction ("mma", "wgmma", "tma", "cp.async", "block") was performed since the last call.
+// Returns how often an instruction ("mma", "wgmma", "tma", "cp.async", "block") was performed since the last call.
 int64_t emulator_count(const char* what);
 }

@@ -1,4 +1,4 @@
-// Switching stacks.
+// The switch of stacks, in assembly for x86-64 and by ucontext elsewhere.
 #include "fiber.h"
 
 namespace trak_fast {
@@ -31,7 +31,7 @@ void start_fiber(Fiber& fiber, char* stack, size_t size, void (*entry)()) {
 #endif
 #if defined(__x86_64__)
   auto* top = reinterpret_cast<void**>(stack + size);
-  *--top = nullptr;  // where a return address would stand
+  *--top = nullptr;  // in place of a return address
   *--top = reinterpret_cast<void*>(entry);
   fiber.stack_pointer = top - 6;
 #else

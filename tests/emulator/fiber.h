@@ -1,7 +1,7 @@
-// Fibers: stacks that a program switches between by itself.
+// Fibers: stacks between which a program switches by itself.
 //
-// x86-64 saves the registers that a called function must keep; elsewhere ucontext does, at the price of a system call.
-// The address sanitizer is told of every switch.
+// On x86-64 the switch saves the registers that a called function must keep; elsewhere ucontext does, at the price of a
+// system call. The address sanitizer is told of every switch.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -29,13 +29,13 @@ struct Fiber {
 #endif
 };
 
-// The fiber will run `entry`, which never returns, on this stack.
+// Prepares a fiber that runs `entry`, which never returns, on this stack.
 void start_fiber(Fiber& fiber, char* stack, size_t size, void (*entry)());
 
-// Leaves `from` for `to`; returns when something switches to `from` again. last: nothing ever will.
+// Leaves `from` for `to`, and returns when `from` is switched to again. last: it never is.
 void switch_fiber(Fiber& from, Fiber& to, bool last);
 
-// First thing in a fiber's entry.
+// Completes the switch to a new fiber. Its entry calls this first.
 void arrived_in_fiber(void* fake_stack = nullptr);
 
 }  // namespace emulator

@@ -1,4 +1,5 @@
-// The host twins of ptx.cuh: each instruction's meaning, after the PTX ISA, on the emulated GPU of emulator.h.
+// The host twins of ptx.cuh: each function does what the PTX ISA says of its instruction, on the emulated GPU of
+// emulator.h.
 #pragma once
 #include "cuda.h"
 #include "cuda_runtime.h"
@@ -94,8 +95,10 @@ inline uint32_t movmatrix_trans(uint32_t a) {
   return mine.d;
 }
 
-// a: lane l has of row l / 4 columns 2t, 2t + 1 (t = l % 4), of row l / 4 + 8 the same, then 2t + 8, 2t + 9 of both.
-// b: rows (k) 2t, 2t + 1 of column l / 4, then 2t + 8, 2t + 9. d: columns 2t, 2t + 1 of row l / 4, then of l / 4 + 8.
+// Lane l has, with t = l % 4:
+//   a: columns 2t, 2t + 1 of row l / 4, the same columns of row l / 4 + 8, then columns 2t + 8, 2t + 9 of both rows;
+//   b: rows (k) 2t, 2t + 1 of column l / 4, then rows 2t + 8, 2t + 9;
+//   d: columns 2t, 2t + 1 of row l / 4, then of row l / 4 + 8.
 template <bool bf16>
 void mma_m16n8k16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {

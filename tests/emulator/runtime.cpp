@@ -1,4 +1,4 @@
-// The calls of the CUDA runtime and driver that have more to do than a launch, and what tests may set.
+// The emulated calls of the CUDA runtime and driver, without launches, and the functions by which tests set the device.
 #include "block.h"
 
 using trak_fast::emulator::settings;
@@ -30,7 +30,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
 }
 
 namespace {
-int shared_limit() {  // what a block may have at most, by compute capability
+int shared_limit() {  // most bytes that a block may have, by compute capability
   if (settings.capability == 90 || settings.capability / 10 == 10) return 227 << 10;
   return settings.capability == 75                                   ? 64 << 10
          : settings.capability % 10 == 0 && settings.capability < 90 ? 163 << 10
@@ -44,17 +44,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMultiProcessorCount:
       *value = settings.multiprocessors;
       break;
-    case cudaDevAttrL2CacheSize:
-      *value = 50 << 20;
-      break;
     case cudaDevAttrComputeCapabilityMajor:
       *value = settings.capability / 10;
       break;
     case cudaDevAttrComputeCapabilityMinor:
       *value = settings.capability % 10;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = shared_limit();
       break;
   }
   return cudaSuccess;

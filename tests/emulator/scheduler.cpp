@@ -1,4 +1,4 @@
-// Who runs next: fibers for threads, blocks one after another, and the places where threads of a block or a warp meet.
+// The scheduler: runs threads as fibers, blocks one after another, and lets the threads of a block or a warp meet.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -86,7 +86,7 @@ void end_of_thread() {
   }
 }
 
-// Not instrumented: the last switch never comes back to clean up this frame.
+// Runs one thread from its start to its end. Not instrumented: the last switch never comes back to clean this frame up.
 __attribute__((no_sanitize("address"), noinline)) void run_thread() {
   arrived_in_fiber();
   Thread* const self = current;
@@ -118,7 +118,7 @@ char* stack_of(size_t number) {
   return stacks[number];
 }
 
-// Returns the report, empty if all went well.
+// Runs a block. Returns the report, which is empty if all went well.
 std::string run_block(const cudaLaunchConfig_t& config) {
   const unsigned x = config.blockDim.x, y = config.blockDim.y;
   const size_t count = size_t{x} * y * config.blockDim.z;

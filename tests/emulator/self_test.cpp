@@ -1,5 +1,5 @@
-// Tests of the emulator itself: instructions against plain loops, rules that must be reported, and kernels from which
-// one barrier or wait is missing, which must come out wrong or be reported for some order of the threads.
+// Tests of the emulator itself. They compare instructions with plain loops, break rules that must be reported, and run
+// kernels without one of their barriers or waits, which must give a wrong result or a report for some order of threads.
 //
 // Usage: self_test lists the cases; self_test CASE runs one, and says on failure what was expected.
 #include <cmath>
@@ -23,7 +23,7 @@ void expect(bool condition, const std::string& what) {
   if (!condition) throw std::logic_error(what);
 }
 
-// The report of a launch that must fail.
+// Returns the report of a launch; empty if it did not fail.
 template <class Launch>
 std::string report_of(Launch launch_it) {
   try {
@@ -40,7 +40,7 @@ void expect_report(Launch launch_it, const std::string& part) {
   expect(report.find(part) != std::string::npos, "expected '" + part + "', got '" + report + "'");
 }
 
-// How many of the seeds gave a wrong result or a report.
+// Returns how many of the seeds gave a wrong result or a report.
 template <class Run>
 int failures(Run run) {
   int count = 0;
@@ -52,7 +52,7 @@ int failures(Run run) {
   return count;
 }
 
-// run(missing): with everything in place every seed must pass, with something missing some must not.
+// Expects that the correct kernel, run(false_type), passes for every seed and the faulty one, run(true_type), does not.
 template <class Run>
 void expect_detected(Run run) {
   expect(failures([&] { return run(std::false_type()); }) == 0, "the correct kernel failed");
@@ -194,7 +194,7 @@ void test_tma_swizzles_and_fills_with_zeros() {
   }
 }
 
-// One warpgroup multiplies a (64 x 64, in registers) by b (64 x n, through TMA), in four steps.
+// One warpgroup multiplies a (64 x 64, in registers) by b (64 x n, through TMA) in four steps.
 enum class Fault { none, no_mbarrier_wait, no_wgmma_wait, early_rewrite, no_fence, no_init_fence, short_expect };
 
 template <int n, bool bf16, Fault fault>
@@ -331,7 +331,7 @@ void test_mbarrier_phases() {
 
 enum class Copy { right, no_wait, no_barrier, no_second_barrier };
 
-// Each thread copies a piece, and reads its neighbour's; three times through the same memory.
+// Each thread copies a piece and reads another thread's piece, three times through the same memory.
 template <Copy fault>
 void copy_kernel(const uint32_t* from, uint32_t* to) {
   auto* shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
@@ -365,7 +365,7 @@ void expect_copy_fault() {
   expect_detected([](auto missing) { return run_copy<decltype(missing)::value ? fault : Copy::right>(); });
 }
 
-// What must be reported ----------------------------------------------------------------------------------------------
+// Reports ------------------------------------------------------------------------------------------------------------
 
 template <class Body>
 void body_kernel(Body body) {

@@ -1,5 +1,5 @@
-// Products of a warpgroup: all its threads execute the same sequence of instructions, a product is performed some time
-// between the last thread's arrival and the wait that covers it, and its accumulators read as NaN meanwhile.
+// The products of a warpgroup. All its threads execute the same sequence of instructions. A product is performed at
+// some time between the last thread's arrival and the wait that covers it; until then its accumulators read as NaN.
 #include <algorithm>
 
 #include "block.h"
@@ -77,7 +77,7 @@ bool is_poison(const float* d, size_t n) {
   return std::all_of(bytes, bytes + 4 * n, [](unsigned char byte) { return byte == 0xFF; });
 }
 
-// A wgmma that this thread has waited for: its registers are the thread's again.
+// Ends a wgmma that this thread has waited for: its registers are the thread's again.
 void retire(const InFlight& item) {
   if (std::memcmp(item.a, item.wgmma->a[current->number % 128], 16) != 0) {
     fail("operand registers were written while a wgmma read them");
