@@ -52,7 +52,7 @@ Answer = TypeVar("Answer")
 
 
 class Run:
-    """A benchmark, from wherever an interrupted one ended."""
+    """A benchmark, which goes on where an interrupted one ended."""
 
     def __init__(self, settings: Settings, path: Path, budget: float, module: str = CANDIDATES) -> None:
         """Opens or begins the results.
