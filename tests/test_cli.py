@@ -170,7 +170,12 @@ def test_files_that_hold_no_results(
 @pytest.mark.parametrize("command", ["demo", "bench"])
 @pytest.mark.parametrize("place", ["taken", "taken/below", "/proc/nowhere"])
 def test_output_that_cannot_be_written(
-    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    place: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    restore_threads: None,
 ) -> None:
     monkeypatch.setattr(demo, "load_data", lambda *_: pytest.fail("ran"))
     monkeypatch.setattr(runner.Run, "run", lambda *_: pytest.fail("ran"))
