@@ -1,4 +1,4 @@
-"""What a benchmark spends its time on, with a clock of its own and candidates that take what they are said to take."""
+"""The time that a benchmark spends, with a clock of its own and candidates that take the seconds they are said to."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""What the benchmark computes from its measurements, against values by hand, and what it shows."""
+"""The benchmark's figures against values by hand, its tables and page, and the file of its results."""
 
 import dataclasses
 import json

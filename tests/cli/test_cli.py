@@ -1,4 +1,4 @@
-"""The command line: what it prints, and what it says when it can't do as asked."""
+"""The command line: its output, and its messages when it cannot do as asked."""
 
 import json
 import re
@@ -13,6 +13,7 @@ import torch
 
 import trak_fast
 from trak_fast.bench import runner
+from trak_fast.bench.process import WorkerError
 from trak_fast.cli import main
 from trak_fast.demo import digits
 from trak_fast.demo import run as demo
@@ -169,7 +170,12 @@ def test_files_that_hold_no_results(
 @pytest.mark.parametrize("command", ["demo", "bench"])
 @pytest.mark.parametrize("place", ["taken", "taken/below", "/proc/nowhere"])
 def test_output_that_cannot_be_written(
-    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    place: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    restore_threads: None,
 ) -> None:
     monkeypatch.setattr(demo, "load_data", lambda *_: pytest.fail("ran"))
     monkeypatch.setattr(runner.Run, "run", lambda *_: pytest.fail("ran"))
@@ -179,6 +185,36 @@ def test_output_that_cannot_be_written(
     assert re.fullmatch("trak-fast: error: cannot write to the output folder: .+\n", error)
     assert str(tmp_path / place) in error
     assert (tmp_path / "taken").read_text() == ""
+
+
+def test_a_folder_whose_disk_cannot_be_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def calibrate(_: object) -> None:
+        raise PermissionError(13, "Permission denied", "here")
+
+    monkeypatch.setattr(rates, "calibrate", calibrate)
+    assert main(["plan", *REQUIRED["plan"]]) == 1
+    error = "trak-fast: error: cannot time the disk of this folder: [Errno 13] Permission denied: 'here'\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (WorkerError("took longer than 120 s"), "the measurements ended early: took longer than 120 s"),
+        (OSError("No space left"), "cannot write to the output folder: No space left"),
+    ],
+)
+def test_a_benchmark_that_fails_later(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def run(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runner.Run, "run", run)
+    assert main(["bench", "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"trak-fast: error: {message}\n"
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_timings_add_up_and_give_the_throughput(run: Run) -> None:
 
 
 class Page(HTMLParser):
-    """What a page consists of."""
+    """The tags and attributes of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Candidates of which it is known what a benchmark must find out about them; the worker processes import this file.
+"""Candidates with known faults, for the benchmark to find; the worker processes import this file.
 
 Their workers flush a small cache and take the machine's ceilings from here, since both take most of a small run's time.
 """

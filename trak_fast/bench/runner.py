@@ -52,7 +52,7 @@ Answer = TypeVar("Answer")
 
 
 class Run:
-    """A benchmark, from wherever an interrupted one ended."""
+    """A benchmark, which goes on where an interrupted one ended."""
 
     def __init__(self, settings: Settings, path: Path, budget: float, module: str = CANDIDATES) -> None:
         """Opens or begins the results.
@@ -105,7 +105,10 @@ class Run:
                     for case, is_check in self._turns():
                         if measurements := self._due(case, is_check, slowest):
                             bar.set_postfix_str(f"{'check' if is_check else 'time'} {case_text(case)}")
-                            (self._check if is_check else self._time)(measurements)
+                            if is_check:
+                                self._check(measurements)
+                            else:
+                                self._time(measurements)
                             self._save()
                             bar.update(total - len(self._todo) - bar.n)
                     slowest = math.inf

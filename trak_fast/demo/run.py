@@ -1,8 +1,8 @@
 """The demonstration behind `trak-fast demo`: attribution on handwritten digits, checked against retraining.
 
 Small convolutional nets are trained on scikit-learn's digits, with some training labels flipped. TRAK attributes
-their outputs on test images to the training images. Two facts that TRAK is not told judge the scores: which labels
-were flipped, and what nets answer that are really retrained on random halves of the training images.
+their outputs on test images to the training images. Two facts that TRAK is not told judge the scores: the flipped
+labels, and the answers of nets that are really retrained on random halves of the training images.
 """
 
 from __future__ import annotations
