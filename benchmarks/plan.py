@@ -66,7 +66,7 @@ def mlp(width: int, hidden: int = 1) -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """Of torch's own layers, unlike the plan's stand-in."""
+    """A transformer of torch's own layers, unlike the plan's stand-in."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def params(model: nn.Module) -> int:
 
 
 def gradient_seconds(model: nn.Module, batch: list[Tensor], repeats: int = 7) -> float:
-    """Of one sample: its gradient and its weighting, copied out of the driver's way."""
+    """Measures the seconds of one sample's gradient and weighting, computed as the driver does."""
     computer = trak_fast.traker.FunctionalGradientComputer(
         model.eval(), trak_fast.tasks.resolve_task("image_classification")
     )
@@ -108,7 +108,7 @@ def gradient_seconds(model: nn.Module, batch: list[Tensor], repeats: int = 7) ->
 def run(
     model: nn.Module, proj_dim: int, train: list[Tensor], targets: list[Tensor], stage: Callable[[str], object]
 ) -> int:
-    """A whole run, which says what stage it begins. Returns the bytes on disk."""
+    """Makes a whole run, calls `stage` with the name of each stage, and returns the bytes on disk."""
     state = model.state_dict()
     with tempfile.TemporaryDirectory(dir=".") as folder:
         stage("featurize")
@@ -133,7 +133,7 @@ def run(
 
 
 def timed(model: nn.Module, proj_dim: int, train: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-    """Seconds of both halves of a run, and bytes on disk."""
+    """Measures the seconds of both halves of a run, and the bytes on disk."""
     begun: dict[str, float] = {}
     disk = run(model, proj_dim, train, targets, lambda name: begun.setdefault(name, time.perf_counter()))
     start, middle, end = (begun[name] for name in ("featurize", "targets", "end"))
@@ -141,7 +141,7 @@ def timed(model: nn.Module, proj_dim: int, train: list[Tensor], targets: list[Te
 
 
 def predicted(model: nn.Module, proj_dim: int, samples: int, targets: int) -> dict[str, float]:
-    """What the plan says of the same figures."""
+    """Computes the plan's prediction of the same figures."""
     job = Job(
         params(model), proj_dim, samples, targets=targets, batch=BATCH,
         gradient_seconds=gradient_seconds(model, data(BATCH, 2)),

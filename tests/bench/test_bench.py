@@ -307,7 +307,7 @@ def test_a_broken_gpu_ends_the_process(gpu: list[str], monkeypatch: pytest.Monke
 def test_a_refused_run_writes_nothing_and_keeps_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("earlier")
     for budget, only, message in (
-        (30.0, ("zzz", "yyy"), r"only must be part of one of 'good', .* not 'zzz' or 'yyy'"),
+        (30.0, ("zzz", "good", "yyy"), r"only must be part of one of 'good', .* not 'zzz' or 'yyy'"),
         (0.0, ("good",), r"budget must be in \(0, 1e\+07\], not 0"),
     ):
         for folder in (tmp_path, tmp_path / "new"):

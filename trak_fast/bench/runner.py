@@ -328,10 +328,9 @@ def chosen(names: Collection[str], parts: Sequence[str]) -> list[str]:
     """Chooses the names that have one of the parts in them, upper or lower case; all where there are no parts.
 
     Raises:
-        ValueError: No name has.
+        ValueError: A part is in no name.
     """
-    found = [name for name in names if not parts or any(part.lower() in name.lower() for part in parts)]
-    if not found:
+    if unknown := [part for part in parts if not any(part.lower() in name.lower() for name in names)]:
         known = ", ".join(map(repr, names))
-        raise ValueError(f"only must be part of one of {known}, not {' or '.join(map(repr, parts))}")
-    return found
+        raise ValueError(f"only must be part of one of {known}, not {' or '.join(map(repr, unknown))}")
+    return [name for name in names if not parts or any(part.lower() in name.lower() for part in parts)]
