@@ -2,24 +2,22 @@
 
     python benchmarks/plan.py [--output benchmarks/results/NAME.json]
 
-Time and disk: of whole runs of an MLP, stage by stage. The gradient's time is measured by itself and handed to the plan
-here; projection, X'X, solve and scores are predicted from rates. Of the real run, `featurize` holds gradients,
+Time and disk are measured in whole runs of an MLP, stage by stage. The gradient's time is measured by itself and handed
+to the plan; projection, X'X, solve and scores are predicted from rates. In the real run, `featurize` holds gradients,
 projection and X'X, and `score` the rest.
 
-Memory: the highest anonymous memory of each stage, in a fresh process, above that of the loaded model and of libraries
-that have done everything once. Arrays that are mapped from files do not count, as the system takes them back.
+Memory is the highest anonymous memory of each stage, in a fresh process, above that of the loaded model and of
+libraries that have done everything once. Arrays that are mapped from files do not count, as the system takes them back.
 
-Gradients: the time of a sample's gradient and weighting, predicted from parameters and tokens alone. What 8 FLOP a
-parameter and token would take at a product's rate is printed beside it.
+Gradients are compared by the time of a sample's gradient and weighting, which the plan predicts from parameters and
+tokens alone. The time of 8 FLOP a parameter and token, at a product's rate, is printed beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,10 +25,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,9 +42,9 @@ BATCH = 32
 CASES = [(512, 1024, 512, 64), (1024, 2048, 256, 64), (256, 1024, 1536, 512)]
 """Width of the net's hidden layers, k, training samples, targets."""
 MEMORY_CASES = [(2048, 512, 96, 32), (256, 4096, 4352, 64), (256, 3072, 3072, 6144), (256, 8192, 3072, 512)]
-"""The same: gradients, X'X, scores, and a system of n × n are most of it."""
+"""The same numbers, where most memory goes to gradients, to X'X, to scores, and to a system of n × n."""
 LEAST_MEMORY = 200 << 20
-"""Below this, what the interpreter and its libraries do hides the rest."""
+"""Bytes below which the memory of the interpreter and its libraries hides the rest."""
 GRADIENT_CASES = [
     (1, 512, 2, 32),
     (1, 1024, 5, 32),
@@ -55,7 +53,7 @@ GRADIENT_CASES = [
     (128, 384, 6, 8),
     (128, 512, 2, 8),
 ]
-"""Tokens (1: an MLP), width, layers, batch."""
+"""Tokens (1: an MLP), width, layers and batch of each model."""
 MARGIN = 0.25
 
 
@@ -261,24 +259,16 @@ def main() -> int:
         "memory": lambda report, options: check_memory(report, options.threads),
         "gradients": lambda report, options: check_gradients(report, options.repeats),
     }
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.make_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(checks), default=list(checks))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--threads", type=int, default=1, help="1: what threads wait for each other is not predicted")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     report = Report()
     for name in options.only:
         checks[name](report, options)
-    if options.output:
-        machine = {
-            "date": date.today().isoformat(),
-            "command": " ".join(["python", "benchmarks/plan.py", *sys.argv[1:]]),
-            "processor": platform.processor() or platform.machine(),
-            "info": trak_fast.info(),
-        }
-        options.output.write_text(json.dumps({"machine": machine, "rows": report.rows}, indent=1) + "\n")
+    record.save(options.output, {"rows": report.rows})
     counted = sum(row["counts"] for row in report.rows)
     print(f"{len(report.off())} of {counted} figures that count are off by more than {MARGIN:.0%}")
     by_flop = [row["ratio"] for row in report.rows if row["what"] == "gradient, by FLOP"]

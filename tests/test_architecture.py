@@ -159,3 +159,35 @@ def test_backends_export_one_symbol(backend: str) -> None:
     for path in objects:
         symbols = subprocess.run([nm, "-g", "--defined-only", path], capture_output=True, text=True, check=True).stdout
         assert len(symbols.splitlines()) == 1, symbols
+
+
+RIDDLES = re.compile(r"(Of|What|How|Whether|Where|Why|Which|Who)\b")
+
+
+def documentation(path: Path) -> list[str]:
+    """Collects the docstrings of a file, those of constants included, and each entry of their sections."""
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            texts += [
+                statement.value.value
+                for statement in node.body
+                if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+                if isinstance(statement.value.value, str)
+            ]
+    return texts + [entry for text in texts for entry in re.findall(r"^ +[*\w]+: (.*)", text, re.MULTILINE)]
+
+
+def test_documentation_opens_with_the_thing_itself() -> None:
+    """ "The seconds of ..." rather than "How long ..." or "Of a call.": a reader meets the noun or the verb first."""
+    files = [path for folder in ("trak_fast", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    found = {str(path.relative_to(ROOT)): text for path in files for text in documentation(path) if RIDDLES.match(text)}
+    assert not found
+
+
+def test_a_plan_is_a_job_then_rates_then_a_prediction() -> None:
+    layers = ["job", "rates", "predict"]
+    for place, layer in enumerate(layers):
+        above = {f"trak_fast.plan.{name}" for name in layers[place + 1 :]}
+        assert not above & imports(PACKAGE / "plan" / f"{layer}.py")
