@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -153,8 +154,9 @@ rows = Rows(Path(sys.argv[2]), N, SHAPES)
 
 
 @contextmanager
-def process(folder: Path, script: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", SCRIPT + script, str(Path(__file__).parent), str(folder)]
+def process(folder: Path, script: str, python: str) -> Iterator[subprocess.Popen[str]]:
+    """Runs a script with a `python`: the usual one, if its number matters or it is killed, or else the warm one."""
+    command = [python, "-c", SCRIPT + script, str(Path(__file__).parent), str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
@@ -167,7 +169,7 @@ CLAIMING = "rows.claim(np.arange(3, 7)); print('ready', flush=True); sys.stdin.r
 
 def test_rows_that_another_process_writes_are_refused_by_number(folder: Path) -> None:
     rows = Rows(folder, N, SHAPES)
-    with process(folder, CLAIMING) as other:
+    with process(folder, CLAIMING, sys.executable) as other:
         rows.claim(np.array([7, 0, 1, 2]))  # next to them is fine
         for inds, words in (([5, 6, 7], "rows 5 to 6"), ([9, 3], "rows 3 to 3"), (list(range(N)), "rows 3 to 6")):
             with pytest.raises(RuntimeError, match=rf"{words} of .* another process \(pid {other.pid}\)"):
@@ -181,9 +183,8 @@ def test_claims_end_with_release_and_never_hinder_their_own_process(folder: Path
     rows, again = Rows(folder, N, SHAPES), Rows(folder, N, SHAPES)
     rows.claim(np.arange(N))
     again.claim(np.arange(N))
-    with process(
-        folder, "print('ready', flush=True); sys.stdin.readline(); rows.claim(np.arange(3)); print('mine')"
-    ) as other:
+    script = "print('ready', flush=True); sys.stdin.readline(); rows.claim(np.arange(3)); print('mine')"
+    with process(folder, script, warm.python()) as other:
         rows.release()
         assert other.communicate("\n")[0] == "mine\n"
 
@@ -204,10 +205,11 @@ def test_processes_that_write_disjoint_rows_at_once(folder: Path) -> None:
     script = "print('ready', flush=True); mine = int(sys.stdin.readline())\n" + (
         f"for i in range(mine, N, {count}): inds = np.array([i]); rows.claim(inds); rows.write(inds, **values(inds))"
     )
-    with process(folder, script) as a, process(folder, script) as b, process(folder, script) as c:
-        for i, child in enumerate((a, b, c)):
+    with ExitStack() as stack:
+        children = [stack.enter_context(process(folder, script, warm.python())) for _ in range(count)]
+        for i, child in enumerate(children):
             assert child.stdin is not None
             child.stdin.write(f"{i}\n")
             child.stdin.flush()
-        assert [child.wait() for child in (a, b, c)] == [0] * count
+        assert [child.wait() for child in children] == [0] * count
     check(Rows(folder, N, SHAPES), list(range(N)))
