@@ -46,19 +46,20 @@ Allocate allocate_by(const py::function& function) {
   };
 }
 
+// Local to this module: a process may load several builds of it, whose structs are types of their own.
 void define_structs(py::module_& m) {
-  py::class_<Part>(m, "Part").def(py::init([](uintptr_t data, int dtype, int64_t columns, int64_t batch_stride,
-                                              std::vector<int64_t> sizes, std::vector<int64_t> strides) {
-                                    return Part{.data = reinterpret_cast<const void*>(data),
-                                                .dtype = static_cast<Dtype>(dtype),
-                                                .columns = columns,
-                                                .batch_stride = batch_stride,
-                                                .sizes = std::move(sizes),
-                                                .strides = std::move(strides)};
-                                  }),
-                                  py::kw_only(), "data"_a, "dtype"_a, "columns"_a, "batch_stride"_a, "sizes"_a,
-                                  "strides"_a);
-  py::class_<Projection>(m, "Projection")
+  py::class_<Part>(m, "Part", py::module_local())
+      .def(py::init([](uintptr_t data, int dtype, int64_t columns, int64_t batch_stride, std::vector<int64_t> sizes,
+                       std::vector<int64_t> strides) {
+             return Part{.data = reinterpret_cast<const void*>(data),
+                         .dtype = static_cast<Dtype>(dtype),
+                         .columns = columns,
+                         .batch_stride = batch_stride,
+                         .sizes = std::move(sizes),
+                         .strides = std::move(strides)};
+           }),
+           py::kw_only(), "data"_a, "dtype"_a, "columns"_a, "batch_stride"_a, "sizes"_a, "strides"_a);
+  py::class_<Projection>(m, "Projection", py::module_local())
       .def(
           py::init([](int kind, uint64_t seed, uint32_t stream, int64_t rows, int64_t batch, uint64_t offset, int terms,
                       std::vector<Part> parts, uintptr_t out, int64_t out_batch_stride, int64_t out_row_stride) {
@@ -76,7 +77,7 @@ void define_structs(py::module_& m) {
           }),
           py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "rows"_a, "batch"_a, "offset"_a, "terms"_a, "parts"_a, "out"_a,
           "out_batch_stride"_a, "out_row_stride"_a);
-  py::class_<Adjoint>(m, "Adjoint")
+  py::class_<Adjoint>(m, "Adjoint", py::module_local())
       .def(py::init([](int kind, uint64_t seed, uint32_t stream, int64_t columns, int64_t batch, uint64_t offset,
                        const Part& y, uintptr_t out, int64_t out_batch_stride, int64_t out_column_stride) {
              return Adjoint{.kind = static_cast<Kind>(kind),
