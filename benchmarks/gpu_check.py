@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -38,6 +39,8 @@ from gpu_smoke import ADJOINT
 from prebuild import find_module
 
 ROOT = Path(__file__).resolve().parents[1]
+SAVE_SECONDS = 1.0
+"""Seconds between two writings of the results; a kill loses at most what was measured in that time."""
 FAST_JL_TRIAL = """
 import torch, fast_jl
 fast_jl.project_rademacher_8(torch.randn(8, 10000, device="cuda").half(), 512, 0, 100)
@@ -372,12 +375,18 @@ def main(arguments: list[str] | None = None) -> int:
     name = "".join(c if c.isalnum() else "-" for c in device).lower()
     path = folder / f"{date[:10]}-{name}.json"
 
-    def save() -> None:
-        head = {"date": date, "torch": torch.__version__, "device": device, "checks": checks.verdicts}
-        path.write_text(json.dumps({**head, **results.as_json()}, indent=1))
+    saved = -math.inf
+
+    def save(at_once: bool = False) -> None:
+        """Writes the results, unless that was done less than SAVE_SECONDS ago: it takes time from the measurements."""
+        nonlocal saved
+        if at_once or time.monotonic() - saved > SAVE_SECONDS:
+            head = {"date": date, "torch": torch.__version__, "device": device, "checks": checks.verdicts}
+            path.write_text(json.dumps({**head, **results.as_json()}, indent=1))
+            saved = time.monotonic()
 
     def finish() -> None:
-        save()
+        save(at_once=True)
         print(f"\nwritten to {path}\n{device}, torch {torch.__version__}")
         if options.dry_run:
             print("all times and verdicts below are IMAGINED")
@@ -414,6 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
             # The measurements take the time that is left, less a reserve for the steps after them.
             reserve = min((30 if options.variants else 0) + (90 if more else 0), 0.35 * clock.left)
             measure(gpu, all_cases(), Clock((clock.left - reserve) / 60), kernels, results, save)
+            save(at_once=True)
             compare_variants(checks, options.variants, min(60, clock.left - 10))
             if more:
                 profile(checks, min(60, clock.left - 10))
