@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import trak_fast
+
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "trak_fast"
@@ -123,6 +125,7 @@ def test_only_commands_parse_arguments() -> None:
 )
 def test_public_names_are_where_they_always_were(module: str, names: list[str]) -> None:
     found = importlib.import_module(f"trak_fast.{module}")
+    assert getattr(trak_fast, module) is found  # `import trak_fast.scores`, then the whole name
     for name in names:
         assert getattr(found, name).__module__.startswith("trak_fast.")
 

@@ -32,6 +32,7 @@ __all__ = [
 # Modules of public names that have become folders of another name: imports by the old path go on working.
 for _name, _folder in {"gradients_hooks": gradients, "scores": scoring, "task": tasks}.items():
     sys.modules[f"{__name__}.{_name}"] = _folder
+    setattr(sys.modules[__name__], _name, _folder)
 
 
 def __getattr__(name: str) -> ModuleType:

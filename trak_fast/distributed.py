@@ -32,7 +32,7 @@ _initialized_here = False  # True once torch.distributed was initialised here, a
 
 @atexit.register
 def _leave() -> None:
-    """Leaves groups before the interpreter ends: their threads must not let go of tensors when it is half gone."""
+    """Leaves groups before the interpreter shuts down: their threads must not free tensors meanwhile."""
     for ranks in _joined:
         ranks.leave()
     if _initialized_here and dist.is_initialized():

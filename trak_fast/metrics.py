@@ -154,7 +154,7 @@ def counterfactuals(
 ) -> Counterfactuals:
     """Retrains without the samples that score highest for each target, to see the target's output fall.
 
-    The output falls the more, the better the scores name the samples that it rests on. It is compared with that of
+    The better the scores identify the samples that the output depends on, the more the output falls. It is compared with that of
     models without equally many random samples, so that the mere loss of data does not count.
 
     Args:

@@ -50,7 +50,7 @@ class PhiloxRounds {
   }
 
  protected:
-  uint64_t key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // 32 bits, kept wide: vector operations read them from memory
+  uint64_t key0_[kPhiloxRounds], key1_[kPhiloxRounds];  // of 32 bits, in the 64-bit lanes that vector code loads
 };
 
 // The words of a row block, with its rows in the lanes.

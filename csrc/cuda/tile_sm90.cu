@@ -111,7 +111,7 @@ template <Kind kind, int tiles, bool keeps_rows>
 struct WordStream {
   using Calls = PhiloxCalls<kind, tiles, keeps_rows>;
   static constexpr int kCalls = Calls::kCalls;
-  // Steps that share a block's words. The rounds of the next block's words are spread over them.
+  // Steps that share a block's words. Over these steps, the Philox rounds of the next block's words are spread.
   static constexpr int kSteps = kStepsPerUnit / kBlocksPerUnit<kind>;
   static constexpr int kRounds = kCalls * (kPhiloxRounds - Calls::kFirstRound);
 

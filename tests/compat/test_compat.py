@@ -180,12 +180,20 @@ def test_a_folder_in_the_environment_is_enough(tmp_path: Path) -> None:
     assert lines == ["the other sitecustomize", "['child'] __main__ (2, 7) fast_jl"]
 
 
-def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [warm.python(), "-m", "trak_fast.compat"], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a program to run"),
+        (["missing.py"], "PROGRAM must be the path of a script, not 'missing.py'"),
+        (["-m", "missing"], "PROGRAM must be the name of a module, not 'missing'"),
+        (["-m", "json.missing.part"], "PROGRAM must be the name of a module, not 'json.missing.part'"),
+    ],
+)
+def test_the_command_says_what_is_missing(tmp_path: Path, arguments: list[str], message: str) -> None:
+    command = [warm.python(), "-m", "trak_fast.compat", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "which program?" in done.stderr
+    assert done.stderr.endswith(f"error: {message}\n")
 
 
 def test_layers_import_no_library_before_they_are_asked_to(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def everything(device: str) -> list[Candidate]:
         Candidate(
             "scikit-learn Gaussian", "sklearn", functools.partial(_sklearn, name="GaussianRandomProjection"),
             "scikit-learn", devices=("cpu",), proj_types=("normal",), dtypes=("float32",), divisor=_sqrt,
-            stored_bytes=functools.partial(matrix_bytes, itemsize=24),  # the draw and what it is scaled to
+            stored_bytes=functools.partial(matrix_bytes, itemsize=24),  # float64 draws and their scaled copies
         ),
         Candidate(
             "scikit-learn sparse", "sklearn", functools.partial(_sklearn, name="SparseRandomProjection"),

@@ -24,4 +24,4 @@ def run(arguments: argparse.Namespace) -> None:
         return
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else value
-        print(f"{name.replace('_', ' '):<24}{'none' if text in (None, '') else text}")
+        print(f"{name.replace('_', ' '):<24}{'none' if text in (None, '', 0) else text}")

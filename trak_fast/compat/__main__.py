@@ -38,7 +38,9 @@ def main(argv: list[str]) -> None:
         print(STARTUP)
         return
     if given.program is None:
-        parser.error("which program?")
+        parser.error("name a program to run")
+    if not given.module and not Path(given.program).exists():
+        parser.error(f"PROGRAM must be the path of a script, not {given.program!r}")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{STARTUP}{os.pathsep}{before}" if before else str(STARTUP)
     spec = importlib.util.spec_from_file_location("trak_fast_startup", STARTUP / "sitecustomize.py")
@@ -50,10 +52,22 @@ def main(argv: list[str]) -> None:
     sys.argv = [given.program, *given.arguments]
     if given.module:
         sys.path.insert(0, os.getcwd())
+        if not _finds_module(given.program):
+            parser.error(f"PROGRAM must be the name of a module, not {given.program!r}")
         runpy.run_module(given.program, run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(Path(given.program).resolve().parent))
         runpy.run_path(given.program, run_name="__main__")
+
+
+def _finds_module(name: str) -> bool:
+    """Says if Python finds a module; the packages that it is in are imported for that, as they are to run it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if f"{name}.".startswith(f"{error.name}."):
+            return False
+        raise  # a package that is there misses something else
 
 
 if __name__ == "__main__":

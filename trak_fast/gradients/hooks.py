@@ -179,7 +179,7 @@ class HookGradientComputer:
         return {name: grads[name].detach() for name in self.selected}
 
     def _requiring_grad(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Returns all weights, those of these names as leaves that autograd differentiates with respect to."""
+        """Returns all weights; those in `names` are new leaves that require gradients."""
         names = set(names)
         return {name: w.detach().requires_grad_() if name in names else w for name, w in self.weights.items()}
 
