@@ -154,8 +154,8 @@ def counterfactuals(
 ) -> Counterfactuals:
     """Retrains without the samples that score highest for each target, to see the target's output fall.
 
-    The better the scores identify the samples that the output depends on, the more the output falls. It is compared with that of
-    models without equally many random samples, so that the mere loss of data does not count.
+    The better the scores identify the samples that the output depends on, the more the output falls. It is compared
+    with that of models without equally many random samples, so that the mere loss of data does not count.
 
     Args:
         scores: (n, m), the scores of n training samples for m targets.
