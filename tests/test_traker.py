@@ -66,6 +66,18 @@ def test_the_ridge_is_automatic_by_default_and_with_none(tmp_path: Path) -> None
     assert not np.allclose(build(tmp_path, lambda_reg=0).finalize_scores("test"), scores, rtol=0.1)
 
 
+@pytest.mark.parametrize("change", [{"lambda_reg": 0.3}, {"curvature": False}, {"normalize": True}])
+def test_settings_of_scores_can_be_read_and_changed(tmp_path: Path, change: dict[str, Any]) -> None:
+    traker = build(tmp_path)
+    before = run(traker).copy()
+    assert (traker.lambda_reg, traker.curvature, traker.shrink_weights, traker.normalize) == (None, True, True, False)
+    for name, value in change.items():
+        setattr(traker, name, value)
+    scores = traker.finalize_scores("test")
+    assert not np.array_equal(scores, before)
+    assert np.array_equal(build(tmp_path, **change).finalize_scores("test"), scores)
+
+
 @pytest.mark.parametrize("proj_dim", [8, 20])
 @pytest.mark.parametrize("lambda_reg", ["auto", 0.3])
 def test_automatic_scores_do_not_depend_on_the_scale_of_features(
@@ -285,7 +297,7 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
     [
         ({"task": "classification"}, "task must be one of 'image_classification'"),
         ({"train_set_size": 0}, r"train_set_size must be in \[1, 2\*\*48\], not 0"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, not 0"),
+        ({"chunk_size": 0}, r"chunk_size must be in \[1, 2\*\*48\], not 0"),
         ({"lambda_reg": -0.1}, 'lambda_reg must be "auto" or a finite number >= 0, not -0.1'),
         ({"lambda_reg": float("nan")}, 'lambda_reg must be "auto" or a finite number >= 0, not nan'),
         ({"lambda_reg": "gcv"}, "lambda_reg must be .* not 'gcv'"),
@@ -311,7 +323,7 @@ def test_bad_options_are_refused_before_a_folder_is_made(tmp_path: Path, options
         ({}, ValueError, "either inds or num_samples"),
         ({"inds": [0, 1], "num_samples": 2}, ValueError, "either inds or num_samples"),
         ({"num_samples": 3}, ValueError, r"batch has \[2, 2\] samples in its tensors, num_samples says 3"),
-        ({"num_samples": 0}, ValueError, "num_samples must be at least 1, not 0"),
+        ({"num_samples": 0}, ValueError, r"num_samples must be in \[1, 2\*\*48\], not 0"),
         ({"inds": [0, 1, 2]}, ValueError, "inds says 3"),
         ({"inds": [0, N]}, ValueError, r"samples 0 to 12 are not all in \[0, 12\)"),
         ({"inds": [-1, 0]}, ValueError, "samples -1 to 0"),

@@ -124,7 +124,7 @@ def row_numbers(
     if (inds is None) == (num_samples is None):
         raise ValueError("give either inds or num_samples")
     if num_samples is not None:
-        rows = np.arange(following, following + integer("num_samples", num_samples, 1))
+        rows = np.arange(following, following + integer("num_samples", num_samples, 1, 2**48))
         following += len(rows)
     else:
         rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)

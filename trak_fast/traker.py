@@ -28,6 +28,18 @@ from .store.rows import Rows
 from .tasks import Task, resolve_task
 
 
+def _setting(name: str) -> property:
+    """Makes an attribute of `TRAKer` that is a setting of its estimator."""
+
+    def read(traker: TRAKer) -> object:
+        return getattr(traker._estimator.settings, name)
+
+    def change(traker: TRAKer, value: object) -> None:
+        setattr(traker._estimator.settings, name, value)
+
+    return property(read, change)
+
+
 class TRAKer:
     """Attributes a model's outputs to its training samples (Park et al., "TRAK", ICML 2023, section 3).
 
@@ -48,7 +60,16 @@ class TRAKer:
         grad_dim: Size of a gradient, D.
         store: The features on disk.
         scores: The last result of `finalize_scores`.
+        lambda_reg: The ridge, None for "auto"; like the next three, a change holds from the next scores on.
+        curvature: See the constructor.
+        shrink_weights: See the constructor.
+        normalize: See the constructor.
     """
+
+    lambda_reg = _setting("lambda_reg")
+    curvature = _setting("curvature")
+    shrink_weights = _setting("shrink_weights")
+    normalize = _setting("normalize")
 
     def __init__(
         self,
@@ -126,8 +147,8 @@ class TRAKer:
         if saver is not None or score_computer is not None:
             raise ValueError("saver and score_computer are not supported; leave them None")
         self.train_set_size = integer("train_set_size", train_set_size, 1, 2**48)
-        chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1)
-        memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, 1)
+        chunk_size = None if chunk_size is None else integer("chunk_size", chunk_size, 1, 2**48)
+        memory_budget = None if memory_budget is None else integer("memory_budget", memory_budget, 1, 2**62)
         settings = EstimatorSettings(
             lambda_reg=ridge_setting(lambda_reg),
             curvature=curvature,
@@ -362,7 +383,7 @@ class TRAKer:
         Raises:
             As `finalize_scores`.
         """
-        count = min(integer("k", k, 1), self.train_set_size)
+        count = min(integer("k", k, 1, 2**48), self.train_set_size)
         ranks = self._ranks
         matrix = self._score_matrix(exp_name, model_ids, allow_skip)
         with ranks.together():

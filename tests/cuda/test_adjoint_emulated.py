@@ -8,7 +8,7 @@ from test_adjoint import test_high_columns, test_odd_shapes  # noqa: F401
 
 from trak_fast.projection import kernels
 
-pytestmark = pytest.mark.compiles
+pytestmark = [pytest.mark.compiles, pytest.mark.xdist_group("adjoint")]
 
 
 @pytest.fixture(scope="module", autouse=True)

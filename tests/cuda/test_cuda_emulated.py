@@ -38,7 +38,11 @@ from trak_fast.projection import checks, kernels, reference
 pytestmark = pytest.mark.compiles
 
 
-@pytest.fixture(scope="module", params=KERNELS, autouse=True)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kernel, marks=pytest.mark.xdist_group(kernel)) for kernel in KERNELS],
+    autouse=True,
+)
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """The emulated device, in the place of the compiled module."""
     device = Device(request.param)
@@ -211,8 +215,25 @@ def test_launches_for_lists_of_parameters(
     if device.kernel != "sm90":
         pytest.skip("the plan is the same for all kernels")
     assert sum(widths) == parameters
-    parts = [(2**40, checks.DTYPES[dtype], width, width, [width], [1]) for width in widths]
-    projection = (0, SEED, MODEL_ID, 4096, 32, 0, 2 if dtype == torch.float32 else 1, parts, 2**40, 4096, 1)
+    parts = [
+        device.Part(
+            data=2**40, dtype=checks.DTYPES[dtype], columns=width, batch_stride=width, sizes=[width], strides=[1]
+        )
+        for width in widths
+    ]
+    projection = device.Projection(
+        kind=0,
+        seed=SEED,
+        stream=MODEL_ID,
+        rows=4096,
+        batch=32,
+        offset=0,
+        terms=2 if dtype == torch.float32 else 1,
+        parts=parts,
+        out=2**40,
+        out_batch_stride=4096,
+        out_row_stride=1,
+    )
     assert device.launches(projection) <= most
 
 

@@ -123,7 +123,12 @@ def test_batch_sizes_that_differ() -> None:
 def test_columns_that_do_not_fit_the_projector() -> None:
     refused(ValueError, lambda: Projector(6, 4).project(GOOD), "grads", "5", "grad_dim", "6")
     refused(ValueError, lambda: Projector(6, 4).project({"w": GOOD, "b": GOOD}), "grads", "10", "grad_dim", "6")
-    accumulator = Projector(6, 4).accumulator(3)
+    projector = Projector(6, 4)
+    accumulator = projector.accumulator(3)
+    accumulator.add(GOOD[:, :0], 0)  # makes the sum
+    projector.proj_dim = 5
+    refused(ValueError, lambda: accumulator.add(GOOD, 0), "out", "(3, 5)", "(3, 4)")
+    projector.proj_dim = 4
     refused(ValueError, lambda: accumulator.add(GOOD, 2), "2 to 7", "grad_dim", "6")
     refused(ValueError, lambda: accumulator.add(GOOD, -1), "offset", "-1")
     refused(ValueError, lambda: accumulator.add(torch.ones(2, 5), 0), "grads", "2", "batch_size", "3")

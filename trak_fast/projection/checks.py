@@ -237,7 +237,7 @@ def _check_out(
         return
     if out.requires_grad or out.is_neg():
         raise ValueError("out requires grad or is a negated view: pass a plain tensor, e.g. out.detach()")
-    if not out.is_contiguous():
+    if out.numel() == 0 or not out.is_contiguous():  # a contiguous one shares none
         strides = sorted((stride, n) for stride, n in zip(out.stride(), out.shape, strict=True) if n > 1)
         reach = 1
         for stride, n in strides:

@@ -81,8 +81,8 @@ def project(
         precision=precision,
     )
     if out is not None:
-        checks.check_projection_out(out, projection, memory)
         _refuse_recording(differentiable)
+        checks.check_projection_out(out, projection, memory)
     if not memory:
         return operators.project(projection, out, differentiable)
     return kernels.project(projection, out)
@@ -132,8 +132,8 @@ def project_adjoint(
         memory=memory,
     )
     if out is not None:
-        checks.check_adjoint_out(out, adjoint, memory)
         _refuse_recording(differentiable)
+        checks.check_adjoint_out(out, adjoint, memory)
     if not memory:
         return operators.project_adjoint(adjoint, out, differentiable)
     return kernels.project_adjoint(adjoint, out)

@@ -118,8 +118,9 @@ def definition() -> int:
 
 
 def prepare(kind: int, device: torch.device) -> None:
-    """Uploads what projections of a kind need on a device, which a CUDA graph could not capture."""
-    _normal_table(kind, torch.empty(0, device=device).device)
+    """Uploads the table of the normal kind to a device, which a CUDA graph could not capture."""
+    if kind == checks.KINDS["normal"]:
+        _device_table(torch.empty(0, device=device).device)
 
 
 def info() -> dict[str, Any]:

@@ -184,6 +184,7 @@ class Accumulator:
         if self._sum is None:
             self._sum = self._zeros(tensors[0].device)
         projection = projector._checked(tensors, self._model_id, offset)
+        checks.check_projection_out(self._sum, projection, memory=not compiling)
         if compiling:
             operators.project(projection, self._sum, False)
         else:

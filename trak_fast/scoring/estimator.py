@@ -29,7 +29,7 @@ from .solver import Solver
 logger = logging.getLogger("trak_fast")
 
 
-@dataclass(frozen=True)
+@dataclass
 class EstimatorSettings:
     """The choices that `TRAKer` documents.
 
@@ -79,9 +79,14 @@ class Estimator:
         self.settings = settings
         self.grad_dim = grad_dim
         self.device = device if device.type == "cuda" else torch.device("cpu")
-        wanted = settings.lambda_reg is None and settings.curvature
+        self._task = task
+
+    @property
+    def _loss(self) -> LossCurvature | None:
+        """The task, where samples are weighed by the curvature of their loss."""
+        wanted = self.settings.lambda_reg is None and self.settings.curvature
         # isinstance, from Python 3.12 on, does not see a method that a task forwards to another one by __getattr__
-        self._loss = cast(LossCurvature, task) if wanted and hasattr(task, "get_loss_curvature") else None
+        return cast(LossCurvature, self._task) if wanted and hasattr(self._task, "get_loss_curvature") else None
 
     @property
     def sums_while_featurizing(self) -> bool:
@@ -90,9 +95,8 @@ class Estimator:
 
     def curvature(self, weights: NDArray[np.float32]) -> NDArray[np.float64] | None:
         """Computes the curvature ∂²ℓ/∂f² of samples from their weightings Q, (B,) each; None where it has no say."""
-        if self._loss is None:
-            return None
-        return np.asarray(self._loss.get_loss_curvature(np.array(weights, np.float64)))
+        loss = self._loss
+        return None if loss is None else np.asarray(loss.get_loss_curvature(np.array(weights, np.float64)))
 
     def partial_gram(self, model_id: int, train: Rows) -> partial_grams.PartialGram:
         """Opens a sum of X'X over the rows that this process writes to `train`."""

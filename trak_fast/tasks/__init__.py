@@ -1,6 +1,6 @@
 """Tasks: the scalar f of a model that is attributed, and the weighting Q that follows from its loss."""
 
-from .base import BatchOutputs, BatchTask, FunctionTask, LossCurvature, Task
+from .base import BatchOutputs, BatchTask, FunctionTask, LossCurvature, Task, bind
 from .classification import Classification, ImageClassification, IterativeImageClassification, margin
 from .clip import CLIP
 from .registry import TASKS, resolve_task
@@ -24,6 +24,7 @@ __all__ = [
     "Regression",
     "Task",
     "TextClassification",
+    "bind",
     "margin",
     "resolve_task",
 ]
