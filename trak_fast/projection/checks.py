@@ -73,7 +73,7 @@ def check_projection(
     precision: str | None,
 ) -> Projection:
     """Checks the arguments of a projection of tensors that `gradient_tensors` has checked."""
-    columns = sum(map(width, tensors))
+    columns = sum([width(tensor) for tensor in tensors])
     rows = integer("proj_dim", proj_dim, 1, MAX_ROWS)
     part = matrix_part(proj_type, seed, model_id, offset, columns)
     check_precision(precision)
@@ -118,7 +118,7 @@ def terms_of(precision: str | None, tensors: Sequence[Tensor]) -> int:
     terms = DEFAULT_TERMS
     if precision is not None:
         terms = {**DEFAULT_TERMS, torch.float32: TERMS[precision], torch.float64: TERMS[precision]}
-    return max([terms[tensor.dtype] for tensor in tensors])
+    return terms[tensors[0].dtype] if len(tensors) == 1 else max([terms[tensor.dtype] for tensor in tensors])
 
 
 def matrix_part(
@@ -164,7 +164,7 @@ def gradient_tensors(grads: Gradients, memory: bool = True) -> list[Tensor]:
 
 def width(tensor: Tensor) -> int:
     """Returns the number of columns that a tensor (B, ...) has when it is flattened."""
-    return math.prod(tensor.shape[1:])
+    return tensor.shape[1] if tensor.ndim == 2 else math.prod(tensor.shape[1:])
 
 
 def check_tensor(name: str, tensor: object, memory: bool = True) -> None:
