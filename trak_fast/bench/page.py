@@ -191,9 +191,14 @@ def _chart(lines: Lines, x: str, y: str, *, connected: bool = True, roof: Sequen
     for i, (name, points) in enumerate(lines.items()):
         ours = name.startswith("trak_fast")
         axes.plot(
-            *zip(*points, strict=True), color=colors(i % 10), marker="o", markersize=5, label=name,
-            linewidth=2.2 if ours else 1.2, linestyle=("-" if ours else "--") if connected else "none",
-        )  # fmt: skip
+            *zip(*points, strict=True),
+            color=colors(i % 10),
+            marker="o",
+            markersize=5,
+            label=name,
+            linewidth=2.2 if ours else 1.2,
+            linestyle=("-" if ours else "--") if connected else "none",
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.grid(color=INK, alpha=0.2)

@@ -53,8 +53,11 @@ class Settings:
         """
         choice("device", self.device, DEVICES)
         for name, high in (
-            ("batches", MOST_GRADIENTS), ("grad_dims", MAX_COLUMNS), ("proj_dims", 2**32), ("check_dims", MAX_COLUMNS),
-        ):  # fmt: skip
+            ("batches", MOST_GRADIENTS),
+            ("grad_dims", MAX_COLUMNS),
+            ("proj_dims", 2**32),
+            ("check_dims", MAX_COLUMNS),
+        ):
             for size in getattr(self, name):
                 integer(name, size, 1, high)
         for dtype in self.dtypes:

@@ -91,9 +91,12 @@ def load_data(settings: Settings, rng: np.random.Generator) -> Data:
     images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
     chosen, test = train_test_split(
-        np.arange(len(labels)), train_size=settings.train_size, test_size=settings.test_size,
-        stratify=digits.target, random_state=int(rng.integers(2**32)),
-    )  # fmt: skip
+        np.arange(len(labels)),
+        train_size=settings.train_size,
+        test_size=settings.test_size,
+        stratify=digits.target,
+        random_state=int(rng.integers(2**32)),
+    )
     given = labels[chosen]
     flipped = rng.choice(len(chosen), round(settings.flipped * len(chosen)), replace=False)
     given[flipped] = (given[flipped] + torch.from_numpy(rng.integers(1, CLASSES, len(flipped)))) % CLASSES
@@ -103,10 +106,15 @@ def load_data(settings: Settings, rng: np.random.Generator) -> Data:
 def build_net() -> nn.Module:
     """Makes a convolutional net with 38,282 parameters, (B, 1, 8, 8) to logits (B, 10)."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(32 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, CLASSES),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 64),
+        nn.ReLU(),
+        nn.Linear(64, CLASSES),
+    )
 
 
 def logits_of(nets: Models, images: Tensor) -> Tensor:

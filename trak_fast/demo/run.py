@@ -185,9 +185,13 @@ def attribute(
     net = build_net()
     grad_dim = sum(parameter.numel() for parameter in net.parameters())
     traker = TRAKer(
-        net, "image_classification", train_set_size=len(data.labels), save_dir=folder,
-        gradient_computer=TimedGradients, projector=TimedProjector(grad_dim, settings.proj_dim, seed=settings.seed),
-    )  # fmt: skip
+        net,
+        "image_classification",
+        train_set_size=len(data.labels),
+        save_dir=folder,
+        gradient_computer=TimedGradients,
+        projector=TimedProjector(grad_dim, settings.proj_dim, seed=settings.seed),
+    )
     train_loader = DataLoader(TensorDataset(data.images, data.labels), BATCH_SIZE)
     test_loader = DataLoader(TensorDataset(data.test_images, data.test_labels), BATCH_SIZE)
     checkpoints = [state_dict(nets, c) for c in range(settings.checkpoints)]
@@ -217,10 +221,14 @@ def retrain(data: Data, settings: Settings, rng: np.random.Generator) -> tuple[N
     """
     masks = random_subsets(len(data.labels), settings.subsets, int(rng.integers(2**32)))
     outputs = retrained_outputs(
-        build_net, (data.images, data.labels), masks,
+        build_net,
+        (data.images, data.labels),
+        masks,
         lambda nets: margins(logits_of(nets, data.test_images), data.test_labels),
-        Recipe(settings.epochs, BATCH_SIZE), int(rng.integers(2**32)), models_per_subset=settings.nets_per_subset,
-    )  # fmt: skip
+        Recipe(settings.epochs, BATCH_SIZE),
+        int(rng.integers(2**32)),
+        models_per_subset=settings.nets_per_subset,
+    )
     return masks, outputs
 
 

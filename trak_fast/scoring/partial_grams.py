@@ -58,7 +58,8 @@ class PartialGram:
             weighted: Sums X'CX too.
         """
         folder.mkdir(exist_ok=True)
-        self.folder, self._locks = folder, locks
+        self.folder = folder
+        self._locks = locks
         self.slot = 0
         while (folder, self.slot) in _taken or not locks.acquire(FIRST_SLOT + self.slot):
             self.slot += 1
@@ -72,7 +73,8 @@ class PartialGram:
         self._sums = [GramAccumulator(width, device) for _ in range(2 if weighted else 1)]
         if (before := load(self.path, num_rows, (len(self._sums), width, width))) is not None:
             self._base, self.rows = before
-        self._saved, self._changed = time.monotonic(), False
+        self._saved = time.monotonic()
+        self._changed = False
 
     def add(
         self, inds: NDArray[np.integer], features: NDArray[np.float32], curvature: NDArray[np.float64] | None = None
@@ -101,7 +103,8 @@ class PartialGram:
         if self._changed and self.folder.exists():  # it goes when the checkpoint is finalized
             with atomic_file(self.path) as temporary, temporary.open("wb") as file:
                 np.savez(file, gram=self.value(), rows=np.packbits(self.rows))
-        self._saved, self._changed = time.monotonic(), False
+        self._saved = time.monotonic()
+        self._changed = False
 
     def close(self) -> None:
         """Saves the sum and gives the slot up; without the sum its rows are only read again."""

@@ -74,8 +74,9 @@ def factorize(matrix: Tensor, cutoff: float, jitter: bool = False) -> Inverse:
     kept = values > max(cutoff * values[-1].item(), 0.0)
     logger.warning(
         "singular to rounding: %d of %d eigenvalues are inverted, the others left out; see lambda_reg",
-        int(kept.sum()), len(values),
-    )  # fmt: skip
+        int(kept.sum()),
+        len(values),
+    )
     values, vectors = values[kept], vectors[:, kept]
     condition = (values[-1] / values[0]).item() if len(values) else 1.0
     return Inverse(lambda right: vectors @ ((vectors.mT @ right) / values.unsqueeze(1)), condition, "eigh")
