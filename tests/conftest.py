@@ -16,23 +16,9 @@ pytest.register_assert_rewrite("attribution", "emulated", "projections")
 
 from projections import ISAS  # noqa: E402 (its assertions explain themselves when they fail)
 
-LONGEST_FILES = (
-    "projection/test_projection.py",
-    "demo/test_demo.py",
-    "bench/test_bench.py",
-    "compat/test_compat.py",
-    "test_docs.py",
-    "projection/test_adjoint.py",
-    "cuda/test_gpu_check.py",
-    "test_distributed.py",
-)
-"""Test files that take longest, the longest first: workers begin with them, so that none has to wait at the end."""
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first, and skips what needs a CUDA device where there is none."""
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    """Skips what needs a CUDA device where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
