@@ -49,7 +49,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_C", device)
         yield device
-    assert device.count("wgmma" if "sm90" in request.param else "mma bf16") > 0
+    instructions = ["wgmma"] if "sm90" in request.param else ["mma bf16", "mma fp16"]
+    assert sum(map(device.count, instructions)) > 0
 
 
 @pytest.fixture(autouse=True)
