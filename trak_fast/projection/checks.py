@@ -65,6 +65,7 @@ class Adjoint(NamedTuple):
 
 def check_projection(
     tensors: list[Tensor],
+    columns: int,
     proj_dim: SupportsIndex,
     proj_type: str | enum.Enum,
     seed: SupportsIndex,
@@ -72,8 +73,7 @@ def check_projection(
     offset: SupportsIndex,
     precision: str | None,
 ) -> Projection:
-    """Checks the arguments of a projection of tensors that `gradient_tensors` has checked."""
-    columns = sum([width(tensor) for tensor in tensors])
+    """Checks the arguments of a projection of tensors that `gradient_tensors` has checked, with so many columns."""
     rows = integer("proj_dim", proj_dim, 1, MAX_ROWS)
     part = matrix_part(proj_type, seed, model_id, offset, columns)
     check_precision(precision)
@@ -160,6 +160,11 @@ def gradient_tensors(grads: Gradients, memory: bool = True) -> list[Tensor]:
             raise ValueError(f"{name} is on device {tensor.device}, but {first_name} is on {first.device}")
         tensors.append(tensor.resolve_neg() if memory and tensor.is_neg() else tensor)
     return tensors
+
+
+def count_columns(tensors: Sequence[Tensor]) -> int:
+    """Returns the number of columns that tensors (B, ...) have in all when they are flattened."""
+    return sum([width(tensor) for tensor in tensors])
 
 
 def width(tensor: Tensor) -> int:

@@ -71,8 +71,10 @@ def project(
         RuntimeError: CUDA reports an error, or the device's first ``"normal"`` projection is inside a graph capture.
     """
     memory = not (differentiable or torch.compiler.is_compiling())
+    tensors = checks.gradient_tensors(grads, memory)
     projection = checks.check_projection(
-        checks.gradient_tensors(grads, memory),
+        tensors,
+        checks.count_columns(tensors),
         proj_dim,
         proj_type=proj_type,
         seed=seed,

@@ -64,8 +64,10 @@ def _project(
     out: Tensor | None = None,
 ) -> Tensor:
     """Checks and projects real tensors: the operator `project`."""
+    tensors = checks.gradient_tensors([grad.detach() for grad in grads])
     projection = checks.check_projection(
-        checks.gradient_tensors([grad.detach() for grad in grads]),
+        tensors,
+        checks.count_columns(tensors),
         proj_dim,
         proj_type=proj_type,
         seed=seed % 2**64,

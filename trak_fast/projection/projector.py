@@ -77,7 +77,7 @@ class Projector:
         precision: str | None = None,
     ) -> None:
         self.grad_dim = integer("grad_dim", grad_dim, 0, checks.MAX_COLUMNS)
-        self.proj_dim = integer("proj_dim", proj_dim, 1, 2**32)
+        self.proj_dim = integer("proj_dim", proj_dim, 1, checks.MAX_ROWS)
         self.seed = integer("seed", seed, 0, 2**64 - 1)
         checks.check_precision(precision)
         kind = checks.kind_of(proj_type)
@@ -97,10 +97,10 @@ class Projector:
         """
         compiling = torch.compiler.is_compiling()
         tensors = self._tensors(grads, memory=not compiling)
-        columns = sum(map(checks.width, tensors))
+        columns = checks.count_columns(tensors)
         if columns != self.grad_dim:
             raise ValueError(f"grads has {columns} columns, but grad_dim is {self.grad_dim}")
-        projection = self._checked(tensors, model_id)
+        projection = self._checked(tensors, columns, model_id)
         return operators.project(projection, None, False) if compiling else kernels.project(projection)
 
     def adjoint(self, y: Tensor, model_id: int = 0) -> Tensor:
@@ -131,10 +131,11 @@ class Projector:
             raise ValueError(f"grads is on device {device}, but this projector's device is {self.device}")
         return tensors
 
-    def _checked(self, tensors: list[Tensor], model_id: int, offset: int = 0) -> checks.Projection:
-        """Checks everything but the tensors."""
+    def _checked(self, tensors: list[Tensor], columns: int, model_id: int, offset: int = 0) -> checks.Projection:
+        """Checks everything but the tensors, which have so many columns."""
         return checks.check_projection(
             tensors,
+            columns,
             self.proj_dim,
             proj_type=self.proj_type,
             seed=self.seed,
@@ -174,7 +175,7 @@ class Accumulator:
         compiling = torch.compiler.is_compiling()
         projector = self._projector
         tensors = projector._tensors(grads, memory=not compiling)
-        columns = sum(map(checks.width, tensors))
+        columns = checks.count_columns(tensors)
         offset = integer("offset", offset, 0, checks.MAX_COLUMNS)
         if offset + columns > projector.grad_dim:
             raise ValueError(f"columns {offset} to {offset + columns} do not fit into grad_dim = {projector.grad_dim}")
@@ -183,7 +184,7 @@ class Accumulator:
             raise ValueError(f"grads holds {samples} samples, but batch_size is {self._batch_size}")
         if self._sum is None:
             self._sum = self._zeros(tensors[0].device)
-        projection = projector._checked(tensors, self._model_id, offset)
+        projection = projector._checked(tensors, columns, self._model_id, offset)
         checks.check_projection_out(self._sum, projection, memory=not compiling)
         if compiling:
             operators.project(projection, self._sum, False)
