@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.register_assert_rewrite("attribution", "emulated", "projections")
+pytest.register_assert_rewrite("attribution", "emulated", "interrupted", "projections")
 
 from projections import ISAS  # noqa: E402 (its assertions explain themselves when they fail)
 

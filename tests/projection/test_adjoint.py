@@ -7,9 +7,6 @@ most 36 √n 2^-24 ‖y‖. Inputs enter exactly but for float64, which is round
 
 import itertools
 import math
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interrupted import interrupt
 from projections import (
     DTYPES,
     ISAS,
@@ -281,16 +279,4 @@ except KeyboardInterrupt:
 
 def test_control_c_stops_a_long_adjoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    command = [sys.executable, "-c", INTERRUPTED]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "working\n"
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(1)
-            process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=30)  # minutes are left to do
-        finally:
-            process.kill()
-    assert output == "interrupted 2.0\n"
-    assert process.returncode == 0
+    assert interrupt(INTERRUPTED, tmp_path) == ("interrupted 2.0\n", 0)
