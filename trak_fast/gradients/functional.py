@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from ..tasks.base import Task
+from .base import ParameterGradients
 from .modes import unfused_attention
 from .parameters import select_parameters
 
 
-class FunctionalGradientComputer:
+class FunctionalGradientComputer(ParameterGradients):
     """Per-sample gradients by vmap over grad; only the selected parameters are differentiated.
 
     The model runs in the mode it is in. Random operations that are active even in evaluation mode are an error, as
     features would not be repeatable.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        grad_dim: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        grad_wrt: Iterable[str] | None = None,
-    ) -> None:
-        """Takes the parameters of `model` as they are now.
-
-        Args:
-            model: The module to differentiate.
-            task: The model output function.
-            grad_dim: Has no effect; part of the contract of gradient computers, as are the next two.
-            dtype: Has no effect: gradients have their parameter's dtype.
-            device: Has no effect: gradients are where their parameter is.
-            grad_wrt: Names or patterns of the parameters to differentiate with respect to; None: all.
-
-        Raises:
-            TypeError: `grad_wrt` is a single string.
-            ValueError: `grad_wrt` is empty, or one of its entries fits no parameter of `model`.
-        """
-        self.task = task
-        self.grad_wrt = None if grad_wrt is None else list(select_parameters(model, grad_wrt))
-        self.load_model_params(model)
 
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""

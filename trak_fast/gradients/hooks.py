@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tasks.base import BatchOutputs, Task
+from ..tasks.base import BatchOutputs
+from .base import ParameterGradients
 from .layers import Rule, rule_of
 from .modes import no_fast_path, unfused_attention
 from .parameters import select_parameters
@@ -74,25 +75,11 @@ class _Broken(Exception):
         self.names = names
 
 
-class HookGradientComputer:
+class HookGradientComputer(ParameterGradients):
     """Per-sample gradients for models that torch.func cannot take; the same as `FunctionalGradientComputer`'s.
 
     A task without `get_outputs` (`BatchOutputs`) is evaluated sample by sample.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        grad_dim: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        grad_wrt: Iterable[str] | None = None,
-    ) -> None:
-        """Takes the parameters of `model` as they are now; the arguments are those of `FunctionalGradientComputer`."""
-        self.task = task
-        self.grad_wrt = None if grad_wrt is None else list(select_parameters(model, grad_wrt))
-        self.load_model_params(model)
 
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
