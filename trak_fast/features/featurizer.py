@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..gradients.base import GradientComputer
-from ..gradients.modes import evaluation_mode
+from ..gradients.modes import no_fast_path
 from ..projection.projector import ProjectorLike
-from ..tasks.base import Task
+from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode
 from . import memory
 
 
@@ -137,12 +137,12 @@ class Featurizer:
         budget = self.memory_budget
         if budget is None:
             budget = memory.free_bytes(self.device) // (2 if self.device.type == "cuda" else 4)
-        sample = [x.to(self.device) for x in sample]
+        sample = copy_tensors([x.to(self.device) for x in sample])
         weights = dict(self.model.named_parameters())
-        buffers = dict(self.model.named_buffers())
+        buffers = copy_buffers(dict(self.model.named_buffers()))
 
         def forward() -> None:
-            with evaluation_mode(self.model):
+            with evaluation_mode(self.model), no_fast_path():
                 self.task.get_output(self.model, weights, buffers, *sample)
 
         return max(1, budget // memory.sample_bytes(forward, self.gradient_bytes))
