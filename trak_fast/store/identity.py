@@ -41,7 +41,7 @@ class Description:
         self.lines: list[str] = []
         self._code = hashlib.sha256()
         self._model = {id(module) for module in model.modules()} if model is not None else set()
-        self._seen: set[int] = set()
+        self._seen: dict[int, Any] = {}  # by identity; the values are kept, so that no other gets theirs
 
     @property
     def code(self) -> dict[str, str]:
@@ -61,7 +61,7 @@ class Description:
         elif id(value) in self._seen:
             return
         else:
-            self._seen.add(id(value))
+            self._seen[id(value)] = value
             self._add_composite(name, value)
 
     def add_class(self, name: str, kind: type) -> None:
@@ -125,7 +125,7 @@ class Description:
         if _is_known(function):
             return
         code = function.__code__
-        self._add_code(code)
+        self._add_code(code, function.__doc__)
         self.add(f"{name}.defaults", function.__defaults__ or ())
         self.add(f"{name}.defaults", function.__kwdefaults__ or {})
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -135,17 +135,18 @@ class Description:
                 continue
         for variable in sorted(_globals_read(code)):
             value = function.__globals__.get(variable)
-            if isinstance(value, (*PLAIN, Tensor, np.ndarray, np.generic)) and value is not None:
-                self.add(f"global {variable}", value)
-            elif isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
+            is_constant = isinstance(value, (*PLAIN, Tensor, np.ndarray, np.generic)) and value is not None
+            is_neighbour = isinstance(value, types.FunctionType) and value.__module__ == function.__module__
+            if is_constant or is_neighbour:
                 self.add(f"global {variable}", value)
 
-    def _add_code(self, code: types.CodeType) -> None:
+    def _add_code(self, code: types.CodeType, documentation: str | None = None) -> None:
+        """Digests what code does, which its documentation has no part in."""
         self._code.update(repr((code.co_code, code.co_names, code.co_varnames)).encode())
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._add_code(constant)
-            else:
+            elif documentation is None or constant != documentation:
                 self._code.update(repr(sorted(constant) if isinstance(constant, frozenset) else constant).encode())
 
 

@@ -47,6 +47,13 @@ class Task(ABC):
             A tensor with one element and no dimensions.
         """
 
+    def get_settings(self) -> Mapping[str, Any]:
+        """Returns all that f and Q depend on beside the model, by name. Folders of features are for one set of them.
+
+        By default these are the attributes whose names begin with no underscore.
+        """
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
     @property
     def _has_loss(self) -> bool:
         """True where `loss` is something other than −f."""
@@ -153,6 +160,13 @@ class BatchOutputs(Protocol):
         """
 
 
+class PaddedBatches(Protocol):
+    """A task whose samples are padded to the longest of a batch."""
+
+    def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns a batch with 0 wherever it is padding: a sample stays the same however far it is padded."""
+
+
 class LossCurvature(Protocol):
     """A task that knows the curvature of its loss, by which `TRAKer` weighs training samples."""
 
@@ -197,6 +211,9 @@ class FunctionTask(Task):
         self.output = output
         self._loss = loss
         self.name = f"{getattr(output, '__module__', '')}.{getattr(output, '__qualname__', type(output).__qualname__)}"
+
+    def get_settings(self) -> Mapping[str, Any]:
+        return {"output": self.output, "loss": self._loss}
 
     def get_output(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor

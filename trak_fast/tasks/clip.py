@@ -55,6 +55,13 @@ class CLIP(BatchTask):
         self.image_embeddings: Tensor | None = None
         self.text_embeddings: Tensor | None = None
 
+    def get_settings(self) -> Mapping[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "simulated_batch_size": self.simulated_batch_size,
+            "seed": self.seed,
+        }
+
     @torch.no_grad()
     def get_embeddings(
         self,

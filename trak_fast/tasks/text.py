@@ -38,6 +38,15 @@ class TextClassification(Classification):
             )
         return model(**dict(zip(self.inputs, inputs, strict=True)))
 
+    def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns a batch with 0 wherever its attention_mask is."""
+        return clear_where_masked(batch, batch[self.inputs.index("attention_mask")])
+
+
+def clear_where_masked(batch: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
+    """Sets to 0 what `mask` (B, T) leaves out, in each tensor of its shape."""
+    return [torch.where(mask.bool(), x, torch.zeros_like(x)) if x.shape == mask.shape else x for x in batch]
+
 
 class LanguageModelling(BatchTask):
     """Base class for masked and causal language modelling: a model predicts tokens, each by a classification.
@@ -74,6 +83,10 @@ class LanguageModelling(BatchTask):
     def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
         """Computes Q = 1 − p = σ(−f) of each sequence, (B,)."""
         return torch.sigmoid(-outputs)
+
+    def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns a batch with 0 wherever its attention_mask is."""
+        return clear_where_masked(batch, batch[self.fields.index("attention_mask")])
 
 
 class CausalLM(LanguageModelling):
