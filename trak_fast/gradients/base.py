@@ -118,7 +118,7 @@ class ParameterGradients(ABC):
         self.task = task
         self.grad_wrt = None if grad_wrt is None else list(select_parameters(model, grad_wrt))
         self._weighs_alone = False  # True once a batch has changed a sample's Q
-        self._generator = torch.Generator().manual_seed(0)  # leaves the caller's random numbers alone
+        self._generator = torch.Generator("cpu").manual_seed(0)  # leaves the caller's random numbers alone
         self.load_model_params(model)
 
     def load_model_params(self, model: nn.Module) -> None:
@@ -187,7 +187,7 @@ class ParameterGradients(ABC):
             whole = self._ask_for_weightings(batch)
             if count == 1 or len(whole.shape) == 0 or len(whole) != count:  # the caller checks shapes
                 return whole
-            chosen = int(torch.randint(count, (), generator=self._generator))
+            chosen = int(torch.randint(count, (), generator=self._generator, device="cpu"))
             alone = self._ask_for_weightings([x[chosen : chosen + 1] for x in batch])
             scale = self._output_tolerance * whole.detach().double().abs().max()
             if (alone.detach().double().reshape(-1) - whole[chosen].detach().double().reshape(-1)).abs().max() <= scale:

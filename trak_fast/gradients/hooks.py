@@ -29,7 +29,7 @@ from ..tasks.base import copy_buffers, copy_tensors
 from .base import ParameterGradients
 from .layers import Rule, rule_of
 from .modes import requiring_grad
-from .repeatable import differ, require_same
+from .repeatable import differ, ran_out_of_memory, require_same
 
 logger = logging.getLogger("trak_fast")
 
@@ -150,7 +150,7 @@ class HookGradientComputer(ParameterGradients):
         """
         count = len(batch[0])
         with requiring_grad(self.parameters.values(), ()):
-            order = torch.randperm(count, generator=self._generator)
+            order = torch.randperm(count, generator=self._generator, device="cpu")
             again = outputs.clone()
             for part in order.tensor_split(2) if self._is_first_batch else [order[:1]]:
                 samples = [x[part.to(x.device)] for x in batch]
@@ -171,12 +171,12 @@ class HookGradientComputer(ParameterGradients):
         buffers = copy_buffers(self.buffers)
         if hasattr(self.task, "get_outputs"):
             outputs: Tensor = self.task.get_outputs(self.model, self.parameters, buffers, batch)
-            if outputs.shape != (len(batch[0]),):
+            if outputs.numel() != len(batch[0]):
                 raise ValueError(
                     f"{type(self.task).__name__}.get_outputs must return ({len(batch[0])},), one number a sample, "
                     f"not {tuple(outputs.shape)}"
                 )
-            return outputs
+            return outputs.reshape(-1)
         return self.task.get_output(self.model, self.parameters, buffers, *[x[0] for x in batch]).reshape(1)
 
     def _in_batches_of_one(self, batch: Sequence[Tensor], names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
@@ -272,9 +272,9 @@ class HookGradientComputer(ParameterGradients):
 
     def _draw_factors(self, count: int) -> Tensor:
         """Draws factors c of samples, (B,) float64, that differ, so that gradients of exchanged samples are noticed."""
-        factors = torch.linspace(1 / 3, 1, count, dtype=torch.float64)
-        factors = factors[torch.randperm(count, generator=self._generator)]
-        factors *= torch.randint(2, (count,), generator=self._generator) * 2 - 1
+        factors = torch.linspace(1 / 3, 1, count, dtype=torch.float64, device="cpu")
+        factors = factors[torch.randperm(count, generator=self._generator, device="cpu")]
+        factors *= torch.randint(2, (count,), generator=self._generator, device="cpu") * 2 - 1
         for dtype in self._dtypes:
             factors = factors.to(dtype).double()  # the same number in each dtype
         return factors.to(self._device)
@@ -313,15 +313,31 @@ class HookGradientComputer(ParameterGradients):
                 inputs = inputs.expand(count, *inputs.shape[1:])
             changed = call.inputs._version != call.version
             few = inputs.ndim < known.rule.least_dims
-            if changed or few or not len(inputs) == len(output_grad) == count:
+            values: dict[str, Tensor] | None = None
+            if not changed and not few and len(inputs) == len(output_grad) == count:
+                values = self._apply(known, call.layer, inputs, output_grad)
+            if values is None:
                 recording.unexplained |= set(known.names.values()) - singly
                 continue
-            for own_name, value in known.rule.gradients(call.layer, inputs, output_grad).items():
-                if (name := known.names.get(own_name)) is not None and name not in singly:
+            for name, value in values.items():
+                if name not in singly:
                     grads[name] = grads[name] + value if name in grads else value
         for name in recording.unexplained:
             grads.pop(name, None)
         return {name: value.detach() for name, value in grads.items()}
+
+    def _apply(self, known: _Layer, layer: nn.Module, inputs: Tensor, output_grad: Tensor) -> dict[str, Tensor] | None:
+        """Applies the rule of a layer; returns None if the layer, of a subclass perhaps, has another kind of input."""
+        try:
+            found = known.rule.gradients(layer, inputs, output_grad)
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise
+            return None
+        values = {known.names[name]: value for name, value in found.items() if name in known.names}
+        if any(value.shape[1:] != self.selected[name].shape for name, value in values.items()):
+            return None
+        return {name: value.to(self.selected[name].dtype) for name, value in values.items()}
 
     @torch.no_grad()
     def _compare(self, grads: dict[str, Tensor], factors: Tensor, sums: dict[str, Tensor]) -> set[str]:

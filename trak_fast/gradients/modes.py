@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -31,17 +32,46 @@ def no_fast_path() -> Iterator[None]:
         mha.set_fastpath_enabled(before)
 
 
+class SharedMode:
+    """A setting of the whole process, which the first of several threads to enter changes and the last restores."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Takes a function that makes the context manager of the setting."""
+        self._make = make
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._mode: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._mode = self._make()
+                self._mode.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._mode is not None:
+                self._mode.__exit__(None, None, None)
+
+
+_UNFUSED_ATTENTION = SharedMode(unfused_attention)
+_NO_FAST_PATH = SharedMode(no_fast_path)
+# cuDNN has gradients of recurrent layers in training mode only
+_NO_CUDNN = SharedMode(lambda: torch.backends.cudnn.flags(enabled=False))
+
+
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Lets autograd record all operations, whatever mode the caller is in, and none of them fused."""
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
-        modes.enter_context(unfused_attention())
-        modes.enter_context(no_fast_path())
+        modes.enter_context(_UNFUSED_ATTENTION)
+        modes.enter_context(_NO_FAST_PATH)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            # cuDNN has gradients of recurrent layers in training mode only
-            modes.enter_context(torch.backends.cudnn.flags(enabled=False))
+            modes.enter_context(_NO_CUDNN)
         yield
 
 
