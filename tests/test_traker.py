@@ -323,15 +323,40 @@ def test_bad_options_are_refused_before_a_folder_is_made(tmp_path: Path, options
         ({}, ValueError, "either inds or num_samples"),
         ({"inds": [0, 1], "num_samples": 2}, ValueError, "either inds or num_samples"),
         ({"num_samples": 3}, ValueError, r"batch has \[2, 2\] samples in its tensors, num_samples says 3"),
-        ({"num_samples": 0}, ValueError, r"num_samples must be in \[1, 2\*\*48\], not 0"),
+        ({"num_samples": -1}, ValueError, r"num_samples must be in \[0, 2\*\*48\], not -1"),
+        ({"num_samples": 0}, ValueError, r"batch has \[2, 2\] samples in its tensors, num_samples says 0"),
+        ({"inds": []}, ValueError, r"batch has \[2, 2\] samples in its tensors, inds says 0"),
         ({"inds": [0, 1, 2]}, ValueError, "inds says 3"),
         ({"inds": [0, N]}, ValueError, r"samples 0 to 12 are not all in \[0, 12\)"),
         ({"inds": [-1, 0]}, ValueError, "samples -1 to 0"),
         ({"inds": [4, 4]}, ValueError, "same number twice"),
         ({"inds": [0.0, 1.0]}, TypeError, "inds must be integers, not float64"),
         ({"inds": torch.tensor([True, False])}, TypeError, "inds must be integers, not bool"),
-        ({"num_samples": 2, "batch": TRAIN[0][:2]}, TypeError, "sequence of tensors .* not Tensor"),
-        ({"num_samples": 2, "batch": [[1], [2]]}, TypeError, "sequence of tensors .* not list"),
+        ({"num_samples": 2, "batch": TRAIN[0][:2]}, TypeError, "sequence of tensors .* not a Tensor"),
+        (
+            {"num_samples": 2, "batch": [TRAIN[0][:2], [1, 2]]},
+            TypeError,
+            r"batch\[1\] must be a tensor \(B, ...\), not list; torch.as_tensor\(batch\[1\]\) is one",
+        ),
+        (
+            {"num_samples": 2, "batch": [x[:2].numpy() for x in TRAIN]},
+            TypeError,
+            r"batch\[0\] must be .*, not numpy.ndarray; torch.from_numpy\(batch\[0\]\) is one",
+        ),
+        ({"num_samples": 2, "batch": [TRAIN[0][:2], None]}, TypeError, r"batch\[1\] must be .*, not NoneType$"),
+        (
+            {"num_samples": 2, "batch": {"image": TRAIN[0][:2], "label": TRAIN[1][:2]}},
+            TypeError,
+            r"in the order that the task takes them, not dict; give \[batch\[name\] .* its keys image, label$",
+        ),
+        ({"num_samples": 2, "batch": (x[:2] for x in TRAIN)}, TypeError, r"not generator; list\(batch\) may be one"),
+        ({"num_samples": 2, "batch": None}, TypeError, "not NoneType$"),
+        ({"num_samples": 2, "batch": []}, ValueError, "batch must hold the tensors of 2 samples, not be empty"),
+        (
+            {"num_samples": 1, "batch": [TRAIN[0][:1], TRAIN[1][0]]},
+            ValueError,
+            r"batch\[1\] must be .*, not one without dimensions; batch\[1\]\[None\] is one of one sample",
+        ),
         ({"num_samples": 2, "batch": [TRAIN[0][:2], TRAIN[1][:3]]}, ValueError, r"batch has \[2, 3\] samples"),
     ],
 )
@@ -344,6 +369,29 @@ def test_batches_that_do_not_fit_are_refused(
     with pytest.raises(error, match=message):
         traker.featurize(**arguments)
     assert not traker.store.train(0).done.any()
+
+
+def test_an_empty_batch_changes_nothing(tmp_path: Path) -> None:
+    """As a share of a loader's batches may be, in featurizing and scoring, and between batches that go on."""
+    expected = run(build(tmp_path / "without")).copy()
+    empty = [x[:0] for x in TRAIN]
+    traker = build(tmp_path / "with")
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker.load_checkpoint(state, model_id)
+        traker.featurize(empty, num_samples=0)
+        traker.featurize([x[:5] for x in TRAIN], num_samples=5)
+        for nothing in (empty, []):
+            traker.featurize(nothing, inds=[])
+            traker.featurize(nothing, inds=torch.zeros(0, dtype=torch.int64))
+            traker.featurize(nothing, num_samples=0)
+        traker.featurize([x[5:] for x in TRAIN], num_samples=N - 5)
+    traker.finalize_features()
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker.start_scoring_checkpoint("test", state, model_id, num_targets=M)
+        traker.score(empty, inds=[])
+        traker.score(TARGETS, num_samples=M)
+        traker.score(empty, num_samples=0)
+    np.testing.assert_allclose(traker.finalize_scores("test"), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_more_samples_than_the_training_set_has_are_refused(tmp_path: Path) -> None:
