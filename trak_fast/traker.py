@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .arguments import Indices, integer
+from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.featurizer import Featurizer, ProjectedGradients
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
@@ -227,7 +228,9 @@ class TRAKer:
             _allow_featurizing_already_registered: Deletes what is stored for `model_id`, to featurize it again.
 
         Raises:
-            ValueError: Features of other weights are stored under `model_id`.
+            ValueError: Features of other weights are stored under `model_id`, or the checkpoint is not this model's;
+                nothing is open for `featurize` then.
+            TypeError: `checkpoint` is no state dict.
         """
         model_id = self._load(checkpoint, model_id)
         forget = _allow_featurizing_already_registered or not (self._resume or model_id in self._seen)
@@ -447,7 +450,7 @@ class TRAKer:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
         model_id = integer("model_id", model_id, 0, 2**32 - 1)
         self._recorder.close()
-        self.model.load_state_dict(checkpoint)
+        load_checkpoint(self.model, checkpoint)
         self.gradient_computer.load_model_params(self.model)
         return model_id
 
