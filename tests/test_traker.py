@@ -137,6 +137,30 @@ def test_a_subset_of_parameters_is_projected_as_a_gradient_of_its_own(tmp_path: 
     assert (np.abs(traker.store.train(0).features - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("frozen", [[], ["0.weight", "0.bias"]])
+def test_by_default_parameters_that_require_gradients_are_attributed_and_counted(
+    tmp_path: Path, frozen: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    names = [name for name, _ in model.named_parameters() if name not in frozen]
+    with caplog.at_level("INFO", "trak_fast"):
+        traker = TRAKer(model, "image_classification", N, tmp_path / "some", proj_dim=0)
+    assert caplog.messages == (
+        ["gradients of 2 of 4 parameters, 27 of 131 numbers: those that require gradients (grad_wrt=['*'] takes all)"]
+        if frozen
+        else []
+    )
+    run(traker)
+    gradients = by_hand(CHECKPOINTS[1], TRAIN, names)[0]
+    np.testing.assert_allclose(traker.store.train(1).features, gradients, rtol=2 * EPS, atol=1e-12)
+    everything = TRAKer(model, "image_classification", N, tmp_path / "all", proj_dim=0, grad_wrt=["*"])
+    run(everything)
+    gradients = by_hand(CHECKPOINTS[1], TRAIN)[0]
+    np.testing.assert_allclose(everything.store.train(1).features, gradients, rtol=2 * EPS, atol=1e-12)
+
+
 def test_features_do_not_depend_on_chunks_nor_on_the_mode_of_the_model(tmp_path: Path) -> None:
     whole, chunked = build(tmp_path / "a"), build(tmp_path / "b", chunk_size=2)
     chunked.model.train()
@@ -313,6 +337,28 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
 def test_bad_options_are_refused_before_a_folder_is_made(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     options = {"model": network(), "task": "image_classification", "train_set_size": N, **options}
     with pytest.raises(ValueError, match=message):
+        TRAKer(save_dir=tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": dict(network().named_parameters())}, "model must be a torch.nn.Module, not dict"),
+        ({"model": "resnet18"}, "model must be a torch.nn.Module, not str"),
+        (
+            {"gradient_computer": "hooks"},
+            "gradient_computer must be a class, not 'hooks'; gradient_computer=trak_fast.HookG",
+        ),
+        (
+            {"gradient_computer": FunctionalGradientComputer(network(), ImageClassification())},
+            "gradient_computer must be a class, not <.*; gradient_computer=trak_fast.HookGradientComputer",
+        ),
+    ],
+)
+def test_options_of_wrong_types_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    options = {"model": network(), "task": "image_classification", "train_set_size": N, **options}
+    with pytest.raises(TypeError, match=message):
         TRAKer(save_dir=tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 COMPILED = "_orig_mod."
 """The part of a name that torch.compile adds, before that of the compiled module."""
@@ -78,16 +77,13 @@ def _with_tied(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Mapping
 
 def _memory(value: object) -> tuple[object, ...] | None:
     """Returns what two tensors have in common that are the same memory; None for those that have none of their own."""
-    if not isinstance(value, Tensor) or is_lazy(value) or value.layout != torch.strided or not value.numel():
+    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
         return None
     return (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.data_ptr() else None
 
 
 def _copies(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.clone() if isinstance(value, Tensor) and not is_lazy(value) else copy.deepcopy(value)
-        for name, value in state.items()
-    }
+    return {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in state.items()}
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ class _Faults:
             shapes=[
                 f"{name} {tuple(given[name].shape)} for {tuple(value.shape)}"
                 for name, value in own.items()
-                if isinstance(given.get(name), Tensor) and isinstance(value, Tensor) and not is_lazy(value)
+                if isinstance(given.get(name), Tensor) and isinstance(value, Tensor)
                 if given[name].shape != value.shape
             ],
         )

@@ -123,7 +123,8 @@ class TRAKer:
                 folder and changes features by up to 2^-11. X'X is summed and solved in float64 all the same.
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
-            grad_wrt: Names or patterns ("head.*") of the parameters to differentiate; all of them by default.
+            grad_wrt: Names or patterns ("head.*") of the parameters to differentiate, whether or not they require
+                gradients; ["*"] takes all. By default those that require gradients.
             lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features and from how far
                 those of the others differ (`scoring.ridge.auto_ridge`). 0: plain TRAK, with the least-norm solution
                 where X'X is singular. With these, scores do not depend on the scale of P. Another number means what it
@@ -159,6 +160,13 @@ class TRAKer:
         self.logger = logging.getLogger("trak_fast")
         self.logger.setLevel(logging_level)
 
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if not callable(gradient_computer) or hasattr(type(gradient_computer), "compute_per_sample_grad"):
+            raise TypeError(
+                f"gradient_computer must be a class, not {gradient_computer!r}; "
+                "gradient_computer=trak_fast.HookGradientComputer gives one"
+            )
         self.model = model
         self.task = resolve_task(task)
         parameters = select_parameters(model, grad_wrt)
@@ -167,13 +175,23 @@ class TRAKer:
         first = next(iter(parameters.values()))
         self.device = first.device
         self.grad_dim = sum(parameter.numel() for parameter in parameters.values())
+        every = list(model.parameters())
+        if len(parameters) < len(every):
+            self.logger.info(
+                "gradients of %d of %d parameters, %s of %s numbers%s",
+                len(parameters),
+                len(every),
+                f"{self.grad_dim:,}",
+                f"{sum(parameter.numel() for parameter in every):,}",
+                ": those that require gradients (grad_wrt=['*'] takes all)" if grad_wrt is None else "",
+            )
         self.gradient_computer = gradient_computer(
             model=model,
             task=self.task,
             grad_dim=self.grad_dim,
             dtype=first.dtype,
             device=self.device,
-            grad_wrt=None if grad_wrt is None else list(parameters),
+            grad_wrt=None if grad_wrt is None and len(parameters) == len(every) else list(parameters),
         )
         if projector is None and proj_dim == 0:
             projector = NoProjection()
