@@ -268,6 +268,19 @@ def test_any_projector_and_task_of_traker_s_contract_work(tmp_path: Path) -> Non
         np.testing.assert_allclose(rows.features[i], expected, rtol=4 * EPS, atol=1e-12)
 
 
+def test_numbers_of_a_projector_may_be_numpy_s(tmp_path: Path) -> None:
+    class Numpy(Projector):
+        pass
+
+    projector = Numpy(131, 8, seed=SEED)
+    vars(projector).update(proj_dim=np.int64(8), seed=np.uint32(SEED))
+    expected = run(build(tmp_path / "a", projector=Numpy(131, 8, seed=SEED)))
+    for _ in range(2):  # makes the folder, and opens it again
+        traker = build(tmp_path / "b", projector=projector)
+        assert (traker.proj_dim, type(traker.proj_dim)) == (8, int)
+        assert (run(traker) == expected).all()
+
+
 def test_gradient_computers_are_given_each_checkpoint(tmp_path: Path) -> None:
     class Copying(FunctionalGradientComputer):
         def load_model_params(self, model: nn.Module) -> None:

@@ -200,7 +200,7 @@ class TRAKer:
         elif (grad_dim := getattr(projector, "grad_dim", 0)) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector
-        self.proj_dim = projector.proj_dim or self.grad_dim
+        self.proj_dim = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48) or self.grad_dim
 
         contents = manifest_of(
             projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
