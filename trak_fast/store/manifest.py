@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -45,13 +46,19 @@ def digest(weights: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
+def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """Returns the bytes of a dense tensor's numbers of any dtype, in the order of its indexes."""
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    # a tensor of one number may count as contiguous whatever its stride is
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
 def _update(sha: hashlib._Hash, name: str, value: object) -> None:
     """Adds an entry to a digest."""
     if isinstance(value, Tensor):
         for part, tensor in _dense_parts(name, value.detach()):
             sha.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            tensor = tensor.resolve_conj().resolve_neg()
-            sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            sha.update(bytes_of(tensor).data)
     elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
         sha.update(f"{name} numpy {value.dtype} {value.shape}".encode() + value.tobytes())
     elif isinstance(value, Mapping):
