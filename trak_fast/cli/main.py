@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 import trak_fast
 
+from ..features.memory import is_out_of_memory
 from . import bench, demo, info, plan
 from .failure import INTERRUPTED, OUTSIDE_WORLD, Failure
 
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _failed(f"this machine has too little memory: {str(error).splitlines()[0]}", OUTSIDE_WORLD)
     return 0
@@ -50,8 +49,3 @@ def _failed(message: str, status: int) -> int:
     """Prints a failure's sentence, and returns its exit status."""
     print(f"trak-fast: error: {message}", file=sys.stderr)
     return status
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Recognises the errors of Python, of CUDA and of torch's allocator on the CPU, which has no type of its own."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
