@@ -1,6 +1,7 @@
 """Metrics against SciPy's Spearman correlation and against counting."""
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -148,3 +149,45 @@ def test_counterfactuals_refuse_what_does_not_fit() -> None:
         counterfactuals(np.zeros((30, 2)), lambda masks: masks[:, :2] * 1.0, 1, random_sets=0)
     with pytest.raises(ValueError, match=r"outputs of shape \(12, 2\), not \(12, 3\)"):
         counterfactuals(np.zeros((30, 2)), lambda masks: masks[:, :3] * 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: lds(np.zeros((4, 0)), np.ones((3, 4), bool), np.zeros((3, 0))),
+            "scores must be of at least 1 target, not 0",
+        ),
+        (lambda: lds_interval(np.zeros((4, 0)), np.ones((3, 4), bool), np.zeros((3, 0))), "at least 1 target, not 0"),
+        (lambda: lds(np.zeros((0, 2)), np.ones((3, 0), bool), np.zeros((3, 2))), "at least 1 training samples, not 0"),
+        (
+            lambda: lds(np.zeros((4, 2)), np.ones((0, 4), bool), np.zeros((0, 2))),
+            "masks must have at least 2 subsets, not 0",
+        ),
+        (lambda: counterfactuals(np.zeros((4, 0)), lambda masks: masks[:, :0] * 1.0, 1), "at least 1 target, not 0"),
+        (lambda: counterfactuals(np.zeros((1, 2)), lambda masks: masks * 1.0, 1), "at least 2 training samples, not 1"),
+        (lambda: counterfactuals(np.zeros((0, 2)), lambda masks: masks * 1.0, 1), "at least 2 training samples, not 0"),
+        (
+            lambda: mislabel_detection([], np.zeros(0, bool)),
+            "flags must mark some samples and leave some out, not mark 0 of 0",
+        ),
+        (lambda: mislabel_detection([1.0, 2.0], np.zeros(2, bool)), "not mark 0 of 2"),
+        (lambda: mislabel_detection([1.0], np.ones(1, bool)), "not mark 1 of 1"),
+    ],
+)
+def test_means_of_nothing_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_complex_scores_are_refused() -> None:
+    """NumPy would drop the imaginary parts with no more than a warning."""
+    with pytest.raises(TypeError, match="scores must be real, not complex128"):
+        lds(np.ones((4, 1)) * 1j, np.ones((3, 4), bool), np.zeros((3, 1)))
+
+
+def test_one_sample_and_one_target_have_a_score() -> None:
+    """A single sample that raises the output: it is higher in both subsets that have it."""
+    masks = np.array([[True], [False], [True]])
+    assert lds([[2.0]], masks, [[5.0], [1.0], [5.0]]).mean == pytest.approx(1)
+    assert lds([[-2.0]], masks, [[5.0], [1.0], [5.0]]).mean == pytest.approx(-1)

@@ -1,5 +1,8 @@
 """Models trained together against the same models trained one at a time by a loop written out here."""
 
+import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +169,49 @@ def test_what_does_not_fit_is_refused() -> None:
         Recipe(epochs=0)
     with pytest.raises(ValueError, match="learning_rate must be at least 0, not nan"):
         Recipe(learning_rate=float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_data_in_half_precision_are_told_apart(tmp_path: Path, dtype: torch.dtype) -> None:
+    """NumPy has no bfloat16. What is stored for the data is taken again, and not for data that differ by one number."""
+    x, y = data()
+    trained = []
+
+    def evaluate(models: dict[str, Tensor]) -> Tensor:
+        trained.append(models["0.weight"].double())
+        return models["0.bias"]
+
+    def outputs(x: Tensor) -> np.ndarray:
+        build = lambda: plain().to(dtype)  # noqa: E731
+        return retrained_outputs(build, (x, y), masks(2), evaluate, RECIPE, 0, save_dir=tmp_path)
+
+    x = x.to(dtype)
+    first = outputs(x)
+    expected = train(lambda: plain().to(dtype), (x, y), masks(2), RECIPE, [0, 0])
+    np.testing.assert_array_equal(first, expected["0.bias"].double())
+    assert torch.equal(trained[0], expected["0.weight"].double())
+    np.testing.assert_array_equal(outputs(x.clone()), first)
+    assert len(trained) == 1
+    other = x.clone()
+    other[3, 2] += 1
+    outputs(other)
+    assert len(trained) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_parts_that_were_stored_before_are_found() -> None:
+    """The names of the files depend on the bytes and NumPy's name of each dtype."""
+    x, y = data()
+    expected = hashlib.sha256(json.dumps([asdict(RECIPE), 0, retraining.MODELS_AT_ONCE]).encode())
+    for array in (x.numpy(), y.numpy(), masks(2)):
+        expected.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    assert retraining._key((x, y), masks(2), RECIPE, 0) == expected.hexdigest()[:16]
+
+
+def test_numbers_of_subsets_and_models_are_checked() -> None:
+    with pytest.raises(ValueError, match="count must be at least 1, not 0"):
+        random_subsets(10, 0, seed=0)
+    with pytest.raises(ValueError, match="num_samples must be at least 2, not 1"):
+        random_subsets(1, 3, seed=0)
+    with pytest.raises(ValueError, match="models_per_subset must be at least 1, not 0"):
+        retrained_outputs(plain, data(), masks(2), lambda models: models["0.bias"], RECIPE, 0, models_per_subset=0)

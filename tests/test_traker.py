@@ -137,6 +137,30 @@ def test_a_subset_of_parameters_is_projected_as_a_gradient_of_its_own(tmp_path: 
     assert (np.abs(traker.store.train(0).features - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("frozen", [[], ["0.weight", "0.bias"]])
+def test_by_default_parameters_that_require_gradients_are_attributed_and_counted(
+    tmp_path: Path, frozen: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    names = [name for name, _ in model.named_parameters() if name not in frozen]
+    with caplog.at_level("INFO", "trak_fast"):
+        traker = TRAKer(model, "image_classification", N, tmp_path / "some", proj_dim=0)
+    assert caplog.messages == (
+        ["gradients of 2 of 4 parameters, 27 of 131 numbers: those that require gradients (grad_wrt=['*'] takes all)"]
+        if frozen
+        else []
+    )
+    run(traker)
+    gradients = by_hand(CHECKPOINTS[1], TRAIN, names)[0]
+    np.testing.assert_allclose(traker.store.train(1).features, gradients, rtol=2 * EPS, atol=1e-12)
+    everything = TRAKer(model, "image_classification", N, tmp_path / "all", proj_dim=0, grad_wrt=["*"])
+    run(everything)
+    gradients = by_hand(CHECKPOINTS[1], TRAIN)[0]
+    np.testing.assert_allclose(everything.store.train(1).features, gradients, rtol=2 * EPS, atol=1e-12)
+
+
 def test_features_do_not_depend_on_chunks_nor_on_the_mode_of_the_model(tmp_path: Path) -> None:
     whole, chunked = build(tmp_path / "a"), build(tmp_path / "b", chunk_size=2)
     chunked.model.train()
@@ -244,6 +268,19 @@ def test_any_projector_and_task_of_traker_s_contract_work(tmp_path: Path) -> Non
         np.testing.assert_allclose(rows.features[i], expected, rtol=4 * EPS, atol=1e-12)
 
 
+def test_numbers_of_a_projector_may_be_numpy_s(tmp_path: Path) -> None:
+    class Numpy(Projector):
+        pass
+
+    projector = Numpy(131, 8, seed=SEED)
+    vars(projector).update(proj_dim=np.int64(8), seed=np.uint32(SEED))
+    expected = run(build(tmp_path / "a", projector=Numpy(131, 8, seed=SEED)))
+    for _ in range(2):  # makes the folder, and opens it again
+        traker = build(tmp_path / "b", projector=projector)
+        assert (traker.proj_dim, type(traker.proj_dim)) == (8, int)
+        assert (run(traker) == expected).all()
+
+
 def test_gradient_computers_are_given_each_checkpoint(tmp_path: Path) -> None:
     class Copying(FunctionalGradientComputer):
         def load_model_params(self, model: nn.Module) -> None:
@@ -318,20 +355,67 @@ def test_bad_options_are_refused_before_a_folder_is_made(tmp_path: Path, options
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": dict(network().named_parameters())}, "model must be a torch.nn.Module, not dict"),
+        ({"model": "resnet18"}, "model must be a torch.nn.Module, not str"),
+        (
+            {"gradient_computer": "hooks"},
+            "gradient_computer must be a class, not 'hooks'; gradient_computer=trak_fast.HookG",
+        ),
+        (
+            {"gradient_computer": FunctionalGradientComputer(network(), ImageClassification())},
+            "gradient_computer must be a class, not <.*; gradient_computer=trak_fast.HookGradientComputer",
+        ),
+    ],
+)
+def test_options_of_wrong_types_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    options = {"model": network(), "task": "image_classification", "train_set_size": N, **options}
+    with pytest.raises(TypeError, match=message):
+        TRAKer(save_dir=tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
         ({}, ValueError, "either inds or num_samples"),
         ({"inds": [0, 1], "num_samples": 2}, ValueError, "either inds or num_samples"),
         ({"num_samples": 3}, ValueError, r"batch has \[2, 2\] samples in its tensors, num_samples says 3"),
-        ({"num_samples": 0}, ValueError, r"num_samples must be in \[1, 2\*\*48\], not 0"),
+        ({"num_samples": -1}, ValueError, r"num_samples must be in \[0, 2\*\*48\], not -1"),
+        ({"num_samples": 0}, ValueError, r"batch has \[2, 2\] samples in its tensors, num_samples says 0"),
+        ({"inds": []}, ValueError, r"batch has \[2, 2\] samples in its tensors, inds says 0"),
         ({"inds": [0, 1, 2]}, ValueError, "inds says 3"),
         ({"inds": [0, N]}, ValueError, r"samples 0 to 12 are not all in \[0, 12\)"),
         ({"inds": [-1, 0]}, ValueError, "samples -1 to 0"),
         ({"inds": [4, 4]}, ValueError, "same number twice"),
         ({"inds": [0.0, 1.0]}, TypeError, "inds must be integers, not float64"),
         ({"inds": torch.tensor([True, False])}, TypeError, "inds must be integers, not bool"),
-        ({"num_samples": 2, "batch": TRAIN[0][:2]}, TypeError, "sequence of tensors .* not Tensor"),
-        ({"num_samples": 2, "batch": [[1], [2]]}, TypeError, "sequence of tensors .* not list"),
+        ({"num_samples": 2, "batch": TRAIN[0][:2]}, TypeError, "sequence of tensors .* not a Tensor"),
+        (
+            {"num_samples": 2, "batch": [TRAIN[0][:2], [1, 2]]},
+            TypeError,
+            r"batch\[1\] must be a tensor \(B, ...\), not list; torch.as_tensor\(batch\[1\]\) is one",
+        ),
+        (
+            {"num_samples": 2, "batch": [x[:2].numpy() for x in TRAIN]},
+            TypeError,
+            r"batch\[0\] must be .*, not numpy.ndarray; torch.from_numpy\(batch\[0\]\) is one",
+        ),
+        ({"num_samples": 2, "batch": [TRAIN[0][:2], None]}, TypeError, r"batch\[1\] must be .*, not NoneType$"),
+        (
+            {"num_samples": 2, "batch": {"image": TRAIN[0][:2], "label": TRAIN[1][:2]}},
+            TypeError,
+            r"in the order that the task takes them, not dict; give \[batch\[name\] .* its keys image, label$",
+        ),
+        ({"num_samples": 2, "batch": (x[:2] for x in TRAIN)}, TypeError, r"not generator; list\(batch\) may be one"),
+        ({"num_samples": 2, "batch": None}, TypeError, "not NoneType$"),
+        ({"num_samples": 2, "batch": []}, ValueError, "batch must hold the tensors of 2 samples, not be empty"),
+        (
+            {"num_samples": 1, "batch": [TRAIN[0][:1], TRAIN[1][0]]},
+            ValueError,
+            r"batch\[1\] must be .*, not one without dimensions; batch\[1\]\[None\] is one of one sample",
+        ),
         ({"num_samples": 2, "batch": [TRAIN[0][:2], TRAIN[1][:3]]}, ValueError, r"batch has \[2, 3\] samples"),
     ],
 )
@@ -344,6 +428,29 @@ def test_batches_that_do_not_fit_are_refused(
     with pytest.raises(error, match=message):
         traker.featurize(**arguments)
     assert not traker.store.train(0).done.any()
+
+
+def test_an_empty_batch_changes_nothing(tmp_path: Path) -> None:
+    """As a share of a loader's batches may be, in featurizing and scoring, and between batches that go on."""
+    expected = run(build(tmp_path / "without")).copy()
+    empty = [x[:0] for x in TRAIN]
+    traker = build(tmp_path / "with")
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker.load_checkpoint(state, model_id)
+        traker.featurize(empty, num_samples=0)
+        traker.featurize([x[:5] for x in TRAIN], num_samples=5)
+        for nothing in (empty, []):
+            traker.featurize(nothing, inds=[])
+            traker.featurize(nothing, inds=torch.zeros(0, dtype=torch.int64))
+            traker.featurize(nothing, num_samples=0)
+        traker.featurize([x[5:] for x in TRAIN], num_samples=N - 5)
+    traker.finalize_features()
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker.start_scoring_checkpoint("test", state, model_id, num_targets=M)
+        traker.score(empty, inds=[])
+        traker.score(TARGETS, num_samples=M)
+        traker.score(empty, num_samples=0)
+    np.testing.assert_allclose(traker.finalize_scores("test"), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_more_samples_than_the_training_set_has_are_refused(tmp_path: Path) -> None:

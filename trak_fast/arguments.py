@@ -117,14 +117,14 @@ def row_numbers(
 
     Raises:
         TypeError: `batch` holds something other than tensors, or `inds` something other than integers.
-        ValueError: Numbers are missing, out of range, given twice, or not as many as the batch's samples.
+        ValueError: Numbers are missing, out of range, given twice, or not as many as the batch's samples, or `batch`
+            has samples but no tensors.
     """
-    if isinstance(batch, Tensor) or not all(isinstance(x, Tensor) and x.ndim > 0 for x in batch):
-        raise TypeError(f"batch must be a sequence of tensors (B, ...), not {type(batch).__name__}")
+    _check_batch(batch)
     if (inds is None) == (num_samples is None):
         raise ValueError("give either inds or num_samples")
     if num_samples is not None:
-        rows = np.arange(following, following + integer("num_samples", num_samples, 1, 2**48))
+        rows = np.arange(following, following + integer("num_samples", num_samples, 0, 2**48))
         following += len(rows)
     else:
         rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
@@ -135,11 +135,50 @@ def row_numbers(
             f"batch has {[len(x) for x in batch]} samples in its tensors, "
             f"{'inds' if num_samples is None else 'num_samples'} says {len(rows)}"
         )
+    if rows.size and not len(batch):
+        raise ValueError(f"batch must hold the tensors of {rows.size} samples, not be empty")
     if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
         raise ValueError(f"samples {rows.min()} to {rows.max()} are not all in [0, {num_rows})")
     if len(np.unique(rows)) != len(rows):
         raise ValueError("inds has the same number twice")
     return rows.astype(np.intp), following
+
+
+def _check_batch(batch: Sequence[Tensor]) -> None:
+    """Checks that a batch is a sequence of tensors with dimensions.
+
+    Raises:
+        TypeError: It is something else; the message says how to make it one.
+        ValueError: A tensor has no dimensions.
+    """
+    wanted = "a sequence of tensors (B, ...) in the order that the task takes them"
+    if isinstance(batch, Tensor):
+        raise TypeError(f"batch must be {wanted}, not a Tensor; [batch] is one, if the task takes no other")
+    if keys := getattr(batch, "keys", None):  # such as the BatchEncoding of a tokenizer, which is no Mapping
+        names = list(map(str, keys()))
+        raise TypeError(
+            f"batch must be {wanted}, not {type(batch).__name__}; give [batch[name] for name in (...)] with the task's "
+            f"of its keys {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+        )
+    if not hasattr(batch, "__getitem__") or not hasattr(batch, "__len__"):
+        fix = "; list(batch) may be one" if hasattr(batch, "__iter__") else ""
+        raise TypeError(f"batch must be {wanted}, not {type(batch).__name__}{fix}")
+    for place, item in enumerate(batch):
+        if not isinstance(item, Tensor):
+            function = "from_numpy" if isinstance(item, np.ndarray) else "as_tensor"
+            fix = "" if item is None else f"; torch.{function}(batch[{place}]) is one, if it holds numbers"
+            raise TypeError(f"batch[{place}] must be a tensor (B, ...), not {_named(item)}{fix}")
+        if item.ndim == 0:
+            raise ValueError(
+                f"batch[{place}] must be a tensor (B, ...), not one without dimensions; batch[{place}][None] is one of "
+                "one sample"
+            )
+
+
+def _named(value: object) -> str:
+    """Returns the name of a value's type, with that of its library where it is no built-in type."""
+    root, name = type(value).__module__.split(".")[0], type(value).__qualname__
+    return name if root == "builtins" else f"{root}.{name}"
 
 
 def _given(value: object) -> str:

@@ -43,8 +43,8 @@ def lds(scores: ArrayLike, masks: ArrayLike, outputs: ArrayLike) -> LDS:
         constant: they say nothing about order.
 
     Raises:
-        ValueError: Shapes do not fit, or a number is not finite.
-        TypeError: `masks` is not boolean.
+        ValueError: Shapes do not fit, a number is not finite, or there are no training samples or targets.
+        TypeError: `masks` is not boolean, or a number is complex.
     """
     scores = _finite("scores", scores, 2)
     outputs = _finite("outputs", outputs, 2)
@@ -57,6 +57,7 @@ def lds(scores: ArrayLike, masks: ArrayLike, outputs: ArrayLike) -> LDS:
             "scores, masks and outputs must have the shapes (n, m), (S, n) and (S, m), "
             f"not {scores.shape}, {masks.shape} and {outputs.shape}"
         )
+    _require_some(scores)
     if subsets < 2:
         raise ValueError(f"masks must have at least 2 subsets, not {subsets}")
     predicted = _centered_ranks(masks.astype(np.float64) @ scores)
@@ -166,11 +167,13 @@ def counterfactuals(
         seed: Seed of the random sets.
 
     Raises:
-        ValueError: A number is out of its range, or `retrain` returns another shape.
+        ValueError: A number is out of its range, `retrain` returns another shape, or there are fewer than 2 training
+            samples or no targets.
         TypeError: `num_removed` or `random_sets` is no integer.
     """
     values = _finite("scores", scores, 2)
     n, m = values.shape
+    _require_some(values, least=2)
     num_removed = integer("num_removed", num_removed, 1, n - 1)
     random_sets = integer("random_sets", random_sets, 1)
     rng = np.random.default_rng(seed)
@@ -239,9 +242,21 @@ def mislabel_detection(ranking: ArrayLike, flags: ArrayLike) -> Detection:
     return Detection(np.concatenate([[0], found]) / flagged, float(wins / (flagged * others)), flagged)
 
 
+def _require_some(scores: NDArray[np.float64], least: int = 1) -> None:
+    """Refuses scores (n, m) of too few training samples or of no target, whose mean would be no number."""
+    n, m = scores.shape
+    if n < least:
+        raise ValueError(f"scores must be of at least {least} training samples, not {n}")
+    if m < 1:
+        raise ValueError("scores must be of at least 1 target, not 0")
+
+
 def _finite(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
     """Checks the dimensions and numbers of an array, and returns it in float64."""
-    array = np.asarray(values, dtype=np.float64)
+    given = np.asarray(values)
+    if given.dtype.kind == "c":
+        raise TypeError(f"{name} must be real, not {given.dtype}")
+    array = np.asarray(given, dtype=np.float64)
     if array.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, not shape {array.shape}")
     if not (finite := np.isfinite(array)).all():

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .arguments import integer, real
+from .store.manifest import bytes_of
 
 MODELS_AT_ONCE = 25
 """Models that are stacked. Random numbers are drawn for so many together, so weights and outputs depend on it."""
@@ -76,8 +77,11 @@ def random_subsets(num_samples: int, count: int, seed: int, share: float = 0.5) 
         Masks, (count, n) bool.
 
     Raises:
-        ValueError: `share` leaves no sample in, or none out.
+        ValueError: `share` leaves no sample in, or none out, or `count` is less than 1.
+        TypeError: `num_samples` or `count` is no integer.
     """
+    num_samples = integer("num_samples", num_samples, 2)
+    count = integer("count", count, 1)
     size = round(share * num_samples)
     if not 0 < size < num_samples:
         raise ValueError(f"share must leave 1 to {num_samples - 1} of {num_samples} samples in, not {size}")
@@ -233,6 +237,7 @@ def retrained_outputs(
         ValueError: As in `train`.
         TypeError: As in `train`.
     """
+    models_per_subset = integer("models_per_subset", models_per_subset, 1)
     _members(masks, len(data[0]))
     every = np.repeat(masks, models_per_subset, axis=0)
     key = _key(data, every, recipe, seed)
@@ -259,7 +264,7 @@ def retrained_outputs(
 def _key(data: Sequence[Tensor], masks: NDArray[np.bool_], recipe: Recipe, seed: int) -> str:
     """Returns a digest of all that retrained models depend on, apart from code."""
     sha = hashlib.sha256(json.dumps([asdict(recipe), seed, MODELS_AT_ONCE]).encode())
-    for array in (*(x.detach().cpu().contiguous().numpy() for x in data), masks):
-        sha.update(f"{array.dtype} {array.shape}".encode())
-        sha.update(np.ascontiguousarray(array).tobytes())
+    for tensor in (*data, torch.from_numpy(np.ascontiguousarray(masks))):
+        sha.update(f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}".encode())
+        sha.update(bytes_of(tensor).data)
     return sha.hexdigest()[:16]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .arguments import Indices, integer
+from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.featurizer import Featurizer, ProjectedGradients
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
@@ -123,7 +124,8 @@ class TRAKer:
                 folder and changes features by up to 2^-11. X'X is summed and solved in float64 all the same.
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
-            grad_wrt: Names or patterns ("head.*") of the parameters to differentiate; all of them by default.
+            grad_wrt: Names or patterns ("head.*") of the parameters to differentiate, whether or not they require
+                gradients; ["*"] takes all. By default those that require gradients.
             lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features and from how far
                 those of the others differ (`scoring.ridge.auto_ridge`). 0: plain TRAK, with the least-norm solution
                 where X'X is singular. With these, scores do not depend on the scale of P. Another number means what it
@@ -162,6 +164,13 @@ class TRAKer:
         self.logger = logging.getLogger("trak_fast")
         self.logger.setLevel(logging_level)
 
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if not callable(gradient_computer) or hasattr(type(gradient_computer), "compute_per_sample_grad"):
+            raise TypeError(
+                f"gradient_computer must be a class, not {gradient_computer!r}; "
+                "gradient_computer=trak_fast.HookGradientComputer gives one"
+            )
         self.model = model
         self.task = resolve_task(task)
         parameters = select_parameters(model, grad_wrt)
@@ -170,13 +179,23 @@ class TRAKer:
         first = next(iter(parameters.values()))
         self.device = first.device
         self.grad_dim = sum(parameter.numel() for parameter in parameters.values())
+        every = list(model.parameters())
+        if len(parameters) < len(every):
+            self.logger.info(
+                "gradients of %d of %d parameters, %s of %s numbers%s",
+                len(parameters),
+                len(every),
+                f"{self.grad_dim:,}",
+                f"{sum(parameter.numel() for parameter in every):,}",
+                ": those that require gradients (grad_wrt=['*'] takes all)" if grad_wrt is None else "",
+            )
         self.gradient_computer = gradient_computer(
             model=model,
             task=self.task,
             grad_dim=self.grad_dim,
             dtype=first.dtype,
             device=self.device,
-            grad_wrt=None if grad_wrt is None else list(parameters),
+            grad_wrt=None if grad_wrt is None and len(parameters) == len(every) else list(parameters),
         )
         if projector is None and proj_dim == 0:
             projector = NoProjection()
@@ -185,7 +204,7 @@ class TRAKer:
         elif (grad_dim := getattr(projector, "grad_dim", 0)) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector
-        self.proj_dim = projector.proj_dim or self.grad_dim
+        self.proj_dim = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48) or self.grad_dim
 
         contents = manifest_of(
             projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
@@ -232,7 +251,9 @@ class TRAKer:
             _allow_featurizing_already_registered: Deletes what is stored for `model_id`, to featurize it again.
 
         Raises:
-            ValueError: Features of other weights are stored under `model_id`.
+            ValueError: Features of other weights are stored under `model_id`, or the checkpoint is not this model's;
+                nothing is open for `featurize` then.
+            TypeError: `checkpoint` is no state dict.
         """
         model_id = self._load(checkpoint, model_id)
         forget = _allow_featurizing_already_registered or not (self._resume or model_id in self._seen)
@@ -458,7 +479,7 @@ class TRAKer:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
         model_id = integer("model_id", model_id, 0, 2**32 - 1)
         self._recorder.close()
-        self.model.load_state_dict(checkpoint)
+        load_checkpoint(self.model, checkpoint)
         self.gradient_computer.load_model_params(self.model)
         return model_id
 

@@ -1,6 +1,9 @@
 """The command line: its output, and its messages when it cannot do as asked."""
 
+import ast
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,9 +15,9 @@ import pytest
 import torch
 
 import trak_fast
-from trak_fast.bench import runner
+from trak_fast.bench import runner, tables
 from trak_fast.bench.process import WorkerError
-from trak_fast.cli import main
+from trak_fast.cli import main, terminal
 from trak_fast.demo import digits
 from trak_fast.demo import run as demo
 from trak_fast.plan import rates
@@ -274,3 +277,106 @@ def test_missing_packages_are_named_and_info_works(
     error = capsys.readouterr().err
     assert f"needs {missing}" in error
     assert "pip install scikit-learn matplotlib" in error
+
+
+class Terminal(io.TextIOWrapper):
+    """An output with an encoding."""
+
+    def __init__(self, encoding: str, errors: str = "strict") -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors=errors, newline="")
+
+    def content(self) -> bytes:
+        self.flush()
+        return self.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors", "written"),
+    [
+        ("ascii", "strict", b"2 x 3 >= sqrt 2 - 1.2 us +/- e ?"),
+        ("ascii", "surrogateescape", b"2 x 3 >= sqrt 2 - 1.2 us +/- e ?"),
+        ("latin-1", "strict", b"2 \xd7 3 >= sqrt 2 - 1.2 us \xb1 \xe9 ?"),
+        ("utf-8", "strict", "2 × 3 ≥ √2 − 1.2 µs ± é 字".encode()),
+        ("ascii", "xmlcharrefreplace", b"2 &#215; 3 &#8805; &#8730;2 &#8722; 1.2 &#181;s &#177; &#233; &#23383;"),
+    ],
+)
+def test_a_terminal_gets_the_letters_that_it_has(
+    encoding: str, errors: str, written: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "2 × 3 ≥ √2 − 1.2 µs ± é 字"
+    terminal_ = Terminal(encoding, errors)
+    monkeypatch.setattr(trak_fast, "info", lambda: {"version": text})
+    monkeypatch.setattr(sys, "stdout", terminal_)
+    assert main(["info"]) == 0
+    assert terminal_.content().split(None, 1)[1].rstrip(b"\n") == written.replace(
+        b"1.2 us", b"1.2 \xb5s" if encoding == "latin-1" else b"1.2 us"
+    )
+
+
+def test_bytes_of_file_names_reach_the_terminal_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal_ = Terminal("ascii")
+    monkeypatch.setattr(trak_fast, "info", lambda: {"version": b"a\xff\xe9 b".decode("utf-8", "surrogateescape")})
+    monkeypatch.setattr(sys, "stdout", terminal_)
+    assert main(["info"]) == 0
+    assert terminal_.content().endswith(b"a\xff\xe9 b\n")
+
+
+def test_all_letters_of_the_output_have_others_in_ascii() -> None:
+    folder = Path(trak_fast.__file__).parent
+    files = [
+        folder / name
+        for name in ("plan/predict.py", "bench/tables.py", "bench/units.py", "demo/page.py", "bench/runner.py")
+    ]
+    letters = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                letters |= {letter for letter in node.value if not letter.isascii()}
+    assert letters >= {"×", "±", "√", "–", "¹"}
+    missing = letters - set(terminal.IN_ASCII)
+    assert not missing
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["--help"], ["--version"]])
+def test_a_reader_that_has_gone_ends_a_command_quietly(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "trak_fast", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_reader_that_goes_while_a_command_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The error of a pipe is not taken for one of the folder that results are written to."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    def show(_: object) -> str:
+        monkeypatch.setattr(sys, "stdout", Gone())
+        return "table"
+
+    monkeypatch.setattr(runner.Run, "run", lambda _: None)
+    monkeypatch.setattr(tables, "terminal", show)
+    assert main(["bench", "--output", str(tmp_path)]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_closed_output_and_a_full_one(buffered: bool) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, "-m", "trak_fast", "info"]
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(shell, stderr=subprocess.PIPE, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
+    message = b"trak-fast: error: cannot write the output: [Errno 28] No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)

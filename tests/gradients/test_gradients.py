@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trak_fast.gradients import FunctionalGradientComputer, evaluation_mode, select_parameters
+from trak_fast.gradients import (
+    FunctionalGradientComputer,
+    HookGradientComputer,
+    evaluation_mode,
+    select_parameters,
+)
 from trak_fast.tasks import ImageClassification
 
 IMAGES, LABELS = (3, 2, 6, 6), 4
@@ -165,7 +170,7 @@ def test_parameters_are_chosen_by_patterns(patterns: list[str], names: list[str]
 @pytest.mark.parametrize(
     ("grad_wrt", "error", "message"),
     [
-        (["5.bias", "head"], ValueError, "no parameter head; it has 0.weight, "),
+        (["5.bias", "head"], ValueError, "no parameter head; it has 0.weight, .*, 6 in all"),
         (["*.bias", "head.*"], ValueError, r"no parameter head\.\*; it has"),
         (["5.BIAS"], ValueError, r"no parameter 5\.BIAS"),
         ([], ValueError, "grad_wrt must name at least one parameter, not none"),
@@ -175,6 +180,118 @@ def test_parameters_are_chosen_by_patterns(patterns: list[str], names: list[str]
 def test_bad_choices_of_parameters_are_refused(grad_wrt: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         select_parameters(convolutional(), grad_wrt)
+
+
+class Mixed(nn.Module):
+    """A model with numbers of every kind: quantised, frozen, trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantised = nn.Parameter(torch.randint(-9, 9, (LABELS, 6), dtype=torch.int8), requires_grad=False)
+        self.frozen = nn.Parameter(torch.randn(LABELS, 6, dtype=torch.float64), requires_grad=False)
+        self.trained = nn.Parameter(torch.randn(LABELS, 6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.quantised.double() * 0.1 + self.frozen * self.trained).T
+
+
+@pytest.mark.parametrize("computer", [FunctionalGradientComputer, HookGradientComputer])
+@pytest.mark.parametrize("names", [["trained"], ["frozen"], ["*"]])
+def test_gradients_of_models_with_integer_parameters(computer: Any, names: list[str]) -> None:
+    """For f = W x with W = 0.1 Q + F ∘ T the gradients of F and T are T and F times that of W, which autograd gives."""
+    torch.manual_seed(0)
+    model = Mixed()
+    x, labels = torch.randn(3, 6, dtype=torch.float64), torch.randint(LABELS, (3,))
+    whole = nn.Linear(6, LABELS, bias=False, dtype=torch.float64)
+    weight = model.quantised.double() * 0.1 + model.frozen * model.trained
+    whole.load_state_dict({"weight": weight.detach()})
+    slope = loop(whole, x, labels)["weight"]
+    expected = {"frozen": slope * model.trained.detach(), "trained": slope * model.frozen}
+    grads = computer(model, ImageClassification(), grad_wrt=names).compute_per_sample_grad([x, labels])
+    assert list(grads) == [name for name in expected if names in (["*"], [name])]
+    for name, value in grads.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("computer", [FunctionalGradientComputer, HookGradientComputer])
+def test_by_default_what_requires_gradients_is_differentiated(computer: Any) -> None:
+    torch.manual_seed(0)
+    model = Tied().double()
+    model.first.requires_grad_(False)
+    batch = [torch.randn(IMAGES, dtype=torch.float64), torch.randint(LABELS, IMAGES[:1])]
+    grads = computer(model, ImageClassification()).compute_per_sample_grad(batch)
+    model.requires_grad_(True)
+    expected = loop(model, *batch)
+    assert list(grads) == [name for name in expected if not name.startswith("first.")]
+    for name, value in grads.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
+
+
+class Many(nn.Module):
+    """A model of 40 frozen parameters, whose names a message cannot all have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.ParameterList(nn.Parameter(torch.ones(1), requires_grad=False) for _ in range(40))
+
+
+def spectral() -> nn.Module:
+    model = nn.Module()
+    model.spectrum = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    model.head = nn.Linear(2, 2)
+    return model
+
+
+def integers() -> nn.Module:
+    return nn.ParameterDict({"q": nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)})
+
+
+@pytest.mark.parametrize(
+    ("build", "grad_wrt", "message"),
+    [
+        (
+            Mixed,
+            None,
+            r"^grad_wrt must be given .* \(quantised torch.int8\); grad_wrt=\[.*those that require them: trained$",
+        ),
+        (
+            Mixed,
+            ["trained", "quantised"],
+            "^grad_wrt must name parameters of floating-point .*, not quantised torch.int8;",
+        ),
+        (Mixed, ["quant*"], "^grad_wrt must fit parameters of floating-point numbers, not only quantised torch.int8"),
+        (integers, ["*"], "^grad_wrt must fit parameters of floating-point numbers, not only q torch.uint8"),
+        (Many, None, r"^grad_wrt must be given where none of the model's 40 .*; grad_wrt=\['\*'\] takes all"),
+        (Many, ["head"], "no parameter head; it has items.0, .*, items.9 and 30 more, 40 in all"),
+        (spectral, None, r"must be real, not complex \(spectrum torch.complex64\); .*torch.view_as_real"),
+        (spectral, ["*"], r"must be real, not complex \(spectrum torch.complex64\); .* with grad_wrt"),
+        (lambda: nn.LazyLinear(2), None, r"not lazy ones \(weight, bias\); run it on a batch once"),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False)),
+            None,
+            r"not lazy ones \(1.running_mean",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_parameters_without_real_gradients_are_named(
+    build: Callable[[], nn.Module], grad_wrt: list[str] | None, message: str
+) -> None:
+    for take in (
+        select_parameters,
+        lambda *args: FunctionalGradientComputer(args[0], ImageClassification(), grad_wrt=args[1]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            take(build(), grad_wrt)
+
+
+def test_the_advice_for_complex_and_integer_parameters_works() -> None:
+    assert list(select_parameters(spectral(), ["head.*"])) == ["head.weight", "head.bias"]
+    model = Mixed()
+    assert list(select_parameters(model, [name for name, p in model.named_parameters() if p.requires_grad])) == [
+        "trained"
+    ]
+    assert len(select_parameters(Many(), ["*"])) == 40
 
 
 def test_a_model_without_parameters_is_refused() -> None:

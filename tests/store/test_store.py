@@ -1,15 +1,19 @@
 """Features on disk: folders that are refused, and the files that are left after a failure at any moment."""
 
+import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
+from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trak_fast.store import folder as store
 from trak_fast.store import rows as rows_module
@@ -228,6 +232,123 @@ def test_digest_takes_any_dtype() -> None:
         b[1] = 1
         assert digest({"x": a}) != digest({"x": b})
     assert digest({"x": torch.zeros(0)}) != digest({"x": torch.zeros(0, 1)})
+
+
+def test_the_digest_of_dense_tensors_is_what_folders_have() -> None:
+    """Folders of earlier versions are opened again only if the digest of their weights is as it was."""
+    expected = hashlib.sha256()
+    for name, value in WEIGHTS.items():
+        expected.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    assert digest({**WEIGHTS, "a": WEIGHTS["a"].T.contiguous().T, "_extra_state": None}) == expected.hexdigest()
+
+
+def quantised(values: Tensor, scale: float, zero_point: int = 0) -> Tensor:
+    return torch.quantize_per_tensor(values, scale, zero_point, torch.qint8)
+
+
+def channelwise(values: Tensor, scales: list[float]) -> Tensor:
+    return torch.quantize_per_channel(values, torch.tensor(scales), torch.zeros(len(scales)), 0, torch.qint8)
+
+
+DENSE = torch.tensor([[0.0, 2, 0, 1], [3, 0, 0, 0]])
+
+
+def coo(rows: list[int], columns: list[int], values: list[float]) -> Tensor:
+    places = torch.tensor([rows, columns])
+    return torch.sparse_coo_tensor(places, torch.tensor(values), (2, 4), check_invariants=True)
+
+
+def entries() -> list[tuple[Any, Any, list[Any]]]:
+    """Entries of a state dict, another with the same content for each, and some with another content."""
+    first = coo([0, 1], [3, 0], [1, 3])
+    return [
+        (
+            first,
+            coo([1, 0, 1], [0, 3, 0], [1, 1, 2]),
+            [2 * first, first.T, first.double(), first.to_dense(), DENSE.to_sparse()],
+        ),
+        (
+            DENSE.to_sparse_csr(),
+            DENSE.to_sparse().to_sparse_csr(),
+            [DENSE.to_sparse_csc(), DENSE.flip(0).to_sparse_csr()],
+        ),
+        (
+            DENSE.to_sparse_csc(),
+            DENSE.clone().to_sparse_csc(),
+            [DENSE.flip(1).to_sparse_csc(), 2 * DENSE.to_sparse_csc()],
+        ),
+        (
+            DENSE.to_sparse_bsr((1, 2)),
+            DENSE.clone().to_sparse_bsr((1, 2)),
+            [DENSE.to_sparse_bsr((2, 2)), DENSE.to_sparse_csr()],
+        ),
+        (DENSE.to_sparse_bsc((1, 2)), DENSE.clone().to_sparse_bsc((1, 2)), [DENSE.to_sparse_bsc((2, 2))]),
+        (
+            quantised(DENSE, 0.5),
+            quantised(DENSE.clone(), 0.5),
+            [quantised(DENSE, 0.25), quantised(DENSE, 0.5, 1), DENSE],
+        ),
+        (
+            channelwise(DENSE, [0.5, 0.25]),
+            channelwise(DENSE.clone(), [0.5, 0.25]),
+            [channelwise(DENSE, [0.5, 0.5]), quantised(DENSE, 0.5)],
+        ),
+        (torch.tensor([1 - 2j]).conj(), torch.tensor([1 + 2j]), [torch.tensor([1 + 2j]).conj()]),
+        (torch.tensor([1 - 2j]).conj().imag, torch.tensor([2.0]), [torch.tensor([-2.0])]),
+        (torch.tensor(1.5), torch.tensor([1.5, 2.0])[0], [torch.tensor(2.5), torch.tensor([1.5])]),
+        (torch.ones(0, 3), torch.zeros(0, 3), [torch.zeros(0), torch.zeros(0, 3, dtype=torch.int8)]),
+        (torch.arange(6.0).view(2, 3).T, torch.tensor([[0.0, 3], [1, 4], [2, 5]]), [torch.arange(6.0).view(3, 2)]),
+        (5, 5, [6, 5.0, "5", True, [5]]),
+        (
+            {"a": [1, DENSE]},
+            {"a": (1, DENSE.clone())},
+            [{"a": [1, 2 * DENSE]}, {"b": [1, DENSE]}, {"a": [DENSE, 1]}, {}],
+        ),
+        (np.arange(3), np.arange(3), [np.arange(3.0), np.arange(1, 4)]),
+        (np.float64(2), np.float64(2), [np.float64(3), np.float32(2)]),
+        ({"x", "yy", "z"}, {"z", "yy", "x"}, [{"x"}]),
+        (io.BytesIO(b"abc"), io.BytesIO(b"abc"), [io.BytesIO(b"abd")]),
+        (torch.float32, torch.float32, [torch.float64]),
+        (Fraction(1, 3), Fraction(1, 3), [Fraction(2, 3)]),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:.*quant")
+def test_the_digest_of_any_entry_is_that_of_its_content() -> None:
+    for value, same, others in entries():
+        found = digest({"x": value, "y": DENSE})
+        assert digest({"x": same, "y": DENSE}) == found
+        different = {digest({"x": other, "y": DENSE}) for other in [*others, None]}
+        assert len(different) == len(others) + 1
+        assert found not in different
+
+
+def test_entries_without_content_are_named() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\['w'\] must have numbers, not be on the device \"meta\""):
+        digest({"w": torch.ones(3, device="meta")})
+    with pytest.raises(TypeError, match=r"checkpoint\['f\[0\]'\] must be a tensor or .* pickle takes, not function"):
+        digest({"f": [lambda: 0]})
+
+
+def test_a_manifest_of_any_projector_can_be_written(tmp_path: Path) -> None:
+    """A projector of one's own may have its settings from numpy, or none that JSON has."""
+
+    class Kind(Enum):
+        NORMAL = "normal"
+
+    class Own:
+        proj_type, seed, definition = Kind.NORMAL, np.int32(3), np.float32(1.5)
+
+    class Odd:
+        proj_type, seed, definition = np.str_("normal"), torch.tensor(4), object()
+
+    model = nn.Linear(1, 1)
+    parameters = dict(model.named_parameters())
+    for place, (projector, expected) in enumerate([(Own(), ("normal", 3, 1.5)), (Odd(), ("normal", 4, "object"))]):
+        manifest = manifest_of(projector, 8, "task", model, parameters, 5)
+        assert (manifest["proj_type"], manifest["seed"], manifest["matrix_definition"]) == expected
+        for _ in range(2):
+            Store(tmp_path / str(place), manifest, N, K)
 
 
 def test_forgetting_a_checkpoint_removes_it_and_no_other(opened: Store) -> None:

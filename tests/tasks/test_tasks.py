@@ -1,8 +1,10 @@
 """Tasks against the definitions of f and Q, in decimal arithmetic of many digits."""
 
+from collections.abc import Callable
 from decimal import Decimal, localcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from trak_fast import FunctionTask, TRAKer
-from trak_fast.gradients import FunctionalGradientComputer
+from trak_fast.gradients import FunctionalGradientComputer, HookGradientComputer
 from trak_fast.tasks import (
     ImageClassification,
     IterativeImageClassification,
@@ -118,6 +120,14 @@ def test_text_batch_of_another_length_is_refused() -> None:
         (torch.zeros(3), torch.zeros(3, dtype=torch.long), ValueError, r"\(B, C\)"),
         (torch.zeros(3, 2), torch.zeros(3), TypeError, "integers, not torch.float32"),
         (torch.zeros(3, 2), torch.zeros(3, dtype=torch.bool), TypeError, "integers, not torch.bool"),
+        (
+            torch.zeros(3, 2),
+            torch.zeros(3, 1, dtype=torch.long),
+            ValueError,
+            r"labels must have shape \(B,\), .* not \(3, 1",
+        ),
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3), TypeError, "floating-point numbers, not torch.int64"),
+        ((torch.zeros(3, 2),), torch.zeros(3), TypeError, "floating-point numbers, not a tuple of 1: Tensor"),
     ],
 )
 def test_bad_logits_and_labels_are_refused(
@@ -125,6 +135,89 @@ def test_bad_logits_and_labels_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         margin(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "given_range"), [([0, 2, 3], "0 to 3"), ([-1, 0, 1], "-1 to 1"), ([-100, 0, 2], "-100 to 2")]
+)
+@pytest.mark.parametrize("computer", [FunctionalGradientComputer, HookGradientComputer])
+def test_labels_that_the_model_has_no_class_for_are_named(
+    tmp_path: Path, labels: list[int], given_range: str, computer: Any
+) -> None:
+    """Under vmap too, where gather and scatter would take a negative index for one from the end, or stop a device."""
+    model = nn.Linear(4, 3)
+    batch = [torch.ones(3, 4), torch.tensor(labels)]
+    message = rf"labels must be in \[0, 2\], as the model has 3 classes, not {given_range};"
+    for call in (
+        computer(model, ImageClassification()).compute_per_sample_grad,
+        computer(model, ImageClassification()).compute_loss_grad,
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(batch)
+    traker = TRAKer(model, "image_classification", 3, tmp_path, proj_dim=4, gradient_computer=computer, chunk_size=3)
+    traker.load_checkpoint(model.state_dict(), 0)
+    with pytest.raises(ValueError, match=message):
+        traker.featurize(batch, num_samples=3)
+    assert not traker.store.train(0).done.any()
+    batch[1] = batch[1].clamp(0, 2)
+    traker.featurize(batch, num_samples=3)
+    assert traker.store.train(0).done.all()
+
+
+class Answering(nn.Module):
+    """A model that wraps its answer into something."""
+
+    def __init__(self, wrap: Callable[[Tensor], object], size: int = 3) -> None:
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(4, size), wrap
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> object:
+        return self.wrap(self.linear((args or tuple(kwargs.values()))[0]))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "described"),
+    [
+        (lambda x: (x, x), "a tuple of 2: Tensor, Tensor"),
+        (lambda x: {"out": x, "aux": x}, "a dict with the keys 'out', 'aux'"),
+        (lambda x: {"logits": None}, "a dict with the keys 'logits'"),
+        (lambda x: None, "a NoneType"),
+    ],
+)
+@pytest.mark.parametrize("computer", [FunctionalGradientComputer, HookGradientComputer])
+@pytest.mark.parametrize(
+    ("task", "wanted"), [(ImageClassification(), r"logits \(B, C\)"), (Regression(), "one number a sample")]
+)
+def test_models_that_return_something_else_are_told(
+    wrap: Callable[[Tensor], object], described: str, computer: Any, task: Task, wanted: str
+) -> None:
+    batch = [torch.ones(2, 4), torch.zeros(2, dtype=torch.long)]
+    message = f"the model must return {wanted}.*, not {described}; .* function of your own, task="
+    with pytest.raises(TypeError, match=message):
+        computer(Answering(wrap), task).compute_per_sample_grad(batch)
+
+
+def test_the_advice_for_models_that_return_something_else_works(tmp_path: Path) -> None:
+    """A function of one's own takes the logits out of a tuple; its gradients are those of the bare logits."""
+    torch.manual_seed(0)
+    wrapped, bare = Answering(lambda x: (None, x)).double(), Answering(lambda x: x).double()
+    bare.load_state_dict(wrapped.state_dict())
+    batch = [torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))]
+    task = FunctionTask(lambda model, x, y: margin(model(x[None])[1], y[None]))
+    grads = FunctionalGradientComputer(wrapped, task).compute_per_sample_grad(batch)
+    for name, value in FunctionalGradientComputer(bare, ImageClassification()).compute_per_sample_grad(batch).items():
+        torch.testing.assert_close(grads[name], value)
+
+
+def test_logits_are_found_in_objects_and_in_dicts() -> None:
+    torch.manual_seed(0)
+    batch = [torch.randn(5, 4), torch.randint(3, (5,))]
+    model = Answering(lambda x: x)
+    weights = dict(model.named_parameters())
+    expected = margin(model.linear(batch[0]), batch[1])
+    for wrap in (lambda x: SimpleNamespace(logits=x), lambda x: {"logits": x, "loss": None}):
+        model.wrap = wrap
+        torch.testing.assert_close(ImageClassification().get_outputs(model, weights, {}, batch), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

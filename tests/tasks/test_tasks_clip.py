@@ -1,5 +1,7 @@
 """The contrastive task against sums over pairs written out, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,3 +105,28 @@ def test_what_is_missing_is_said(model: Model) -> None:
         task.get_outputs(model, {}, {}, pairs())
     with pytest.raises(ValueError, match="loader must have at least the 300 pairs of the simulated batch, not 12"):
         task.get_embeddings(model, loader())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "error", "message"),
+    [
+        (lambda x: torch.stack(x[:2], 1), TypeError, r"as a tuple, not a tensor of shape \(12, 2, 4\)"),
+        (lambda x: {"image": x[0], "text": x[1]}, TypeError, "as a tuple, not a dict with the keys 'image', 'text'"),
+        (lambda x: x[:1], TypeError, "as a tuple, not a tuple of 1: Tensor"),
+        (lambda x: (x[0], x[1][:, :3]), ValueError, r"not \(12, 4\) and \(12, 3\)"),
+    ],
+)
+def test_models_that_return_something_else_are_told(wrap: Any, error: type[Exception], message: str) -> None:
+    """The rows of a tensor, and the keys of a dict, would be taken for the embeddings of images and texts."""
+
+    class Other(Model):
+        def forward(self, image: Tensor, text: Tensor) -> Any:
+            return wrap(super().forward(image, text))
+
+    torch.manual_seed(0)
+    task, other = CLIP(simulated_batch_size=SIMULATED), Other().double()
+    with pytest.raises(error, match=message):
+        task.get_embeddings(other, [pairs()], batch_size=12)
+    task.image_embeddings = task.text_embeddings = torch.ones(SIMULATED, 4)
+    with pytest.raises(error, match=message):
+        task.get_outputs(other, dict(other.named_parameters()), {}, pairs())

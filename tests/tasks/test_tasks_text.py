@@ -116,3 +116,50 @@ def test_probabilities_close_to_1_keep_their_accuracy() -> None:
 def test_batches_of_another_length_are_refused(model: Model) -> None:
     with pytest.raises(ValueError, match=r"CausalLM: batch must be \(input_ids, attention_mask\), 2 tensors, not 3"):
         CausalLM().get_outputs(model, {}, {}, [IDS, MASK, LABELS])
+
+
+def test_logits_of_another_shape_are_refused(model: Model) -> None:
+    class Pooled(Model):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(input_ids, attention_mask)[:, 0]
+
+    class Pair(Model):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(input_ids, attention_mask), input_ids
+
+    for other, error, message in [
+        (Pooled(), ValueError, r"logits of shape \(B, T, V\), .* \(3, 6\) tokens, not \(3, 9\)"),
+        (Pair(), TypeError, r"must return logits \(B, T, V\).*, not a tuple of 2: Tensor, Tensor"),
+    ]:
+        with pytest.raises(error, match=message):
+            CausalLM().get_outputs(other, dict(other.named_parameters()), {}, [IDS, MASK])
+
+
+@pytest.mark.parametrize(
+    ("task", "batch", "message"),
+    [
+        (MaskedLM(), [IDS, MASK, LABELS.clamp(max=1) - 2], r"labels must be in \[0, 8\], .* 9 classes, not -102 to -1"),
+        (
+            MaskedLM(),
+            [IDS, MASK, torch.where(LABELS == 5, WORDS, LABELS)],
+            r"labels must be in \[0, 8\], .* not 0 to 9",
+        ),
+        (
+            CausalLMPerToken(),
+            [IDS, MASK, torch.tensor([0, 1, 5])],
+            r"position must be in \[1, 5\], .* 6 tokens, not 0 to 5",
+        ),
+        (
+            MaskedLMPerToken(),
+            [IDS, MASK, LABELS, torch.tensor([-1, 1, 3])],
+            r"position must be in \[0, 5\], .* not -1 to 3",
+        ),
+    ],
+)
+def test_labels_and_positions_out_of_range_are_named(
+    model: Model, task: Task, batch: list[Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        FunctionalGradientComputer(model, task).compute_per_sample_grad(batch)
+    with pytest.raises(ValueError, match=message):
+        task.get_out_to_loss_grad(model, dict(model.named_parameters()), {}, batch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..arguments import integer
 from .failure import Failure, checking_arguments
 from .numbers import MOST_THREADS, number
+from .terminal import say
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..bench.settings import Settings, defaults
 
     if arguments.compare:
-        print(_comparison(*arguments.compare))
+        say(_comparison(*arguments.compare))
         return
     with checking_arguments():
         if arguments.threads is not None:
@@ -62,18 +63,18 @@ def run(arguments: argparse.Namespace) -> None:
         with checking_arguments():
             benchmark = Run(settings, Path(arguments.output) / "results.json", arguments.budget)
         if benchmark.resumed:
-            print("going on with the unfinished run that is there")
+            say("going on with the unfinished run that is there")
         results = benchmark.run()
-        print(tables.terminal(results), end="\n\n")
-        print(f"results  {benchmark.path.resolve()}")
+        say(tables.terminal(results), end="\n\n")
+        say(f"results  {benchmark.path.resolve()}")
         try:
             html = page.page(results)
         except ModuleNotFoundError as error:
-            print(f"no page: {error.name} is not installed (pip install matplotlib)")
+            say(f"no page: {error.name} is not installed (pip install matplotlib)")
         else:
             path = benchmark.path.with_name("index.html")
             path.write_text(html, encoding="utf-8")
-            print(f"page     {path.resolve()}")
+            say(f"page     {path.resolve()}")
     except OSError as error:
         raise Failure(f"cannot write to the output folder: {error}") from error
     except WorkerError as error:

@@ -11,6 +11,7 @@ import torch
 from ..arguments import integer
 from .failure import Failure, checking_arguments
 from .numbers import MOST_THREADS, number
+from .terminal import say
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,4 +60,4 @@ def run(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise Failure(f"cannot write to the output folder: {error}") from error
     html = Path(arguments.output).resolve() / "index.html"
-    print(f"\n{page.summary(results)}\npage            {html}")
+    say(f"\n{page.summary(results)}\npage            {html}")

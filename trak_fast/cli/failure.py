@@ -11,13 +11,15 @@ WRONG_ARGUMENT = 2
 """Exit status after a refused argument; argparse uses the same."""
 INTERRUPTED = 130
 """Exit status after an interruption from the keyboard, as shells report it."""
+READER_GONE = 141
+"""Exit status where the reader of the output has gone, as shells report the signal that ends other programs then."""
 
 
 class Failure(Exception):
     """The end of a command that cannot do as asked.
 
     Attributes:
-        message: A sentence for the user.
+        message: A sentence for the user; empty if there is nobody to tell.
         status: The exit status.
     """
 

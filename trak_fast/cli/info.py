@@ -7,6 +7,8 @@ import json
 
 import trak_fast
 
+from .terminal import say
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command and its flags."""
@@ -20,8 +22,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     facts = trak_fast.info()
     if arguments.json:
-        print(json.dumps(facts, indent=1))
+        say(json.dumps(facts, indent=1))
         return
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else value
-        print(f"{name.replace('_', ' '):<24}{'none' if text in (None, '', 0) else text}")
+        say(f"{name.replace('_', ' '):<24}{'none' if text in (None, '', 0) else text}")

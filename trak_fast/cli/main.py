@@ -6,11 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 import trak_fast
 
-from . import bench, demo, info, plan
+from ..gradients.errors import is_out_of_memory
+from . import bench, demo, info, plan, terminal
 from .failure import INTERRUPTED, OUTSIDE_WORLD, Failure
 
 
@@ -22,36 +21,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 for success; 1 for a failure of the outside world, 2 for a refused argument and 130 for an
-        interruption, each explained by a sentence on stderr.
+        interruption, each explained by a sentence on stderr; 141, without one, where the reader of the output has gone.
 
     Raises:
         SystemExit: argparse does not know the flags (status 2), or was asked for help or the version (status 0).
     """
+    terminal.accept_any_letter()
     parser = argparse.ArgumentParser(prog="trak-fast", description="Fast random projections for data attribution.")
     parser.add_argument("--version", action="version", version=f"trak-fast {trak_fast.info()['version']}")
     commands = parser.add_subparsers(metavar="command", required=True)
     for command in (demo, bench, plan, info):
         command.add(commands)
-    arguments = parser.parse_args(argv)
     try:
+        try:
+            arguments = parser.parse_args(argv)
+        except SystemExit:
+            terminal.flush()
+            raise
         arguments.run(arguments)
+        terminal.flush()
     except Failure as failure:
+        terminal.discard()
         return _failed(failure.message, failure.status)
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _failed(f"this machine has too little memory: {str(error).splitlines()[0]}", OUTSIDE_WORLD)
     return 0
 
 
 def _failed(message: str, status: int) -> int:
-    """Prints a failure's sentence, and returns its exit status."""
-    print(f"trak-fast: error: {message}", file=sys.stderr)
+    """Prints a failure's sentence, if it has one, and returns its exit status."""
+    if message:
+        print(f"trak-fast: error: {message}", file=sys.stderr)
     return status
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Recognises the errors of Python, of CUDA and of torch's allocator on the CPU, which has no type of its own."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

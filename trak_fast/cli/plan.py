@@ -12,6 +12,7 @@ import torch
 
 from .failure import Failure, checking_arguments
 from .numbers import number
+from .terminal import say
 
 if TYPE_CHECKING:
     from ..plan.predict import Prediction
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise Failure(f"cannot time the disk of this folder: {error}") from error
     found = predict.predict(job, known)
-    print(json.dumps(_content(found), indent=1) if arguments.json else predict.text(job, found))
+    say(json.dumps(_content(found), indent=1) if arguments.json else predict.text(job, found))
 
 
 def _content(found: Prediction) -> dict[str, Any]:

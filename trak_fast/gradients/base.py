@@ -42,7 +42,8 @@ class GradientComputer(Protocol):
             grad_dim: Size of a sample's gradient, D.
             dtype: The dtype of the first parameter to differentiate with respect to.
             device: The device of the parameters.
-            grad_wrt: Names or patterns of the parameters to differentiate with respect to; None: all.
+            grad_wrt: Names or patterns of the parameters to differentiate with respect to; None: those that require
+                gradients.
         """
 
     def load_model_params(self, model: nn.Module) -> None:
@@ -109,14 +110,15 @@ class ParameterGradients(ABC):
             grad_dim: Has no effect; part of the contract of gradient computers, as are the next two.
             dtype: Has no effect: gradients have their parameter's dtype.
             device: Has no effect: gradients are where their parameter is.
-            grad_wrt: Names or patterns of the parameters to differentiate with respect to; None: all.
+            grad_wrt: Names or patterns of the parameters to differentiate with respect to; None: those that require
+                gradients.
 
         Raises:
             TypeError: `grad_wrt` is a single string.
             ValueError: `grad_wrt` is empty, or one of its entries fits no parameter of `model`.
         """
         self.task = task
-        self.grad_wrt = None if grad_wrt is None else list(select_parameters(model, grad_wrt))
+        self.grad_wrt = list(select_parameters(model, grad_wrt))
         self._weighs_alone = False  # True once a batch has changed a sample's Q
         self._generator = torch.Generator("cpu").manual_seed(0)  # leaves the caller's random numbers alone
         self.load_model_params(model)

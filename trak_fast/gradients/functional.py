@@ -11,8 +11,9 @@ from torch.func import grad_and_value, vmap
 
 from ..tasks.base import copy_buffers, copy_tensors
 from .base import ParameterGradients
+from .errors import is_out_of_memory
 from .modes import requiring_grad
-from .repeatable import RANDOM, RandomWatch, ran_out_of_memory
+from .repeatable import RANDOM, RandomWatch
 
 T = TypeVar("T")
 
@@ -51,17 +52,26 @@ class FunctionalGradientComputer(ParameterGradients):
         try:
             return compute()
         except Exception as error:
-            if ran_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             watch = RandomWatch(self._device)
-            with requiring_grad(self.parameters.values(), self.selected.values()):
-                for sample in zip(*copy_tensors(batch), strict=True):
-                    output = self.task.get_output(self.model, self.parameters, copy_buffers(self.buffers), *sample)
-                if output.requires_grad:
-                    torch.autograd.grad(output, list(self.selected.values()), allow_unused=True)
+            try:
+                self._differentiate_plainly(batch)
+            except (ValueError, TypeError) as of_one:
+                if type(error) is type(of_one):
+                    raise error from None  # it speaks of the whole batch
+                raise
             if watch.drawn() or "randomness" in str(error):
                 raise RuntimeError(f"{RANDOM} ({error})") from error
             raise RuntimeError(
                 f"torch.func cannot differentiate this model: {error}\n"
                 "gradient_computer=trak_fast.HookGradientComputer does without it"
             ) from error
+
+    def _differentiate_plainly(self, batch: Sequence[Tensor]) -> None:
+        """Evaluates the samples one by one, and differentiates the last one by autograd."""
+        with requiring_grad(self.parameters.values(), self.selected.values()):
+            for sample in zip(*copy_tensors(batch), strict=True):
+                output = self.task.get_output(self.model, self.parameters, copy_buffers(self.buffers), *sample)
+            if output.requires_grad:
+                torch.autograd.grad(output, list(self.selected.values()), allow_unused=True)

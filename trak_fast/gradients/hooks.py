@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from ..tasks.base import copy_buffers, copy_tensors
 from .base import ParameterGradients
+from .errors import is_out_of_memory
 from .layers import Rule, rule_of
 from .modes import requiring_grad
-from .repeatable import differ, ran_out_of_memory, require_same
+from .repeatable import differ, require_same
 
 logger = logging.getLogger("trak_fast")
 
@@ -336,7 +337,7 @@ class HookGradientComputer(ParameterGradients):
         try:
             found = known.rule.gradients(layer, inputs, output_grad)
         except Exception as error:
-            if ran_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             return None
         values = {known.names[name]: value for name, value in found.items() if name in known.names}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from itertools import chain
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+Parameters = dict[str, nn.Parameter]
 
 
-def select_parameters(model: nn.Module, grad_wrt: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+def select_parameters(model: nn.Module, grad_wrt: Iterable[str] | None = None) -> Parameters:
     """Selects the parameters that gradients are taken with respect to, by name.
 
     Args:
         model: The model.
-        grad_wrt: Names of parameters, or patterns such as those of file names: "head.*", "*.bias". None: all.
+        grad_wrt: Names of parameters, or patterns such as those of file names: "head.*", "*.bias". They may name
+            parameters that do not require gradients; those that are no floating-point numbers, such as quantised
+            weights, are left out of what a pattern fits. None: all that require gradients.
 
     Returns:
         The parameters in the model's order, whatever the order of `grad_wrt`: a parameter's place decides which columns
@@ -21,20 +27,84 @@ def select_parameters(model: nn.Module, grad_wrt: Iterable[str] | None = None) -
 
     Raises:
         TypeError: `grad_wrt` is a single string.
-        ValueError: `grad_wrt` is empty, or one of its entries fits no parameter of `model`.
+        ValueError: `grad_wrt` is empty, one of its entries fits no parameter of `model`, or it names one that has no
+            gradient; it is None, and no parameter requires gradients, or some cannot; a chosen parameter is complex; or
+            the model has lazy parameters without a shape yet.
     """
-    parameters = dict(model.named_parameters())
     if isinstance(grad_wrt, str):
         raise TypeError(f"grad_wrt must be an iterable of names or patterns of parameters, not the string {grad_wrt!r}")
-    patterns = ["*"] if grad_wrt is None else list(grad_wrt)
-    fitting = {
-        pattern: {name for name in parameters if name == pattern or fnmatchcase(name, pattern)} for pattern in patterns
-    }
-    if unknown := sorted(pattern for pattern, names in fitting.items() if not names and grad_wrt is not None):
-        raise ValueError(f"grad_wrt: the model has no parameter {', '.join(unknown)}; it has {', '.join(parameters)}")
-    names = set().union(*fitting.values())
+    parameters = dict(model.named_parameters())
     if not parameters:
-        raise ValueError("the model has no parameters")
-    if not names:
-        raise ValueError("grad_wrt must name at least one parameter, not none")
+        raise ValueError("model must have parameters, not none: the model has no parameters")
+    if lazy := [name for name, tensor in chain(parameters.items(), model.named_buffers()) if is_lazy(tensor)]:
+        raise ValueError(
+            f"model must have parameters with shapes, not lazy ones ({listed(lazy)}); run it on a batch once before"
+        )
+    names = _requiring_gradients(parameters) if grad_wrt is None else _fitting(parameters, list(grad_wrt))
+    if complex_names := [name for name in names if parameters[name].is_complex()]:
+        raise ValueError(
+            f"parameters must be real, not complex ({_typed(complex_names, parameters)}); store them as pairs of real "
+            "numbers, torch.view_as_real(parameter), and use torch.view_as_complex(parameter) in forward, or leave "
+            "them out with grad_wrt"
+        )
     return {name: parameter for name, parameter in parameters.items() if name in names}
+
+
+def _requiring_gradients(parameters: Parameters) -> list[str]:
+    """Lists the parameters that require gradients, in a model where all could."""
+    names = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    if not names:
+        raise ValueError(
+            f"grad_wrt must be given where none of the model's {len(parameters)} parameters requires gradients; "
+            "grad_wrt=['*'] takes all of them"
+        )
+    if others := [name for name, parameter in parameters.items() if not _is_differentiable(parameter)]:
+        raise ValueError(
+            f"grad_wrt must be given where the model has parameters without gradients ({_typed(others, parameters)}); "
+            "grad_wrt=[name for name, p in model.named_parameters() if p.requires_grad] takes those that require them: "
+            f"{listed(names)}"
+        )
+    return names
+
+
+def _fitting(parameters: Parameters, patterns: list[str]) -> list[str]:
+    """Lists the parameters that names and patterns choose."""
+    if not patterns:
+        raise ValueError("grad_wrt must name at least one parameter, not none")
+    if unknown := sorted(
+        pattern
+        for pattern in patterns
+        if pattern not in parameters and not any(fnmatchcase(name, pattern) for name in parameters)
+    ):
+        raise ValueError(
+            f"grad_wrt: the model has no parameter {listed(unknown)}; it has {listed(parameters)}, "
+            f"{len(parameters)} in all"
+        )
+    named = [name for name in parameters if name in patterns]
+    if wrong := [name for name in named if not _is_differentiable(parameters[name])]:
+        raise ValueError(
+            f"grad_wrt must name parameters of floating-point numbers, not {_typed(wrong, parameters)}; leave them out"
+        )
+    fitting = [name for name in parameters if any(name == p or fnmatchcase(name, p) for p in patterns)]
+    names = [name for name in fitting if _is_differentiable(parameters[name])]
+    if not names:
+        raise ValueError(
+            f"grad_wrt must fit parameters of floating-point numbers, not only {_typed(fitting, parameters)}"
+        )
+    return names
+
+
+def _is_differentiable(parameter: nn.Parameter) -> bool:
+    """Tells if a parameter has numbers that could have a gradient, a complex one included."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _typed(names: Collection[str], parameters: Mapping[str, nn.Parameter]) -> str:
+    """Lists parameters with their dtypes."""
+    return listed([f"{name} {parameters[name].dtype}" for name in names])
+
+
+def listed(names: Collection[str], most: int = 10) -> str:
+    """Lists the first names, and counts the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more

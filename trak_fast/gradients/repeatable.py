@@ -71,8 +71,3 @@ RANDOM = (
     "repeatable: an operation is random (F.dropout(x) needs training=self.training), or the model keeps a state that "
     "is no buffer"
 )
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Tells if an error says that memory could not be allocated, so that fewer samples may work."""
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import numbers
+import operator
+import pickle
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .identity import Description
@@ -30,13 +36,96 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
 
 
 def digest(weights: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a state dict's tensors, with their names, shapes and dtypes."""
+    """Returns the SHA-256 of a state dict: of its tensors with their names, shapes and dtypes, and of other entries.
+
+    Sparse tensors with the same numbers have the same digest in one layout, however their entries were added up.
+
+    Raises:
+        ValueError: A tensor has no numbers, as on the device "meta".
+        TypeError: An entry is nothing that pickle takes.
+    """
     sha = hashlib.sha256()
-    for name, tensor in weights.items():
-        if isinstance(tensor, Tensor):
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in weights.items():
+        if value is not None:  # an extra state of a module that has none
+            _update(sha, name, value)
     return sha.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """Returns the bytes of a dense tensor's numbers of any dtype, in the order of its indexes."""
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    # a tensor of one number may count as contiguous whatever its stride is
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def _update(sha: hashlib._Hash, name: str, value: object) -> None:
+    """Adds an entry to a digest."""
+    if isinstance(value, Tensor):
+        for part, tensor in _dense_parts(name, value.detach()):
+            sha.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(bytes_of(tensor).data)
+    elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
+        sha.update(f"{name} numpy {value.dtype} {value.shape}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        sha.update(f"{name} mapping of {len(value)}".encode())
+        for key, item in value.items():
+            _update(sha, f"{name}[{key!r}]", item)
+    elif isinstance(value, (list, tuple)):
+        sha.update(f"{name} sequence of {len(value)}".encode())
+        for place, item in enumerate(value):
+            _update(sha, f"{name}[{place}]", item)
+    elif isinstance(value, (set, frozenset)):
+        _update(sha, f"{name} set", sorted(map(repr, value)))
+    elif isinstance(value, io.BytesIO):
+        _update(sha, name, value.getvalue())
+    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        sha.update(f"{name} {type(value).__name__} {value!r}".encode())
+    else:
+        try:
+            content = pickle.dumps(value, protocol=4)
+        except Exception as error:  # any, as an object pickles itself by code of its own
+            raise TypeError(
+                f"checkpoint[{name!r}] must be a tensor or something that pickle takes, not {type(value).__qualname__}"
+            ) from error
+        sha.update(f"{name} {type(value).__qualname__}".encode() + content)
+
+
+def _dense_parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Splits a tensor into dense ones that have its content, with their names.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if tensor.is_meta:
+        raise ValueError(f'checkpoint[{name!r}] must have numbers, not be on the device "meta", which has none')
+    layout = f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.layout}"
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [(f"{layout} indices", tensor.indices()), ("values", tensor.values())]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [
+            (f"{layout} rows", tensor.crow_indices()),
+            ("columns", tensor.col_indices()),
+            ("values", tensor.values()),
+        ]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [
+            (f"{layout} columns", tensor.ccol_indices()),
+            ("rows", tensor.row_indices()),
+            ("values", tensor.values()),
+        ]
+    if tensor.layout != torch.strided:
+        return [(layout, tensor.to_dense())]
+    if tensor.is_quantized:
+        parts = [(f"{layout} {tensor.qscheme()}", tensor.int_repr())]
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            return [*parts, ("scale", torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64))]
+        return [
+            *parts,
+            (f"scales along {tensor.q_per_channel_axis()}", tensor.q_per_channel_scales()),
+            ("zero points", tensor.q_per_channel_zero_points()),
+        ]
+    return [(name, tensor)]
 
 
 def manifest_of(
@@ -69,15 +158,13 @@ def manifest_of(
     if hasattr(task, "get_settings"):
         settings = task.get_settings()
     else:
-        settings = {name: value for name, value in vars(task).items() if not name.startswith("_")}
+        settings = {name: value for name, value in getattr(task, "__dict__", {}).items() if not name.startswith("_")}
     for name, value in settings.items():
         described.add(name, value)
-    proj_type = getattr(projector, "proj_type", None)
-    seed = getattr(projector, "seed", None)
     return {
-        "matrix_definition": getattr(projector, "definition", type(projector).__qualname__),
-        "proj_type": getattr(proj_type, "value", proj_type),
-        "seed": None if seed is None else int(seed),
+        "matrix_definition": _plain(getattr(projector, "definition", type(projector).__qualname__)),
+        "proj_type": _plain(getattr(projector, "proj_type", None)),
+        "seed": _plain(getattr(projector, "seed", None)),
         "proj_dim": proj_dim,
         "grad_dim": sum(parameter.numel() for parameter in parameters.values()),
         "train_set_size": train_set_size,
@@ -88,3 +175,15 @@ def manifest_of(
         "modules": [f"{name} {type(module).__qualname__}".lstrip() for name, module in model.named_modules()],
         "parameters": [f"{name} {p.dtype} {tuple(p.shape)}" for name, p in parameters.items()],
     }
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON has for a value, that of a member of an enumeration included; else the name of its type."""
+    value = getattr(value, "value", value)
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral) or (isinstance(value, Tensor) and value.ndim == 0):
+        return value.item() if isinstance(value, Tensor) else operator.index(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return type(value).__qualname__

@@ -111,7 +111,7 @@ def weighs_by_outputs(task: object) -> bool:
     """Tells if the Q of a task is what its `get_weightings` makes of f, and nothing of its own."""
     own = getattr(type(task), "get_out_to_loss_grad", None)
     return own in (Task.get_out_to_loss_grad, BatchTask.get_out_to_loss_grad) and (
-        "get_out_to_loss_grad" not in vars(task)
+        "get_out_to_loss_grad" not in getattr(task, "__dict__", {})
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import BatchTask, bind
+from .checks import described, tensor_of, within
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -25,15 +26,22 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
         (B,), float32, or float64 where `logits` is.
 
     Raises:
-        ValueError: `logits` has another shape.
-        TypeError: `labels` holds no integers.
+        ValueError: `logits` or `labels` has another shape, or a label is out of range, also under vmap.
+        TypeError: `labels` holds no integers, or `logits` is no tensor of floating-point numbers.
     """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        given = logits.dtype if isinstance(logits, Tensor) else described(logits)
+        raise TypeError(f"logits must be a tensor of floating-point numbers, not {given}")
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"the model must return logits of shape (B, C) with C >= 2, not {tuple(logits.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, not {labels.dtype}")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels must have shape (B,), one for each sample, not {tuple(labels.shape)} for logits of shape "
+            f"{tuple(logits.shape)}"
+        )
+    classes = logits.shape[1]
+    index = within("labels", labels, 0, classes - 1, f"as the model has {classes} classes").unsqueeze(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    index = labels.long().unsqueeze(-1)
     others = logits.scatter(-1, index, -torch.inf).logsumexp(-1)
     return logits.gather(-1, index).squeeze(-1) - others
 
@@ -51,7 +59,7 @@ class Classification(BatchTask):
         """Computes f of each sample of a batch, (B,)."""
         *inputs, labels = batch
         output = self.logits(bind(model, weights, buffers), inputs)
-        return margin(getattr(output, "logits", output), labels)
+        return margin(tensor_of(output, "logits (B, C), or an object that has them"), labels)
 
     def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
         """Computes Q = 1 − p = σ(−f) of each sample, (B,), without cancellation where p is close to 1."""

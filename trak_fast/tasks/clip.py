@@ -9,6 +9,41 @@ import torch
 from torch import Tensor, nn
 
 from .base import BatchTask, bind, copy_buffers, copy_tensors, evaluation_mode
+from .checks import described
+
+
+class _Returned(NamedTuple):
+    """The output of a model.
+
+    Attributes:
+        images: (B, d).
+        texts: (B, d).
+        scale: The logit scale, or None.
+    """
+
+    images: Tensor
+    texts: Tensor
+    scale: Any
+
+    @classmethod
+    def read(cls, output: object) -> _Returned:
+        """Reads a model's output.
+
+        Raises:
+            TypeError: It is no tuple of embeddings: the rows of a tensor and the keys of a dict are none.
+            ValueError: The embeddings have other shapes.
+        """
+        wanted = "the embeddings of images and texts, (B, d) each, and the logit scale if it has one, as a tuple"
+        items = list(output) if isinstance(output, (tuple, list)) else []
+        if len(items) < 2 or not all(isinstance(item, Tensor) for item in items[:2]):
+            raise TypeError(
+                f"the model must return {wanted}, not {described(output)}; put it into a module whose "
+                "forward(image, text) returns them"
+            )
+        images, texts, *rest = items
+        if images.ndim != 2 or images.shape != texts.shape:
+            raise ValueError(f"the model must return {wanted}, not {tuple(images.shape)} and {tuple(texts.shape)}")
+        return cls(images, texts, rest[0] if rest else None)
 
 
 class _Embeddings(NamedTuple):
@@ -96,10 +131,10 @@ class CLIP(BatchTask):
                 image = image if preprocess_fn_img is None else preprocess_fn_img(image)
                 text = text if preprocess_fn_txt is None else preprocess_fn_txt(text)
                 embed = bind(model, weights, copy_buffers(buffers))
-                image_embeddings, text_embeddings, *_ = embed(*copy_tensors([image, text]))
-                images.append(image_embeddings)
-                texts.append(text_embeddings)
-                count += len(image_embeddings)
+                returned = _Returned.read(embed(*copy_tensors([image, text])))
+                images.append(returned.images)
+                texts.append(returned.texts)
+                count += len(returned.images)
                 if count >= size:
                     break
         count = min(count, size)
@@ -118,9 +153,8 @@ class CLIP(BatchTask):
         if self.image_embeddings is None or self.text_embeddings is None:
             raise RuntimeError("clip: call task.get_embeddings(model, loader) with each checkpoint before its samples")
         image, text = batch
-        images, texts, *rest = bind(model, weights, buffers)(image=image, text=text)
-        scale = rest[0] if rest else None
-        return _Embeddings(images, texts, self.image_embeddings, self.text_embeddings, scale)
+        own = _Returned.read(bind(model, weights, buffers)(image=image, text=text))
+        return _Embeddings(own.images, own.texts, self.image_embeddings, self.text_embeddings, own.scale)
 
     def get_outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]

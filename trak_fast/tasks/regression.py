@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from .base import BatchTask, bind
+from .checks import tensor_of
 
 
 class Regression(BatchTask):
@@ -20,7 +21,7 @@ class Regression(BatchTask):
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
         """Computes f of each sample of a batch, (B,)."""
-        output: Tensor = bind(model, weights, buffers)(*batch[:-1])
+        output = tensor_of(bind(model, weights, buffers)(*batch[:-1]), "one number a sample, (B,) or (B, 1)")
         if output.shape not in ((len(batch[0]),), (len(batch[0]), 1)):
             raise ValueError(
                 f"regression: the model must return one number a sample, (B,) or (B, 1), not {tuple(output.shape)}; "

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import BatchTask, bind
+from .checks import tensor_of, within
 from .classification import Classification, margin
 
 IGNORED = -100
@@ -72,7 +73,7 @@ class LanguageModelling(BatchTask):
                 f"not {len(batch)}"
             )
         output = bind(model, weights, buffers)(input_ids=batch[0], attention_mask=batch[1])
-        logits, labels = self.predicted(getattr(output, "logits", output), batch)
+        logits, labels = self.predicted(_checked_logits(output, batch[0]), batch)
         counted = labels != IGNORED
         margins = margin(logits.flatten(0, 1), torch.where(counted, labels, 0).flatten()).view(labels.shape)
         # −log p, with its relative accuracy where p is close to 1
@@ -112,7 +113,8 @@ class CausalLMPerToken(LanguageModelling):
     fields = ("input_ids", "attention_mask", "position")
 
     def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return _at(logits, batch[2] - 1), batch[0].gather(1, batch[2].unsqueeze(1))
+        position = _checked_positions(batch[2], 1, batch[0])
+        return _at(logits, position - 1), batch[0].gather(1, position.unsqueeze(1))
 
 
 class MaskedLM(LanguageModelling):
@@ -136,7 +138,25 @@ class MaskedLMPerToken(LanguageModelling):
     fields = ("input_ids", "attention_mask", "labels", "position")
 
     def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return _at(logits, batch[3]), batch[2].gather(1, batch[3].unsqueeze(1))
+        position = _checked_positions(batch[3], 0, batch[0])
+        return _at(logits, position), batch[2].gather(1, position.unsqueeze(1))
+
+
+def _checked_logits(output: object, tokens: Tensor) -> Tensor:
+    """Returns the logits (B, T, V) in what a model returned for tokens (B, T)."""
+    logits = tensor_of(output, "logits (B, T, V), or an object that has them")
+    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        raise ValueError(
+            f"the model must return logits of shape (B, T, V), one row for each of the {tuple(tokens.shape)} tokens, "
+            f"not {tuple(logits.shape)}"
+        )
+    return logits
+
+
+def _checked_positions(positions: Tensor, low: int, tokens: Tensor) -> Tensor:
+    """Returns positions (B,) in sequences (B, T), once all are in [low, T)."""
+    length = tokens.shape[1]
+    return within("position", positions, low, length - 1, f"as the sequences have {length} tokens")
 
 
 def _at(logits: Tensor, positions: Tensor) -> Tensor:
