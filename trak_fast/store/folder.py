@@ -29,7 +29,7 @@ from .files import atomic_file, atomic_folder, read_array, read_json, write_json
 from .manifest import differences, digest
 from .rows import Rows
 
-FORMAT = 3
+FORMAT = 4
 """The number of the folder's format, which each manifest has."""
 
 
