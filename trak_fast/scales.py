@@ -39,7 +39,7 @@ class Scaled:
 def exponents_of(largest: ArrayLike, low: float = math.inf, high: float = 0) -> NDArray[np.int16]:
     """Returns e for each magnitude of [2^(e−1), 2^e); 0 for those in [low, high], for 0, and for those not finite."""
     numbers = np.asarray(largest, np.float64)
-    stay = (numbers == 0) | ~np.isfinite(numbers) | ((low <= numbers) & (numbers <= high))
+    stay = (numbers == 0) | ~np.isfinite(numbers) | ((numbers >= low) & (numbers <= high))
     return np.where(stay, 0, np.frexp(numbers)[1]).astype(np.int16)
 
 
@@ -71,7 +71,8 @@ def beyond_float32(largest: ArrayLike) -> NDArray[np.bool_]:
     """Tells which magnitudes float32 cannot hold with all its bits; it holds 0."""
     numbers = np.asarray(largest, np.float64)
     range_ = np.finfo(np.float32)
-    return ~((numbers == 0) | ((float(range_.tiny) <= numbers) & (numbers <= float(range_.max))))
+    bad: NDArray[np.bool_] = ~((numbers == 0) | ((numbers >= float(range_.tiny)) & (numbers <= float(range_.max))))
+    return bad
 
 
 def map_rows(apply: Callable[[Any], Tensor], rows: Linear) -> Tensor:
@@ -93,7 +94,7 @@ def map_rows(apply: Callable[[Any], Tensor], rows: Linear) -> Tensor:
     if result.shape[:1] != (count,) or not result.numel() or not result.is_floating_point():
         return result  # not a map's result: the caller's to refuse
     largest = _largest(result)
-    chosen = np.flatnonzero(~((2.0**-60 <= largest) & (largest <= 2.0**100)))
+    chosen = np.flatnonzero(~((largest >= 2.0**-60) & (largest <= 2.0**100)))
     if not len(chosen):
         return result
     sizes = np.max([_largest(_rows(tensor, chosen)) for tensor in tensors.values()], axis=0)
@@ -104,7 +105,8 @@ def map_rows(apply: Callable[[Any], Tensor], rows: Linear) -> Tensor:
     scaled = {name: _divided(_rows(tensor, chosen), exponents) for name, tensor in tensors.items()}
     again = apply(scaled[""] if isinstance(rows, Tensor) else scaled).detach().cpu().double().numpy()
     wide = result.detach().cpu().double()
-    wide[torch.from_numpy(chosen)] = torch.from_numpy(np.ldexp(again, exponents[:, None]))
+    with np.errstate(over="ignore"):  # beyond float64, which the caller sees
+        wide[torch.from_numpy(chosen)] = torch.from_numpy(np.ldexp(again, exponents[:, None]))
     return wide
 
 

@@ -49,7 +49,7 @@ def opened(tmp_path: Path) -> Store:
         ({"parameters": ["a torch.float32 (2,)"]}, r"parameters\[1\]: stored 'b torch.float32 \(3,\)', given None"),
         ({"parameters": MANIFEST["parameters"][::-1]}, r"parameters\[0\]: stored 'a torch.float32 \(2,\)', given 'b "),
         ({"extra": 2.5}, "extra: stored None, given 2.5"),
-        ({"format": 99}, "format: stored 3, given 99"),
+        ({"format": 99}, "format: stored 4, given 99"),
     ],
 )
 def test_another_manifest_is_refused_by_what_differs(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -194,7 +194,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_made(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = rows_module.shutil.disk_usage(opened.path)
-    needed = 4 * N * K + 4 * N + N
+    needed = 4 * N * K + 2 * N + 4 * N + N  # features, their powers of two, weights, flags
     monkeypatch.setattr(rows_module.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(OSError, match="free"):
         opened.register(1, WEIGHTS)

@@ -59,7 +59,7 @@ class ScaledMatrix:
         self.exponents = exponents
         self.transposed = transposed
         self.dtype = mantissas.dtype  # whose precision the numbers have
-        self.shape = mantissas.shape[::-1] if transposed else mantissas.shape
+        self.shape: tuple[int, ...] = mantissas.shape[::-1] if transposed else mantissas.shape
         self.ndim = 2
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class ScaledMatrix:
     def __getitem__(self, index: Any) -> NDArray[Any]:
         if self.transposed:
             return from_mantissas(self.mantissas[:, index], self.exponents).T
-        return from_mantissas(self.mantissas[index], self.exponents[index])
+        return from_mantissas(self.mantissas[index], np.asarray(self.exponents[index]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[:], dtype)
@@ -109,13 +109,14 @@ def from_mantissas(mantissas: NDArray[Any], exponents: NDArray[np.int16]) -> NDA
         return mantissas.astype(np.float32) if half else mantissas
     if half and ((exponents >= -78) & (exponents <= 49)).all():
         return mantissas.astype(np.float32) * np.ldexp(np.float32(1), exponents)[..., None]
-    return np.ldexp(mantissas.astype(np.float64), exponents[..., None])
+    wide: NDArray[np.float64] = np.ldexp(mantissas.astype(np.float64), exponents[..., None])
+    return wide
 
 
 class Rows:
     """Columns of equal length in one folder, with a flag for each row that is written.
 
-    They are read as float32. A row of the column "features" is a vector of any scale, and read as float64 if it must be.
+    They are read as float32; rows of the column "features" may have any scale, and are read as float64 if they must be.
 
     Attributes:
         shapes: Shape of one row of each column.
@@ -211,7 +212,8 @@ class Rows:
             if name == FEATURES:
                 mantissas, exponents = to_mantissas(array, self.files[name].dtype.type)
                 self._put(name, inds, mantissas)
-                self._put(EXPONENTS, inds, exponents)
+                if exponents.any() or self.files[EXPONENTS][inds].any():  # else they are on disk already
+                    self._put(EXPONENTS, inds, exponents)
                 array = from_mantissas(mantissas, exponents)
             else:
                 self._put(name, inds, array)
