@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import pinvh
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from sklearn.utils import check_random_state, gen_batches
-from scipy.linalg import pinvh
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from ..arguments import integer, real
@@ -114,8 +114,8 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             block = X[rows].toarray() if hasattr(X, "toarray") else X[rows]
             if not block.flags.writeable or min(block.strides) < 0:
                 block = block.copy()
-            projected = map_rows(projector.project, torch.from_numpy(block)).numpy() / np.sqrt(self.n_components_)
-            result[rows] = _as_dtype(projected, X.dtype)
+            projected = map_rows(projector.project, torch.from_numpy(block)).double().numpy()
+            result[rows] = _as_dtype(projected / np.sqrt(self.n_components_), X.dtype)
         return result
 
     def inverse_transform(self, X: Any) -> NDArray[Any]:
@@ -153,11 +153,13 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             for part in columns:
                 result[:, part] = Y @ self._entries(slice(0, k), part)
             return result
+        # C has more rows than columns, so CC' would be the larger of the two, and singular
         for part in gen_batches(k, max(1, _DENSE // features)):
             block = self._entries(part, slice(0, features))
             gram += block.T @ block
             result += Y[:, part] @ block
-        return result @ pinvh(gram)
+        least_norm: NDArray[np.float64] = result @ pinvh(gram)
+        return least_norm
 
     def _entries(self, rows: slice, columns: slice) -> NDArray[np.float64]:
         """Returns a part of `components_`, in float64."""

@@ -212,7 +212,5 @@ class Estimator:
                 "multiply the loss by a constant, and featurize again"
             )
         if not largest:
-            logger.warning(
-                "the weights of all samples, minus the derivative of their loss in f, are 0, and so are scores"
-            )
+            logger.warning("the weights of all training samples are 0, and so are all scores")
         return torch.from_numpy(weights)

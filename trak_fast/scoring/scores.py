@@ -129,7 +129,7 @@ class ScoreMatrix:
         if len(targets := np.flatnonzero(bad)):
             raise ValueError(
                 "the largest score of a target must be 0 or in [1.18e-38, 3.4e+38], not "
-                f"{self.largest[targets[0]]:.3g} (targets {targets.tolist()[:5]}); score these targets with their model "
+                f"{self.largest[targets[0]]:.3g} (targets {targets.tolist()[:5]}); score these targets with the model "
                 "output f times a constant, which multiplies their scores, or use normalize=True"
             )
 

@@ -67,7 +67,8 @@ class ScaledMatrix:
 
     def __getitem__(self, index: Any) -> NDArray[Any]:
         if self.transposed:
-            return from_mantissas(self.mantissas[:, index], self.exponents).T
+            columns: NDArray[Any] = from_mantissas(self.mantissas[:, index], self.exponents).T
+            return columns
         return from_mantissas(self.mantissas[index], np.asarray(self.exponents[index]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -107,10 +108,12 @@ def from_mantissas(mantissas: NDArray[Any], exponents: NDArray[np.int16]) -> NDA
     half = mantissas.dtype == np.float16
     if not np.any(exponents):
         return mantissas.astype(np.float32) if half else mantissas
+    result: NDArray[Any]
     if half and ((exponents >= -78) & (exponents <= 49)).all():
-        return mantissas.astype(np.float32) * np.ldexp(np.float32(1), exponents)[..., None]
-    wide: NDArray[np.float64] = np.ldexp(mantissas.astype(np.float64), exponents[..., None])
-    return wide
+        result = mantissas.astype(np.float32) * np.ldexp(np.float32(1), exponents)[..., None]
+    else:
+        result = np.ldexp(mantissas.astype(np.float64), exponents[..., None])
+    return result
 
 
 class Rows:
