@@ -448,9 +448,9 @@ class TRAKer:
                 total[share] += self._estimator.solver(model_id, len(ids), rho).self_influence(share)
         influence = self._ranks.sum(total) / len(ids) * self._estimator.mean_weights(ids)
         if beyond_float32(largest := influence.abs().max().item()):
+            advice = 'use lambda_reg="auto"' if self.lambda_reg else "multiply the loss by a constant"
             raise ValueError(
-                f"the largest self-influence must be 0 or in [1.18e-38, 3.4e+38], not {largest:.3g}; "
-                'use lambda_reg="auto", or normalize=True'
+                f"the largest self-influence must be 0 or in [1.18e-38, 3.4e+38], not {largest:.3g}; {advice}"
             )
         return influence.float().numpy()
 

@@ -8,6 +8,7 @@ kept.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class ScoreMatrix:
 
     Attributes:
         shape: n and m.
-        largest: (m,) float64, the largest magnitude of each target's scores that were computed so far.
+        largest: (m,) float64, the largest magnitude of each target's scores so far, or one that is not too small.
     """
 
     def __init__(self, checkpoints: Sequence[Checkpoint], weights: Tensor) -> None:
@@ -70,8 +71,7 @@ class ScoreMatrix:
         self.weights = weights.float()
         self.shape = (len(weights), len(checkpoints[0].targets))
         self.largest = np.zeros(self.shape[1])
-        # products with such weights might vanish in float32
-        self._small_weights = bool(((self.weights != 0) & (self.weights.abs() < 2.0**-30)).any())
+        self._small_weights = bool(self.weights.abs().max() < 2.0**-30)  # products might vanish in float32
 
     def groups(self) -> Iterator[slice]:
         """Cuts the targets into groups whose solved systems are kept at a time."""
@@ -130,7 +130,7 @@ class ScoreMatrix:
             raise ValueError(
                 "the largest score of a target must be 0 or in [1.18e-38, 3.4e+38], not "
                 f"{self.largest[targets[0]]:.3g} (targets {targets.tolist()[:5]}); score these targets with the model "
-                "output f times a constant, which multiplies their scores, or use normalize=True"
+                "output f times a constant, which multiplies their scores"
             )
 
     def _features(self, rows: slice, index: int) -> Scaled | None:
@@ -166,8 +166,15 @@ class ScoreMatrix:
         if self._small_weights:
             total = total.double()
         total.mul_(self.weights[rows, None])
-        self.largest[columns] = np.maximum(self.largest[columns], total.abs().amax(0).double().numpy())
-        self._refuse(~(self.largest <= float(np.finfo(np.float32).max)))
+        flat = total.reshape(-1)
+        if total.dtype == torch.float64 or not math.isfinite(flat.dot(flat).item()):
+            seen = np.arange(columns.start, columns.stop)
+        else:  # all are finite, and few columns are looked at once their scores are not too small
+            seen = columns.start + np.flatnonzero(self.largest[columns] < float(np.finfo(np.float32).tiny))
+        if len(seen):
+            sizes = total[:, seen - columns.start].abs().amax(0).double().numpy()
+            self.largest[seen] = np.maximum(self.largest[seen], sizes)
+            self._refuse(~(self.largest <= float(np.finfo(np.float32).max)))
         return total.float()
 
 
