@@ -76,9 +76,7 @@ class PartialGram:
         self._saved = time.monotonic()
         self._changed = False
 
-    def add(
-        self, inds: NDArray[np.integer], features: Features, curvature: NDArray[np.float64] | None = None
-    ) -> None:
+    def add(self, inds: NDArray[np.integer], features: Features, curvature: NDArray[np.float64] | None = None) -> None:
         """Adds rows that are on disk with their flags set; saves the sum if it is time to.
 
         Args:
