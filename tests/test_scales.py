@@ -20,10 +20,16 @@ SCALES = [(1.0, 1.0), (1e-30, 1.0), (1e-30, 1e-30), (1e30, 1e25), (1e-45, 1e-40)
 
 
 class Linear(nn.Linear):
-    """A model in float64 whose gradient is (x, 1) times the sample's scale."""
+    """A model in float64 whose gradient is (x, 1) times the scale of the checkpoint; f adds that of the sample."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__(D - 1, 1, dtype=torch.float64)
+        self.register_buffer("scale", torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
 
 
 def output(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
@@ -39,18 +45,18 @@ def both(train: float, target: float) -> NDArray[np.float64]:
     return np.repeat([float(train), float(target)], [N, M])
 
 
-def run(folder: Path, scales: list[NDArray[np.float64]], **options: Any) -> TRAKer:
-    """Featurizes and scores a checkpoint for each array of scales."""
+def run(folder: Path, scales: NDArray[np.float64], checkpoints: tuple[float, ...] = (1.0,), **options: Any) -> TRAKer:
+    """Featurizes and scores samples of some scales with checkpoints of some scales."""
     model = Linear()
+    states = [{**model.state_dict(), "scale": torch.tensor(one, dtype=torch.float64)} for one in checkpoints]
     traker = TRAKer(model, output, N, folder, logging_level=logging.ERROR, **options)
-    for model_id, one in enumerate(scales):
-        batch = [X, torch.from_numpy(one)]
-        traker.load_checkpoint(model.state_dict(), model_id)
+    batch = [X, torch.from_numpy(scales)]
+    for model_id, state in enumerate(states):
+        traker.load_checkpoint(state, model_id)
         traker.featurize([x[:N] for x in batch], num_samples=N)
     traker.finalize_features()
-    for model_id, one in enumerate(scales):
-        batch = [X, torch.from_numpy(one)]
-        traker.start_scoring_checkpoint("e", model.state_dict(), model_id, M)
+    for model_id, state in enumerate(states):
+        traker.start_scoring_checkpoint("e", state, model_id, M)
         traker.score([x[N:] for x in batch], num_samples=M)
     return traker
 
@@ -98,7 +104,7 @@ def test_scores_are_right_at_any_scale_or_refused(
     tmp_path: Path, train: float, target: float, lambda_reg: float | str, k: int, half: bool
 ) -> None:
     scales = both(train, target)
-    traker = run(tmp_path, [scales], proj_dim=k, lambda_reg=lambda_reg, use_half_precision=half)
+    traker = run(tmp_path, scales, proj_dim=k, lambda_reg=lambda_reg, use_half_precision=half)
     right, influence = expected(scales, k, lambda_reg)
     tolerance = 3e-2 if half else 1e-4  # of features 2^-12 and some 2^-24, times a condition number of some tens
     if beyond_float32(np.abs(right).max(0)).any():
@@ -121,7 +127,7 @@ def test_scores_are_right_at_any_scale_or_refused(
 @pytest.mark.parametrize("half", [False, True])
 def test_ordinary_scores_are_bit_for_bit_those_of_plain_float32(tmp_path: Path, k: int, half: bool) -> None:
     """float32 features times float32 coefficients, summed over checkpoints and weighted in float32."""
-    traker = run(tmp_path, [both(1, 1), both(30, 1e-3)], proj_dim=k, use_half_precision=half)
+    traker = run(tmp_path, both(1, 1e-3), (1.0, 30.0), proj_dim=k, use_half_precision=half)
     rho = traker._estimator.disagreement([0, 1])
     total = torch.zeros(N, M)
     for model_id in range(2):
@@ -143,7 +149,7 @@ def test_ordinary_scores_are_bit_for_bit_those_of_plain_float32(tmp_path: Path, 
 def test_normalized_scores_do_not_depend_on_the_scale(tmp_path: Path, train: float, target: float, k: int) -> None:
     scales = both(train, target)
     right, influence = expected(scales, k, "auto", normalize=True)
-    traker = run(tmp_path, [scales], proj_dim=k, normalize=True)
+    traker = run(tmp_path, scales, proj_dim=k, normalize=True)
     check(traker.finalize_scores("e"), right, 1e-4)
     check(traker.self_influence(), influence, 1e-4)
 
@@ -151,9 +157,9 @@ def test_normalized_scores_do_not_depend_on_the_scale(tmp_path: Path, train: flo
 @pytest.mark.parametrize("k", [4, 40])
 @pytest.mark.parametrize("half", [False, True])
 def test_checkpoints_of_different_scale_are_averaged(tmp_path: Path, k: int, half: bool) -> None:
-    scales = [both(1e-30, 1e-30), both(1.0, 1.0), both(1e20, 1e20), both(1e60, 1e59)]
-    traker = run(tmp_path, scales, proj_dim=k, lambda_reg=0, use_half_precision=half)
-    parts = [expected(one, k, 0, model_id=i) for i, one in enumerate(scales)]
+    checkpoints = (1e-30, 1.0, 1e20, 1e60)
+    traker = run(tmp_path, both(1, 0.1), checkpoints, proj_dim=k, lambda_reg=0, use_half_precision=half)
+    parts = [expected(both(one, 0.1 * one), k, 0, model_id=i) for i, one in enumerate(checkpoints)]
     scores, influence = (np.mean(part, axis=0) for part in zip(*parts, strict=True))
     check(traker.finalize_scores("e"), scores, 3e-2 if half else 1e-4)
     check(traker.self_influence(), influence, 3e-2 if half else 1e-4)
@@ -161,8 +167,8 @@ def test_checkpoints_of_different_scale_are_averaged(tmp_path: Path, k: int, hal
 
 @pytest.mark.parametrize("k", [4, 40])
 def test_the_disagreement_of_checkpoints_does_not_depend_on_their_scale(tmp_path: Path, k: int) -> None:
-    plain = run(tmp_path / "a", [both(1, 1)] * 2, proj_dim=k).finalize_scores("e")
-    scaled = run(tmp_path / "b", [both(2.0**-150, 2.0**-150), both(2.0**200, 2.0**200)], proj_dim=k)
+    plain = run(tmp_path / "a", both(1, 1), (1.0, 1.0), proj_dim=k).finalize_scores("e")
+    scaled = run(tmp_path / "b", both(1, 1), (2.0**-150, 2.0**200), proj_dim=k)
     np.testing.assert_allclose(scaled.finalize_scores("e"), plain, rtol=1e-4, atol=1e-5 * np.abs(plain).max())
 
 
@@ -172,7 +178,7 @@ def test_a_tiny_sample_beside_others_has_its_tiny_score(tmp_path: Path, small: f
     """Its score is right to float32 relative to the target's largest, and the others are as without it."""
     scales = both(1, 1)
     scales[3] = small
-    traker = run(tmp_path, [scales], proj_dim=4, lambda_reg=lambda_reg)
+    traker = run(tmp_path, scales, proj_dim=4, lambda_reg=lambda_reg)
     right, _ = expected(scales, 4, lambda_reg)
     check(traker.finalize_scores("e"), right, 1e-4)
     stored = traker.store.train(0).features
@@ -184,8 +190,8 @@ def test_a_tiny_sample_beside_others_has_its_tiny_score(tmp_path: Path, small: f
 
 def test_the_advice_for_scores_beyond_float32_works(tmp_path: Path) -> None:
     scales = both(1e-30, 1e30)
-    traker = run(tmp_path, [scales], proj_dim=4)
-    with pytest.raises(ValueError, match=r"not .*e\+.* score these targets with the model output f times a constant"):
+    traker = run(tmp_path, scales, proj_dim=4)
+    with pytest.raises(ValueError, match=r"not .*e\+.* multiply these targets' model output f"):
         traker.finalize_scores("e")
     traker.start_scoring_checkpoint("e", traker.model.state_dict(), 0, M)
     traker.score([X[N:], torch.full((M,), 1e30 * 2.0**-100, dtype=torch.float64)], num_samples=M)
@@ -200,16 +206,16 @@ def test_features_beyond_float64_s_squares_are_refused_by_their_samples(tmp_path
     with pytest.raises(
         ValueError, match=r"features of samples \[2, 5\] must be at most 1.73e\+69 .* multiply the model"
     ):
-        run(tmp_path / "a", [scales], proj_dim=4)
+        run(tmp_path / "a", scales, proj_dim=4)
     for size in (1e-75, 1e-170):
-        traker = run(tmp_path / str(size), [both(size, 1)], proj_dim=4)
+        traker = run(tmp_path / str(size), both(size, 1), proj_dim=4)
         with pytest.raises(
             ValueError, match=r"largest feature of model_id 0 must be 0 or at least 5.8e-70, not .* less"
         ):
             traker.finalize_scores("e")
     scales[5] = np.nan
     with pytest.raises(ValueError, match=r"features of samples \[5\] are not finite"):
-        run(tmp_path / "b", [scales], proj_dim=4)
+        run(tmp_path / "b", scales, proj_dim=4)
 
 
 @pytest.mark.parametrize("k", [4, 40])
@@ -225,6 +231,7 @@ def test_features_that_are_all_zero_score_zero_with_a_warning(
     traker.load_checkpoint(traker.model.state_dict(), 0)
     traker.featurize([X[:N], torch.ones(N)], num_samples=N)
     traker.finalize_features()
+    caplog.clear()  # the warning about the gradients
     with caplog.at_level(logging.WARNING, "trak_fast"):
         assert (traker.self_influence() == 0).all()
     assert caplog.messages == ["all features of model_id 0 are 0, and so are its scores; see grad_wrt"]

@@ -1,13 +1,13 @@
-"""The modes that a model is put into while it is differentiated."""
+"""The modes that torch is put into while a model is differentiated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def unfused_attention() -> AbstractContextManager[Any]:
@@ -20,18 +20,6 @@ def unfused_attention() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts `model` into evaluation mode, and each of its modules back into its own mode at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def no_fast_path() -> Iterator[None]:
     """Keeps transformer layers from their fused inference, which calls no submodules."""
     mha = torch.backends.mha
@@ -41,3 +29,36 @@ def no_fast_path() -> Iterator[None]:
         yield
     finally:
         mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Lets autograd record all operations, whatever mode the caller is in, and none of them fused."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        modes.enter_context(unfused_attention())
+        modes.enter_context(no_fast_path())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # cuDNN has gradients of recurrent layers in training mode only
+            modes.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+@contextmanager
+def requiring_grad(parameters: Iterable[Tensor], chosen: Iterable[Tensor]) -> Iterator[None]:
+    """Lets the `chosen` ones of some parameters require gradients and no others, and restores all at the end.
+
+    The model's own parameters are changed rather than copies swapped in: activation checkpointing runs parts of the
+    model again in the backward pass, after swapped parameters would have left.
+    """
+    parameters = list(parameters)
+    before = [parameter.requires_grad for parameter in parameters]
+    wanted = {id(parameter) for parameter in chosen}
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)

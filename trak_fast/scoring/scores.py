@@ -128,9 +128,9 @@ class ScoreMatrix:
         """Refuses the scores if those of a target are bad."""
         if len(targets := np.flatnonzero(bad)):
             raise ValueError(
-                "the largest score of a target must be 0 or in [1.18e-38, 3.4e+38], not "
-                f"{self.largest[targets[0]]:.3g} (targets {targets.tolist()[:5]}); score these targets with the model "
-                "output f times a constant, which multiplies their scores"
+                f"the largest score of a target must be 0 or in [1.18e-38, 3.4e+38], not {self.largest[targets[0]]:.3g} "
+                f"(targets {targets.tolist()[:5]}); multiply these targets' model output f, and thereby their scores, "
+                "by a constant, which their batch may hold"
             )
 
     def _features(self, rows: slice, index: int) -> Scaled | None:

@@ -4,6 +4,7 @@
     save_dir/checkpoint_<model_id>/checkpoint.json   digest of the checkpoint's weights
                                    gram.npy          X'X (and X'CX) or XX'; a checkpoint that has it is finalized
                                    gram/             parts of X'X until then (scoring/partial_grams.py)
+                                   samples.pt        some of its samples with their f and Q (samples.py)
                                    train/            rows of the training samples (rows.py), locks of their writers
                                    targets/<name>/   rows of the targets of an experiment
     save_dir/scores/<name>.npy, <name>.highest.npz, ...
@@ -140,6 +141,10 @@ class Store:
         if num_targets not in (None, stored):
             raise ValueError(f"exp_name {exp_name!r} has {stored} targets for model_id {model_id}, not {num_targets}")
         return Rows(path, stored, {"features": (self.width,)})
+
+    def samples_file(self, model_id: int) -> Path:
+        """Returns the path of the file with some samples of a checkpoint (`StoredSamples`)."""
+        return self.checkpoint(model_id) / "samples.pt"
 
     def partial_grams(self, model_id: int) -> Path:
         """Returns the path of the folder of a checkpoint's unfinished sums."""
