@@ -257,8 +257,8 @@ class TRAKer:
 
         Raises:
             RuntimeError: No checkpoint is loaded, or another process is writing one of these samples.
-            ValueError: `inds`, `num_samples` or `batch` do not fit, a gradient is not finite or too large, or samples are
-                not those that their rows were stored from.
+            ValueError: `inds`, `num_samples` or `batch` do not fit, a gradient is not finite or too large, or samples
+                are not those that their rows were stored from.
             TypeError: `inds` holds no integers, or `batch` no tensors.
             OSError: The disk is full, for example; the samples stored before are safe.
         """

@@ -127,8 +127,9 @@ class ScoreMatrix:
     def _refuse(self, bad: NDArray[np.bool_]) -> None:
         """Refuses the scores if those of a target are bad."""
         if len(targets := np.flatnonzero(bad)):
+            largest = self.largest[targets[0]]
             raise ValueError(
-                f"the largest score of a target must be 0 or in [1.18e-38, 3.4e+38], not {self.largest[targets[0]]:.3g} "
+                f"the largest score of a target must be 0 or in [1.18e-38, 3.4e+38], not {largest:.3g} "
                 f"(targets {targets.tolist()[:5]}); multiply these targets' model output f, and thereby their scores, "
                 "by a constant, which their batch may hold"
             )
