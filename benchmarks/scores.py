@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import trak_fast
-from trak_fast.store.rows import to_halves
+from trak_fast.store.rows import from_mantissas, to_mantissas
 
 BLOCK = 4096
 """Training samples that are read, written or multiplied at a time."""
@@ -52,17 +52,17 @@ def make(folder: Path, samples: int, targets: int, proj_dim: int) -> None:
     state = traker.model.state_dict()
     traker.load_checkpoint(state, 0)
     rng = np.random.default_rng(0)
-    block, scales = to_halves(rng.standard_normal((BLOCK, proj_dim), dtype=np.float32))
+    block, exponents = to_mantissas(rng.standard_normal((BLOCK, proj_dim), dtype=np.float32), np.float16)
     rows = traker.store.train(0)
     with (rows.path / "features.npy").open("r+b", buffering=0) as file:
         file.seek(rows.files["features"].offset)
         for start in tqdm(range(0, samples, BLOCK), desc="writing features"):
             file.write(np.roll(block, start // BLOCK, axis=0)[: samples - start].tobytes())
         os.fsync(file.fileno())
-    np.lib.format.open_memmap(rows.path / "features_scale.npy", "r+")[:] = scales[0]
+    np.lib.format.open_memmap(rows.path / "features_exponent.npy", "r+")[:] = exponents[0]
     np.lib.format.open_memmap(rows.path / "weights.npy", "r+")[:] = 1
     np.lib.format.open_memmap(rows.path / "done.npy", "r+")[:] = True
-    values = block.astype(np.float32) * scales[0]
+    values = from_mantissas(block, exponents[:1])
     gram = (values.T @ values).astype(np.float64) * (samples / BLOCK)
     traker.store.save_gram(0, gram[None])
     traker.start_scoring_checkpoint("test", state, 0, num_targets=targets)

@@ -20,6 +20,7 @@ from .features.featurizer import Featurizer, ProjectedGradients
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
 from .projection.projector import NoProjection, Projector, ProjectorLike
 from .recorder import Recorder
+from .scales import beyond_float32
 from .scoring.estimator import Estimator, EstimatorSettings, ridge_setting
 from .scoring.scores import ScoreFile, ScoreMatrix
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
@@ -277,8 +278,8 @@ class TRAKer:
 
         Raises:
             RuntimeError: No checkpoint is loaded, or another process is writing one of these samples.
-            ValueError: `inds`, `num_samples` or `batch` do not fit, a gradient is not finite, or samples are not those
-                that their rows were stored from.
+            ValueError: `inds`, `num_samples` or `batch` do not fit, a gradient is not finite or too large, or samples
+                are not those that their rows were stored from.
             TypeError: `inds` holds no integers, or `batch` no tensors.
             OSError: The disk is full, for example; the samples stored before are safe.
         """
@@ -370,7 +371,8 @@ class TRAKer:
             (n, m) float32, a copy-on-write memory map of save_dir/scores/<exp_name>.npy.
 
         Raises:
-            ValueError: A checkpoint was never loaded, or has no targets of this experiment.
+            ValueError: A checkpoint was never loaded, or has no targets of this experiment, or a target's largest
+                score is beyond float32 (the message has a way out).
             RuntimeError: A checkpoint is not finalized or lacks targets.
             OSError: The disk has too little space.
         """
@@ -381,6 +383,7 @@ class TRAKer:
             ranks.first(file.begin)
             with ranks.together():
                 file.fill(matrix, ranks.rows(self.train_set_size))
+            matrix.require_float32(ranks.gather(matrix.largest))
             ranks.first(file.publish)
         finally:
             if ranks.rank == 0:
@@ -417,6 +420,7 @@ class TRAKer:
         matrix = self._score_matrix(exp_name, model_ids, allow_skip)
         with ranks.together():
             part = top_scores(matrix, ranks.rows(self.train_set_size), count, largest)
+        matrix.require_float32(ranks.gather(matrix.largest))
         result = merge_top_scores(ranks.gather(part), count)
         ranks.first(result.save, self.store.scores_file(exp_name, ".highest.npz" if largest else ".lowest.npz"))
         self._recorder.rewind()
@@ -462,7 +466,7 @@ class TRAKer:
             (n,) float32.
 
         Raises:
-            ValueError: A checkpoint was never loaded.
+            ValueError: A checkpoint was never loaded, or the largest result is beyond float32.
             RuntimeError: A checkpoint is not finalized.
         """
         ids = self._model_ids(model_ids)
@@ -473,7 +477,13 @@ class TRAKer:
             share = self._ranks.rows(len(total))
             for model_id in self._progress(ids, "self-influence"):
                 total[share] += self._estimator.solver(model_id, len(ids), rho).self_influence(share)
-        return (self._ranks.sum(total) / len(ids) * self._estimator.mean_weights(ids)).float().numpy()
+        influence = self._ranks.sum(total) / len(ids) * self._estimator.mean_weights(ids)
+        if beyond_float32(largest := influence.abs().max().item()):
+            advice = 'use lambda_reg="auto"' if self.lambda_reg else "multiply the loss by a constant"
+            raise ValueError(
+                f"the largest self-influence must be 0 or in [1.18e-38, 3.4e+38], not {largest:.3g}; {advice}"
+            )
+        return influence.float().numpy()
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""

@@ -38,6 +38,38 @@ def test_products(kind: str, dtype: type) -> None:
     assert (operator @ x).dtype == np.float32
 
 
+@pytest.mark.parametrize("scale", [0.25, 1e-30, 1e25])
+def test_columns_of_any_scale(scale: float) -> None:
+    """float64 columns beyond float32 and denormal ones, where the result is within float32."""
+    operator, P = operator_and_matrix(scale=scale)
+    powers = np.round(np.log2(1 / scale)).astype(int) + np.array([0, 110, -100, 60, 0])
+    for matrix, multiply in ((P, operator.matmat), (P.T, operator.rmatmat)):
+        unit = RNG.standard_normal((matrix.shape[1], 5)) * np.array([1, 1, 1, 1, 0])
+        result = multiply(np.ldexp(unit, powers))
+        assert result.dtype == np.float32
+        error = np.ldexp(result.astype(np.float64), -powers) - matrix @ unit
+        assert np.abs(error).max() <= 1e-4 * scale
+        vector = np.ldexp(unit[:, 1], powers[1])
+        single = operator.matvec(vector) if matrix is P else operator.rmatvec(vector)
+        np.testing.assert_allclose(single, result[:, 1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e38, 1e300, 1e-40, 1e-300])
+def test_columns_whose_result_float32_cannot_hold_are_refused(size: float) -> None:
+    operator, P = operator_and_matrix(scale=1.0)
+    for matrix, multiply in ((P, operator.matmat), (P.T, operator.rmatmat)):
+        X = np.ones((matrix.shape[1], 4)) * np.array([1, 0, size, 1])
+        with pytest.raises(
+            ValueError, match=r"must be 0 or in \[1.18e-38, 3.4e\+38\], not .* \(columns \[2\]\); multiply"
+        ):
+            multiply(X)
+    scaled, P = operator_and_matrix(scale=1 / size)  # the advice
+    x = np.ones(700) * size
+    np.testing.assert_allclose(scaled.matvec(x), P @ x, rtol=1e-4, atol=1e-4)
+    x[3] = np.inf
+    assert not np.isfinite(operator.matvec(x)).all()  # as in NumPy
+
+
 def test_algebra_and_solvers_of_scipy() -> None:
     operator, P = operator_and_matrix()
     gram = operator @ operator.H

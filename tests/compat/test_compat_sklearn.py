@@ -57,6 +57,83 @@ def test_sparse_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(projection.transform(X), whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_samples_of_any_scale(kind: str, sparse: bool) -> None:
+    """float64 samples beyond float32, beside ordinary ones and one of zeros, are right to float32's precision."""
+    powers = np.array([0, 700, 200, 126, 0, -126, -149, -300, -1000])
+    unit = RNG.standard_normal((9, 300)) * np.array([1, 1, 1, 1, 0, 1, 1, 1, 1])[:, None]
+    X = np.ldexp(unit, powers[:, None])
+    projection = FusedRandomProjection(n_components=20, proj_type=kind, random_state=3).fit(X)
+    result = projection.transform(scipy.sparse.csr_matrix(X) if sparse else X)
+    P = reference.matrix(kind, projection.seed_, 0, range(20), range(300)).astype(np.float64) / 20**0.5
+    np.testing.assert_allclose(np.ldexp(result, -powers[:, None]), unit @ P.T, rtol=0, atol=2e-5)
+    assert result.dtype == np.float64
+    assert (result[4] == 0).all()
+    assert np.array_equal(result[0], projection.transform(X[:1])[0])
+
+
+def test_results_that_the_dtype_cannot_hold_are_refused() -> None:
+    X = np.ones((4, 300), np.float32) * np.array([1, 3e38, 1e-40, 0], np.float32)[:, None]
+    projection = FusedRandomProjection(n_components=4, random_state=0).fit(X)
+    for operation in (projection.transform, FusedRandomProjection(n_components=300, random_state=0).fit(X).transform):
+        with pytest.raises(ValueError, match=r"samples \[1, 2\] must be within .* float32, not .*e\+.*; pass float64"):
+            operation(X)
+    wide = X.astype(np.float64)
+    P = projection.components_.astype(np.float64)
+    np.testing.assert_allclose(projection.transform(wide), wide @ P.T, rtol=1e-5)  # the advice
+    with pytest.raises(ValueError, match=r"samples \[1\] .* float64, not inf; multiply them by a constant"):
+        projection.transform(wide * 5e269)
+    Y = np.float32(3e38) * np.ones((1, 300), np.float32)
+    square = FusedRandomProjection(n_components=300, random_state=0).fit(X)
+    with pytest.raises(ValueError, match=r"samples \[0\] .* float32, not .*; pass float64"):
+        square.inverse_transform(Y)
+    assert np.isfinite(square.inverse_transform(Y.astype(np.float64))).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+@pytest.mark.parametrize("shape", [(30, 200), (5, 5), (12, 12), (40, 7), (1, 3), (3, 1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_inverse_transform_is_by_the_pseudo_inverse(
+    kind: str, shape: tuple[int, int], dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pseudo-inverse by singular values, of the matrix whole; here it is made in blocks."""
+    monkeypatch.setattr("trak_fast.compat.sklearn._DENSE", 3 * shape[0])
+    k, D = shape
+    X = RNG.standard_normal((6, D)).astype(dtype)
+    Y = RNG.standard_normal((6, k)).astype(dtype)
+    P = None
+    for stored in (False, True):
+        projection = FusedRandomProjection(
+            n_components=k, proj_type=kind, random_state=1, compute_inverse_components=stored
+        ).fit(X)
+        P = reference.matrix(kind, projection.seed_, 0, range(k), range(D)).astype(np.float64) / k**0.5
+        right = Y @ np.linalg.pinv(P, rcond=1e-7).T
+        close = {"rtol": 0, "atol": (1e-9 if dtype == np.float64 else 1e-5) * np.abs(right).max()}
+        assert hasattr(projection, "inverse_components_") == stored
+        if stored:
+            assert (projection.inverse_components_.shape, projection.inverse_components_.dtype) == ((D, k), dtype)
+        for given in (Y, scipy.sparse.csc_matrix(Y), Y.tolist() if dtype == np.float64 else Y):
+            result = projection.inverse_transform(given)
+            assert (result.shape, result.dtype) == ((6, D), dtype)
+            np.testing.assert_allclose(result, right, **close)
+    again = projection.transform(projection.inverse_transform(Y)) if k <= D else Y
+    if np.linalg.matrix_rank(P) == k:
+        np.testing.assert_allclose(again, Y, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match=f"X must have n_components_ = {k} columns, not {k + 1}"):
+        projection.inverse_transform(np.ones((2, k + 1)))
+
+
+def test_inverse_transform_as_in_scikit_learn() -> None:
+    X = RNG.standard_normal((20, 60))
+    ours, theirs = (cls(n_components=10, random_state=0) for cls in (FusedRandomProjection, GaussianRandomProjection))
+    theirs.fit(X)
+    ours.fit(X)
+    theirs.components_ = ours.components_.astype(np.float64)
+    Y = RNG.standard_normal((4, 10))
+    np.testing.assert_allclose(ours.inverse_transform(Y), theirs.inverse_transform(Y), rtol=0, atol=1e-6)
+
+
 def test_number_of_components_as_in_scikit_learn() -> None:
     X = np.ones((10, 2000))
     for eps in (0.3, 0.5, 0.9):

@@ -42,11 +42,12 @@ def solution(
 
 def assemble(solved: Solver, x: NDArray, targets: NDArray) -> NDArray[np.float64]:
     """The scores, with the last product in float32 as it is taken from disk."""
-    result = solved.solve(targets)
+    scaled = solved.solve(targets)
+    result = scaled.mantissas
     if solved.primal:
         rows = torch.from_numpy(np.array(x, np.float64))
         result = (normalized(rows) if solved.normalize else rows).float() @ result
-    return result.double().numpy()
+    return np.ldexp(result.double().numpy(), scaled.exponents)
 
 
 def check(

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from trak_fast.store import rows as rows_module
-from trak_fast.store.rows import HalfMatrix, Rows, consecutive_ranges, to_halves
+from trak_fast.store.rows import Rows, ScaledMatrix, consecutive_ranges, from_mantissas, to_mantissas
 
 N, K = 10, 3
 SHAPES: dict[str, tuple[int, ...]] = {"features": (K,), "weights": ()}
@@ -47,41 +47,67 @@ def check(rows: Rows, done: list[int]) -> None:
 @settings(max_examples=100, deadline=None)
 @given(hnp.arrays(np.float32, (3, 5), elements=st.floats(-(2.0**127), 2.0**127, width=32)))
 def test_halves_keep_11_bits_of_whatever_is_not_tiny_beside_its_row(array: NDArray[np.float32]) -> None:
-    halves, scales = to_halves(array)
-    back = HalfMatrix(halves, scales)[:]
+    back = from_mantissas(*to_mantissas(array, np.float16)).astype(np.float64)
     assert np.isfinite(back).all()
     largest = np.abs(array).max(1, keepdims=True)
-    # below 2^-28 of the largest, float16 has fixed steps of 2^-24 in 2^15; below 2^-126 float32 ends
-    assert (np.abs(back - array) <= np.maximum(2.0**-11 * np.abs(array), 2.0**-38 * largest + 2.0**-149)).all()
-    assert (np.frexp(scales)[0] == 0.5).all()
+    # below 2^-28 of the largest, float16 has fixed steps of 2^-24 in 2^15
+    assert (np.abs(back - array) <= np.maximum(2.0**-11 * np.abs(array), 2.0**-38 * largest)).all()
 
 
-def test_halves_behave_like_the_array_that_they_stand_for() -> None:
+@settings(max_examples=100, deadline=None)
+@given(hnp.arrays(np.float64, (3, 5), elements=st.floats(-(2.0**230), 2.0**230)))
+def test_floats_keep_24_bits_of_whatever_is_not_tiny_beside_its_row(array: NDArray[np.float64]) -> None:
+    back = from_mantissas(*to_mantissas(array, np.float32)).astype(np.float64)
+    largest = np.abs(array).max(1, keepdims=True)
+    # below 2^-126 of a mantissa in [2^-64, 2^64], float32 has fixed steps; below 2^-1022 float64 has
+    assert (np.abs(back - array) <= np.maximum(2.0**-24 * np.abs(array), 2.0**-85 * largest)).all()
+
+
+def test_rows_that_float32_computes_with_are_stored_bit_for_bit() -> None:
+    rows = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    rows[:, 0] = [2.0**64, 2.0**-64, 2.0**-60, 1, 0]
+    rows[1, 1:] = 2.0**-149
+    rows[4] = 0
+    mantissas, exponents = to_mantissas(rows.astype(np.float64), np.float32)
+    assert not exponents.any()
+    assert mantissas.tobytes() == from_mantissas(mantissas, exponents).tobytes() == rows.tobytes()
+    assert from_mantissas(mantissas, exponents) is mantissas
+    assert to_mantissas(rows * np.float32(4), np.float32)[1].tolist() == [67, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("widest", [9, 60])
+def test_scaled_matrices_behave_like_the_array_that_they_stand_for(dtype: type, widest: int) -> None:
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((6, 4)).astype(np.float32) * np.geomspace(1e-9, 1e9, 6)[:, None]
-    halves = HalfMatrix(*to_halves(rows))
-    array = np.array(halves)
-    assert array.dtype == halves.dtype == np.float32
-    assert (len(halves), halves.shape, halves.T.shape, len(halves.T)) == (6, (6, 4), (4, 6), 4)
+    rows = rng.standard_normal((6, 4)) * np.geomspace(10.0**-widest, 10.0**widest, 6)[:, None]
+    scaled = ScaledMatrix(*to_mantissas(rows, dtype))
+    array = np.array(scaled)
+    assert array.dtype == (np.float32 if widest == 9 else np.float64)
+    assert scaled.dtype == dtype
+    np.testing.assert_allclose(array, rows, rtol=np.finfo(dtype).eps)
+    assert (len(scaled), scaled.shape, scaled.T.shape, len(scaled.T)) == (6, (6, 4), (4, 6), 4)
     for index in (slice(1, 4), slice(None), np.array([3, 0]), 2, np.array([True, False] * 3)):
-        np.testing.assert_array_equal(halves[index], array[index])
+        np.testing.assert_array_equal(scaled[index], array[index])
     for index in (slice(1, 3), slice(None), np.array([3, 0])):
-        np.testing.assert_array_equal(halves.T[index], array.T[index])
-    np.testing.assert_array_equal(np.asarray(halves.T.T, np.float64), array)
+        np.testing.assert_array_equal(scaled.T[index], array.T[index])
+    np.testing.assert_array_equal(np.asarray(scaled.T.T, np.float64), array)
 
 
 @pytest.mark.parametrize("half", [(), ("features",)])
-def test_what_is_written_is_read_by_all_ways(tmp_path: Path, half: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("scales", [[1.0, 1.0, 1.0, 1.0], [1.0, 1e-40, 1e60, 0.0]])
+def test_what_is_written_is_read_by_all_ways(tmp_path: Path, half: tuple[str, ...], scales: list[float]) -> None:
     Rows.create(tmp_path / "rows", N, SHAPES, half)
     rows = Rows(tmp_path / "rows", N, SHAPES, half)
     inds = np.array([7, 2, 3, 9])
-    given = {"features": torch.randn(4, K) * 1e6, "weights": torch.rand(4)}
+    given = {"features": torch.randn(4, K) * 1e6 * torch.tensor(scales).double()[:, None], "weights": torch.rand(4)}
     stored = rows.write(inds, **given)
     reopened = Rows(tmp_path / "rows", N, SHAPES, half)
+    np.testing.assert_array_equal(reopened.features[inds], stored["features"])
+    assert isinstance(reopened.features, np.memmap) == (not half and scales[0] == scales[3])
     for name, value in stored.items():
         np.testing.assert_array_equal(reopened.columns[name][inds], value)
         np.testing.assert_array_equal(reopened.read(name, slice(2, 8)), reopened.columns[name][2:8])
-        np.testing.assert_allclose(value, given[name], rtol=2.0**-11 if name in half else 0)
+        np.testing.assert_allclose(value, given[name], rtol=2.0**-11 if name in half else 2.0**-24)
     assert reopened.done.tolist() == [i in inds for i in range(N)]
     assert rows.write(np.zeros(0, int), features=torch.zeros(0, K), weights=torch.zeros(0))["features"].shape == (0, K)
 

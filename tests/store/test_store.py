@@ -199,7 +199,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_made(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = rows_module.shutil.disk_usage(opened.path)
-    needed = 4 * N * K + 4 * N + 4 * N + N  # features, weights, digests, flags
+    needed = 4 * N * K + 2 * N + 4 * N + 4 * N + N  # features, their powers of two, weights, digests, flags
     monkeypatch.setattr(rows_module.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(OSError, match="free"):
         opened.register(1, WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from ..projection.projector import Projector
+from ..scales import beyond_float32, map_rows
 
 __all__ = ["ProjectionOperator"]
 
@@ -18,7 +20,8 @@ __all__ = ["ProjectionOperator"]
 class ProjectionOperator(LinearOperator):  # type: ignore[misc]
     """The operator scale · P, (k, D), without a stored matrix.
 
-    `matvec` and `matmat` project; `rmatvec` and `rmatmat` apply the adjoint.
+    `matvec` and `matmat` project; `rmatvec` and `rmatmat` apply the adjoint. Results are float32. Columns of any scale
+    are right to its precision; one whose result float32 cannot hold is a ValueError.
 
     Args:
         grad_dim: D, the number of columns.
@@ -49,10 +52,10 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
         super().__init__(np.dtype(np.float32), (self.projector.proj_dim, self.projector.grad_dim))
 
     def _matmat(self, X: NDArray[Any]) -> NDArray[np.float32]:
-        return self._scaled(self.projector.project(_batch(X), self.model_id))
+        return self._scaled(map_rows(partial(self.projector.project, model_id=self.model_id), _batch(X)), X)
 
     def _rmatmat(self, X: NDArray[Any]) -> NDArray[np.float32]:
-        return self._scaled(self.projector.adjoint(_batch(X), self.model_id))
+        return self._scaled(map_rows(partial(self.projector.adjoint, model_id=self.model_id), _batch(X)), X)
 
     def _matvec(self, x: NDArray[Any]) -> NDArray[np.float32]:
         return self._matmat(x.reshape(-1, 1))[:, 0]
@@ -60,10 +63,22 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
     def _rmatvec(self, x: NDArray[Any]) -> NDArray[np.float32]:
         return self._rmatmat(x.reshape(-1, 1))[:, 0]
 
-    def _scaled(self, result: torch.Tensor) -> NDArray[np.float32]:
-        """Scales a result in place, and returns its rows as columns."""
-        array: NDArray[np.float32] = result.mul_(self.scale).numpy().T
-        return array
+    def _scaled(self, result: torch.Tensor, X: NDArray[Any]) -> NDArray[np.float32]:
+        """Scales the result for X, and returns its rows as columns, which float32 must hold."""
+        array: NDArray[Any]
+        if result.dtype == torch.float32 and (self.scale == 0 or 2.0**-60 <= abs(self.scale) <= 2.0**20):
+            array = result.mul_(self.scale).numpy().T  # magnitudes in [2^-120, 2^120], or 0
+            return array
+        array = result.double().mul_(self.scale).numpy().T
+        largest = np.abs(array).max(axis=0, initial=0)
+        columns = np.flatnonzero(beyond_float32(largest))
+        columns = columns[np.isfinite(X[:, columns]).all(axis=0)]  # else the result is not finite either
+        if len(columns):
+            raise ValueError(
+                f"the largest magnitude of a result must be 0 or in [1.18e-38, 3.4e+38], not {largest[columns[0]]:.3g} "
+                f"(columns {columns.tolist()[:5]}); multiply them, or `scale`, by a constant"
+            )
+        return array.astype(np.float32)
 
 
 def _batch(X: NDArray[Any]) -> torch.Tensor:

@@ -7,30 +7,35 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import pinvh
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from sklearn.utils import check_random_state, gen_batches
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from ..arguments import integer, real
 from ..projection.functions import matrix
 from ..projection.projector import Projector
+from ..scales import beyond_float32, map_rows
 
 __all__ = ["FusedRandomProjection"]
 _DENSE = 1 << 24
-"""The largest number of elements of a sparse matrix that are made dense at a time."""
+"""The largest number of elements of a sparse or random matrix that are made dense at a time."""
 
 
 class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Reduces features by a random matrix that is made inside the multiplication and never stored.
 
     Distances are kept: results are scaled by 1/√n_components. For any number of features, the transformer stores a seed
-    and no matrix.
+    and no matrix, unless `compute_inverse_components` asks for one. Samples of any scale are right to float32's
+    precision.
 
     Parameters:
         n_components: Number of components, or "auto": as many as `eps` needs (Johnson-Lindenstrauss).
         eps: Distortion of distances that "auto" allows, in (0, 1).
         proj_type: "normal" (each entry standard normal) or "rademacher" (±1).
+        compute_inverse_components: Stores the pseudo-inverse of the matrix at `fit`, by which `inverse_transform` is
+            faster.
         random_state: An int, a `numpy.random.RandomState`, or None for a new matrix at each `fit`.
 
     Attributes:
@@ -39,6 +44,7 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         feature_names_in_: Names of the features seen by `fit`, if they have any.
         seed_: The seed of the matrix, drawn by `fit`.
         components_: The scaled matrix (n_components, n_features), made anew at each access.
+        inverse_components_: Its pseudo-inverse (n_features, n_components), if `compute_inverse_components`.
     """
 
     n_components_: int
@@ -50,11 +56,13 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         n_components: int | str = "auto",
         *,
         eps: float = 0.1,
+        compute_inverse_components: bool = False,
         proj_type: str = "normal",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_components = n_components
         self.eps = eps
+        self.compute_inverse_components = compute_inverse_components
         self.proj_type = proj_type
         self.random_state = random_state
 
@@ -82,6 +90,8 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         high, low = check_random_state(self.random_state).randint(0, 2**32, 2, dtype=np.uint64).tolist()
         self.seed_ = high << 32 | low
         self._projector()  # checks the rest
+        if self.compute_inverse_components:
+            self.inverse_components_ = self._inverse(np.eye(self.n_components_)).T.astype(X.dtype)
         return self
 
     def transform(self, X: Any) -> NDArray[Any]:
@@ -94,7 +104,7 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             (n_samples, n_components), float32 for float32 input, otherwise float64.
 
         Raises:
-            ValueError: X does not have the features of `fit`.
+            ValueError: X does not have the features of `fit`, or a sample's result is beyond its dtype.
         """
         check_is_fitted(self)
         X = self._validated(X, reset=False)
@@ -104,9 +114,58 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             block = X[rows].toarray() if hasattr(X, "toarray") else X[rows]
             if not block.flags.writeable or min(block.strides) < 0:
                 block = block.copy()
-            result[rows] = projector.project(torch.from_numpy(block)).numpy()
-        result /= np.sqrt(self.n_components_)
+            projected = map_rows(projector.project, torch.from_numpy(block)).double().numpy()
+            result[rows] = _as_dtype(projected / np.sqrt(self.n_components_), X.dtype)
         return result
+
+    def inverse_transform(self, X: Any) -> NDArray[Any]:
+        """Takes projected samples back: of all samples with these projections, to those of the least norm.
+
+        Args:
+            X: (n_samples, n_components), dense or sparse.
+
+        Returns:
+            (n_samples, n_features), X times the transposed pseudo-inverse of `components_`; float32 for float32 input,
+            otherwise float64. The matrix is made in blocks, and not stored.
+
+        Raises:
+            ValueError: X does not have `n_components_` columns, or a result is beyond its dtype.
+        """
+        check_is_fitted(self)
+        X = check_array(X, dtype=[np.float64, np.float32], accept_sparse=("csr", "csc"))
+        if X.shape[1] != self.n_components_:
+            raise ValueError(f"X must have n_components_ = {self.n_components_} columns, not {X.shape[1]}")
+        Y = (X.toarray() if hasattr(X, "toarray") else X).astype(np.float64)
+        inverse = Y @ self.inverse_components_.T if self.compute_inverse_components else self._inverse(Y)
+        return _as_dtype(inverse, X.dtype)
+
+    def _inverse(self, Y: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Multiplies Y (n, k) by the transposed pseudo-inverse of C = `components_`, which is (CC')⁺C and C(C'C)⁺."""
+        k, features = self.n_components_, self.n_features_in_
+        gram = np.zeros((min(k, features),) * 2)
+        result = np.zeros((len(Y), features))
+        if k <= features:
+            columns = list(gen_batches(features, max(1, _DENSE // k)))
+            for part in columns:
+                block = self._entries(slice(0, k), part)
+                gram += block @ block.T
+            Y = Y @ pinvh(gram)
+            for part in columns:
+                result[:, part] = Y @ self._entries(slice(0, k), part)
+            return result
+        # C has more rows than columns, so CC' would be the larger of the two, and singular
+        for part in gen_batches(k, max(1, _DENSE // features)):
+            block = self._entries(part, slice(0, features))
+            gram += block.T @ block
+            result += Y[:, part] @ block
+        least_norm: NDArray[np.float64] = result @ pinvh(gram)
+        return least_norm
+
+    def _entries(self, rows: slice, columns: slice) -> NDArray[np.float64]:
+        """Returns a part of `components_`, in float64."""
+        P = matrix(self.proj_type, self.seed_, 0, range(rows.start, rows.stop), range(columns.start, columns.stop))
+        entries: NDArray[np.float64] = P.double().div_(self.n_components_**0.5).numpy()
+        return entries
 
     @property
     def components_(self) -> NDArray[np.float32]:
@@ -146,3 +205,16 @@ class FusedRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         tags.input_tags.sparse = True
         return tags
+
+
+def _as_dtype(result: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Returns results (n, k) in the dtype of the samples, which must hold them."""
+    largest = np.abs(result).max(axis=1, initial=0)
+    bad = beyond_float32(largest) if dtype == np.float32 else ~np.isfinite(largest)
+    if len(samples := np.flatnonzero(bad)):
+        raise ValueError(
+            f"the results of samples {samples.tolist()[:5]} must be within the range of X's dtype {dtype}, "
+            f"not {largest[samples[0]]:.3g}; "
+            + ("pass float64" if dtype == np.float32 else "multiply them by a constant")
+        )
+    return result.astype(dtype, copy=False)

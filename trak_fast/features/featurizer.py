@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from ..gradients.base import GradientComputer
 from ..gradients.modes import differentiable, no_fast_path
 from ..projection.projector import ProjectorLike
+from ..scales import LARGEST_FEATURE, map_rows
 from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode
 from . import memory
+
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 class FeatureComputer(Protocol):
@@ -38,9 +42,11 @@ class ProjectedGradients:
         self.projector = projector
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
-        """Computes gradients and projects them, (B, k)."""
+        """Computes gradients and projects them, (B, k); float64 if a row is beyond what float32 computes with."""
         # the gradients are not bound to a name, which would keep them alive during the next computation
-        return self.projector.project(self.gradient_computer.compute_per_sample_grad(samples), model_id=model_id)
+        return map_rows(
+            partial(self.projector.project, model_id=model_id), self.gradient_computer.compute_per_sample_grad(samples)
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Part:
 
     Attributes:
         rows: (B,) the samples' numbers.
-        features: (B, k) float32.
+        features: (B, k) float32 or float64.
         weights: (B,) float32, the weightings Q; None where they were not asked for.
     """
 
@@ -184,11 +190,10 @@ class Featurizer:
             features = self.computer.features(samples, model_id)
             if weighted:
                 weights = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
-        return Part(
-            rows=rows,
-            features=_checked("features", features, rows, (self.proj_dim,)),
-            weights=None if weights is None else _checked("weights", weights, rows, ()),
-        )
+        features = _checked("features", features, rows, (self.proj_dim,), LARGEST_FEATURE, "the model output f")
+        if weights is not None:
+            weights = _checked("weights", weights, rows, (), _LARGEST_FLOAT, "the loss").float()
+        return Part(rows=rows, features=features, weights=weights)
 
 
 def _flattened(values: Sequence[Tensor]) -> Tensor:
@@ -196,13 +201,31 @@ def _flattened(values: Sequence[Tensor]) -> Tensor:
     return torch.cat([value.detach().reshape(1).to(device="cpu", dtype=torch.float64) for value in values])
 
 
-def _checked(name: str, value: Tensor, rows: NDArray[intp], shape: tuple[int, ...]) -> Tensor:
-    """Returns a result as float32 on the CPU, once its shape is right and it is finite."""
-    value = value.detach().to(device="cpu", dtype=torch.float32)
+def _checked(
+    name: str, value: Tensor, rows: NDArray[intp], shape: tuple[int, ...], limit: float, origin: str
+) -> Tensor:
+    """Returns a result on the CPU, float32 unless it is float64, once its shape is right and it is finite.
+
+    Args:
+        name: The result's name.
+        value: The result.
+        rows: (B,) the samples' numbers.
+        shape: The shape that one sample's result must have.
+        limit: The largest magnitude that is taken.
+        origin: The thing that the result is proportional to.
+    """
+    value = value.detach().cpu()
+    if value.dtype != torch.float64:
+        value = value.float()
     expected = (len(rows), *shape)
     if value.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}")
     # one row that is not finite would spoil all scores, through X'X
     if not (finite := value.isfinite().reshape(len(rows), -1).all(1)).all():
         raise ValueError(f"the {name} of samples {rows[~finite].tolist()[:5]} are not finite")
+    if not (small := (value.abs() <= limit).reshape(len(rows), -1).all(1)).all():
+        raise ValueError(
+            f"the {name} of samples {rows[~small].tolist()[:5]} must be at most {limit:.3g} in magnitude, "
+            f"not {value.abs().max().item():.3g}; multiply {origin} by a constant"
+        )
     return value

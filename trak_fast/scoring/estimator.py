@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..scales import LARGEST_FEATURE, beyond_float32
 from ..store.folder import Store
 from ..store.rows import Rows
 from ..tasks.base import LossCurvature
 from . import partial_grams
-from .gram import gram_matrix, weighted_gram
+from .gram import blocks, gram_matrix, weighted_gram
 from .ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
 from .scores import Checkpoint, ScoreMatrix
 from .solver import Solver
@@ -128,18 +129,30 @@ class Estimator:
         return disagreement([self.store.train(i).features for i in model_ids], self.settings.normalize)
 
     def solver(self, model_id: int, num_checkpoints: int, rho: float) -> Solver:
-        """Makes the solver of one of `num_checkpoints` checkpoints whose scores are averaged, and that differ by ρ."""
+        """Makes the solver of one of `num_checkpoints` checkpoints whose scores are averaged, and that differ by ρ.
+
+        Raises:
+            ValueError: The features are so small that their squares vanish.
+        """
         train = self.store.train(model_id)
         features = train.features
         curvature = self.curvature(train.weights)
         weights = None if curvature is None else curvature_weights(curvature)
         matrix = self._gram(model_id, train, curvature, weights)
+        trace = matrix.trace().item()
+        if trace < 1 / LARGEST_FEATURE**2:
+            if any(np.any(features[rows]) for rows in blocks(*features.shape)):
+                raise ValueError(
+                    f"the largest feature of model_id {model_id} must be 0 or at least {1 / LARGEST_FEATURE:.3g}, not "
+                    f"{trace**0.5:.3g} or less; multiply the model output f by a constant"
+                )
+            logger.warning("all features of model_id %d are 0, and so are its scores; see grad_wrt", model_id)
         if self.settings.lambda_reg is None:
             ridge = auto_ridge(matrix, len(features), features.shape[1], num_checkpoints, rho)
         else:
             ridge = self.settings.lambda_reg * self.grad_dim
         solver = Solver(features, matrix, ridge, weights, self.settings.normalize)
-        share = ridge * len(features) / (matrix.trace().item() or 1.0)
+        share = ridge * len(features) / (trace or 1.0)
         logger.info(
             "model_id %d: ridge %.3g, %.3g times the mean squared norm of the features; condition number %.2g",
             model_id,
@@ -186,6 +199,18 @@ class Estimator:
         return ScoreMatrix(checkpoints, weights / len(targets))
 
     def mean_weights(self, model_ids: Collection[int]) -> Tensor:
-        """Averages the weightings Q of the training samples over checkpoints, (n,) float64."""
-        weights = [np.array(self.store.train(i).weights, np.float64) for i in model_ids]
-        return torch.from_numpy(np.mean(weights, axis=0))
+        """Averages the weightings Q of the training samples over checkpoints, (n,) float64.
+
+        Raises:
+            ValueError: The largest is beyond float32, in which they are stored.
+        """
+        weights = np.mean([np.array(self.store.train(i).weights, np.float64) for i in model_ids], axis=0)
+        largest = np.abs(weights).max()
+        if beyond_float32(largest):
+            raise ValueError(
+                f"the largest weight of a sample must be 0 or in [1.18e-38, 3.4e+38], not {largest:.3g}; "
+                "multiply the loss by a constant, and featurize again"
+            )
+        if not largest:
+            logger.warning("the weights of all training samples are 0, and so are all scores")
+        return torch.from_numpy(weights)

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..scales import LARGEST_FEATURE, split
+
 BLOCK_BYTES = 64 << 20
 """Bytes of float64 rows that are computed with at a time."""
 
@@ -30,7 +32,8 @@ def load_block(array: Features, dtype: torch.dtype, device: torch.device, normal
 
 def normalized(rows: Tensor) -> Tensor:
     """Divides rows (B, k) by their norms, in the dtype that they have; rows of zeros stay."""
-    wide = rows.double()  # where squares of float32 numbers neither overflow nor vanish
+    wide = rows.double()  # where squares of float32 numbers neither overflow nor vanish; those of others may vanish
+    wide = split(wide, 1, 1 / LARGEST_FEATURE, LARGEST_FEATURE).mantissas
     return wide.div(wide.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)).to(rows.dtype)
 
 
@@ -113,6 +116,8 @@ def gram_matrix(
             accumulator.add(features[rows], None if weights is None else weights[rows])
         return accumulator.value()
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
+    if normalize:  # a row's power of two does not change its direction, but its square might vanish
+        features = getattr(features, "mantissas", features)
     for columns in tqdm(blocks(k, n), desc="XX'", unit="block", leave=False, disable=None):
         block = load_block(features.T[columns], torch.float64, device)
         gram.addmm_(block.mT, block)

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..store.files import atomic_file
 from ..store.locks import LockFile
 from ..store.rows import Rows
-from .gram import GramAccumulator, blocks
+from .gram import Features, GramAccumulator, blocks
 
 SAVE_SECONDS = 60.0
 """Seconds between two saves. After a kill, the rows that were written since the last save are read again."""
@@ -76,9 +76,7 @@ class PartialGram:
         self._saved = time.monotonic()
         self._changed = False
 
-    def add(
-        self, inds: NDArray[np.integer], features: NDArray[np.float32], curvature: NDArray[np.float64] | None = None
-    ) -> None:
+    def add(self, inds: NDArray[np.integer], features: Features, curvature: NDArray[np.float64] | None = None) -> None:
         """Adds rows that are on disk with their flags set; saves the sum if it is time to.
 
         Args:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..scales import split
 from .gram import Features, load_block
 
 DISAGREEMENT_ROWS = 1024
@@ -42,6 +43,7 @@ def disagreement(features: Sequence[Features], normalize: bool = False) -> float
     sizes, noises = [], []
     for one in tqdm(features, desc="disagreement of checkpoints", leave=False, disable=None):
         block = load_block(one[rows], torch.float64, total.device, normalize)
+        block = split(block.reshape(1, -1), 1).mantissas.view_as(block)  # so that no square vanishes
         kernel = block @ block.mT
         kernel *= len(rows) / (kernel.trace() or 1.0)
         total += kernel

@@ -8,7 +8,8 @@ kept.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..scales import Scaled, beyond_float32, powers, split
 from ..store.files import advising_on_full_disk, create_array, sync, write_at
 from ..store.rows import Rows
-from .gram import normalized
+from .gram import Features, normalized
 from .solver import Solver
 
 T = TypeVar("T")
@@ -42,16 +44,21 @@ class Checkpoint:
     Attributes:
         solver: The solver, with the training samples' features.
         train: The same features as rows on disk, which are read without a memory map.
-        targets: (m, k) the targets' features.
+        targets: (m, k) the targets' features, floating.
     """
 
     solver: Solver
     train: Rows
-    targets: NDArray[np.float32]
+    targets: Features
 
 
 class ScoreMatrix:
-    """The (n, m) scores of an experiment, which are computed when they are asked for."""
+    """The (n, m) scores of an experiment, which are computed when they are asked for.
+
+    Attributes:
+        shape: n and m.
+        largest: (m,) float64, the largest magnitude of each target's scores so far, or one that is not too small.
+    """
 
     def __init__(self, checkpoints: Sequence[Checkpoint], weights: Tensor) -> None:
         """Describes the matrix Σ_c X_c (X_c'X_c + λ_c I)⁻¹ Φ_c', with each row times its weight.
@@ -63,6 +70,8 @@ class ScoreMatrix:
         self.checkpoints = checkpoints
         self.weights = weights.float()
         self.shape = (len(weights), len(checkpoints[0].targets))
+        self.largest = np.zeros(self.shape[1])
+        self._small_weights = bool(self.weights.abs().max() < 2.0**-30)  # products might vanish in float32
 
     def groups(self) -> Iterator[slice]:
         """Cuts the targets into groups whose solved systems are kept at a time."""
@@ -81,6 +90,9 @@ class ScoreMatrix:
 
         Yields:
             The block's samples, and their scores for all of `columns`, (rows, columns) float32.
+
+        Raises:
+            ValueError: Scores are beyond float32.
         """
         solved = [c.solver.solve(c.targets[columns]) for c in self.checkpoints]
         width = max(self.checkpoints[0].targets.shape[1], columns.stop - columns.start)
@@ -91,21 +103,80 @@ class ScoreMatrix:
         jobs = list(itertools.product(parts, range(count)))
         for (part, index), features in zip(jobs, _read_ahead(self._features, jobs), strict=True):
             scores = self._product(features, solved[index], part)
-            total = scores if index == 0 else total.add_(scores)
+            if index == 0:
+                total = scores
+            elif total.dtype == scores.dtype:
+                total.add_(scores)
+            else:
+                total = total.double().add_(scores)
             if index == count - 1:
-                yield part, total.cpu().mul_(self.weights[part, None])
+                yield part, self._weighted(total.cpu(), part, columns)
 
-    def _features(self, rows: slice, index: int) -> Tensor | None:
+    def require_float32(self, largest: Iterable[NDArray[np.float64]]) -> None:
+        """Checks that float32 holds the scores of each target, once all have been computed.
+
+        Args:
+            largest: (m,) `largest` of each process that computed scores.
+
+        Raises:
+            ValueError: The largest score of a target is beyond float32.
+        """
+        self.largest = np.max([*largest], axis=0)
+        self._refuse(beyond_float32(self.largest))
+
+    def _refuse(self, bad: NDArray[np.bool_]) -> None:
+        """Refuses the scores if those of a target are bad."""
+        if len(targets := np.flatnonzero(bad)):
+            largest = self.largest[targets[0]]
+            raise ValueError(
+                f"the largest score of a target must be 0 or in [1.18e-38, 3.4e+38], not {largest:.3g} "
+                f"(targets {targets.tolist()[:5]}); multiply these targets' model output f, and thereby their scores, "
+                "by a constant, which their batch may hold"
+            )
+
+    def _features(self, rows: slice, index: int) -> Scaled | None:
         """Reads the features of some training samples at one checkpoint; None where the solver needs none."""
         checkpoint = self.checkpoints[index]
         if not checkpoint.solver.primal:
             return None
         features = checkpoint.train.read("features", rows)
-        return normalized(features) if checkpoint.solver.normalize else features
+        if checkpoint.solver.normalize:
+            features = normalized(features).float()
+        if features.dtype == torch.float32:  # in [2^-64, 2^64], or 0
+            return Scaled(features, np.zeros(len(features), np.int16))
+        scaled = split(features, 1)
+        return Scaled(scaled.mantissas.float(), scaled.exponents)
 
-    def _product(self, features: Tensor | None, solved: Tensor, rows: slice) -> Tensor:
-        # the product may be in float32: nothing amplifies its error
-        return solved[rows].clone() if features is None else features.to(solved.device) @ solved
+    def _product(self, features: Scaled | None, solved: Scaled, rows: slice) -> Tensor:
+        """Multiplies features and solved systems: float32, or float64 if there are powers of two to multiply by."""
+        if features is None:
+            product = solved.mantissas[rows].clone()
+        else:
+            # the product may be in float32: nothing amplifies its error
+            product = features.mantissas.to(solved.mantissas.device) @ solved.mantissas
+        if features is not None and features.exponents.any():
+            product = product.double()
+            product *= powers(features.exponents, product).unsqueeze(1)
+        if solved.exponents.any():
+            product = product.double()
+            product *= powers(solved.exponents, product)
+        return product
+
+    def _weighted(self, total: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Multiplies scores by their samples' weights, and returns them as float32, which must hold them."""
+        if self._small_weights:
+            total = total.double()
+        total.mul_(self.weights[rows, None])
+        flat = total.reshape(-1)
+        if total.dtype == torch.float64 or not math.isfinite(flat.dot(flat).item()):
+            seen = np.arange(columns.start, columns.stop)
+        else:  # all are finite, and few columns are looked at once their scores are not too small
+            seen = columns.start + np.flatnonzero(self.largest[columns] < float(np.finfo(np.float32).tiny))
+        if len(seen):
+            sizes = total[:, seen - columns.start].abs().amax(0).double().numpy()
+            self.largest[seen] = np.maximum(self.largest[seen], sizes)
+            self._refuse(~(self.largest <= float(np.finfo(np.float32).max)))
+        return total.float()
 
 
 def _read_ahead(read: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) -> Iterator[T]:

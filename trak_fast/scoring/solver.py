@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..scales import Scaled, split
 from .gram import Features, blocks, load_block
 
 logger = logging.getLogger("trak_fast")
@@ -35,7 +36,7 @@ class Inverse:
         solve: Maps (s, m) to (s, m) float64.
         condition: Ratio of the largest eigenvalue to the smallest that is inverted: exact for "eigh", else estimated
             from below by power iteration.
-        method: "cholesky", or "eigh" where the matrix is singular to rounding.
+        method: "cholesky", or "eigh" where the matrix is singular to rounding, or "zero" where all of it is 0.
         jitter: The number that was added to the diagonal to make Cholesky's factorisation possible.
     """
 
@@ -56,8 +57,10 @@ def factorize(matrix: Tensor, cutoff: float, jitter: bool = False) -> Inverse:
             to rounding. For matrices with a ridge, which is that uncertain anyway.
     """
     largest = matrix.diagonal().max().item()
+    if largest == 0:
+        return Inverse(torch.zeros_like, 1.0, "zero")
     rounding = len(matrix) * torch.finfo(torch.float64).eps * largest
-    for added in (0.0, *((rounding * 10.0**power for power in range(4)) if jitter and largest > 0 else ())):
+    for added in (0.0, *((rounding * 10.0**power for power in range(4)) if jitter else ())):
         attempt = matrix
         if added:
             attempt = matrix.clone()
@@ -117,7 +120,7 @@ class Solver:
             normalize: Divides the features of samples and targets by their norms: cosine scores.
 
         Raises:
-            ValueError: `weights` are given with λ = 0 and k > n.
+            ValueError: `weights` are given with λ = 0 and k > n, and not all features are 0.
         """
         self.features = features
         self.gram = gram
@@ -126,7 +129,7 @@ class Solver:
         self.normalize = normalize
         self.primal = features.shape[0] >= features.shape[1]
         self.roots = None
-        if weights is not None and not self.primal:
+        if weights is not None and not self.primal and gram.any():
             if not ridge:
                 raise ValueError("weights with ridge = 0 need k <= n")
             self.roots = torch.from_numpy(weights).to(gram).sqrt().unsqueeze(1)
@@ -135,25 +138,29 @@ class Solver:
         # rounding X to its dtype is like adding noise of relative size ε, whose squared singular values reach about
         # max(n, k) ε² of the largest for float32: smaller eigenvalues carry no information. The same count would
         # be far too careful for float16, where ε² of the largest is what the noise really reaches.
-        eps = np.finfo(getattr(features, "stored_dtype", features.dtype)).eps
+        eps = np.finfo(features.dtype).eps
         cutoff = max(max(features.shape) * torch.finfo(torch.float32).eps ** 2, float(eps) ** 2)
         self.inverse = factorize(regularized, cutoff, jitter=ridge > 0)
 
-    def solve(self, targets: Features) -> Tensor:
+    def solve(self, targets: Features) -> Scaled:
         """Solves for some targets: all that their scores need apart from X.
 
         Args:
             targets: Projected gradients of the targets, (m, k) floating.
 
         Returns:
-            Float32 on the solver's device. If `primal`, the coefficients S = (X'RX + λI)⁻¹ Φ', (k, m), with scores
-            X S; otherwise (n < k) the scores themselves, (n, m). The product X S may be in float32: nothing
-            amplifies its error.
+            Float32 on the solver's device, with a power of two for each column; it is 1 where the column's largest
+            magnitude is in [2^-50, 2^32]. If `primal`, the coefficients S = (X'RX + λI)⁻¹ Φ', (k, m), with scores X S;
+            otherwise (n < k) the scores themselves, (n, m). The product X S may be in float32: nothing amplifies its
+            error.
         """
         right = load_block(targets, torch.float64, self.device, self.normalize).mT
         if self.primal:
-            return self.inverse.solve(right).float()
-        return self._dual(torch.cat([self._rows(rows) @ right for rows in blocks(*self.features.shape)])).float()
+            solved = self.inverse.solve(right)
+        else:
+            solved = self._dual(torch.cat([self._rows(rows) @ right for rows in blocks(*self.features.shape)]))
+        scaled = split(solved, 0, 2.0**-50, 2.0**32)
+        return Scaled(scaled.mantissas.float(), scaled.exponents)
 
     def self_influence(self, rows: slice) -> Tensor:
         """Computes φ (X'RX + λI)⁻¹ φ' of training samples for themselves, a part of the diagonal of X (X'RX + λI)⁻¹ X'.

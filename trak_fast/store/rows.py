@@ -20,8 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..scales import exponents_of
 from .files import advising_on_full_disk, create_array, open_array, sync, write_at
 from .locks import LockFile, lock_file
+
+FEATURES = "features"
+EXPONENTS = "features_exponent"
+"""The column whose rows may have any scale, and the file of their powers of two."""
 
 MAX_CLAIMS = 1024
 """Separate ranges of rows that a process may keep locked: a kernel searches its list of locks from end to end."""
@@ -35,74 +40,92 @@ def consecutive_ranges(inds: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
             yield int(part[0]), int(part[-1]) + 1
 
 
-class HalfMatrix:
-    """A float32 matrix stored as float16 with a power of two for each row, so that no row's range is too large.
+class ScaledMatrix:
+    """A matrix stored as float16 or float32 mantissas with a power of two for each row, so that no row is too large.
 
-    It behaves like a read-only array of float32 as far as the solver needs: shape, rows, columns of the transpose.
+    It behaves like a read-only array as far as the solver needs: shape, rows, columns of the transpose. Its numbers are
+    float32, or float64 where the power of two of one of the rows that are read is beyond float32.
     """
 
-    dtype = np.dtype(np.float32)
-    stored_dtype = np.dtype(np.float16)
-
-    def __init__(self, values: NDArray[np.float16], scales: NDArray[np.float32], transposed: bool = False) -> None:
+    def __init__(self, mantissas: NDArray[Any], exponents: NDArray[np.int16], transposed: bool = False) -> None:
         """Takes the stored arrays.
 
         Args:
-            values: (rows, k) float16.
-            scales: (rows,) float32, the factor of each row.
+            mantissas: (rows, k) float16 or float32.
+            exponents: (rows,) the power of two that each row is multiplied by.
             transposed: If True, the matrix is the transpose, (k, rows).
         """
-        self.values = values
-        self.scales = scales
+        self.mantissas = mantissas
+        self.exponents = exponents
         self.transposed = transposed
-        self.shape = values.shape[::-1] if transposed else values.shape
+        self.dtype = mantissas.dtype  # whose precision the numbers have
+        self.shape: tuple[int, ...] = mantissas.shape[::-1] if transposed else mantissas.shape
         self.ndim = 2
 
     def __len__(self) -> int:
-        return len(self.values.T) if self.transposed else len(self.values)
+        return self.shape[0]
 
     def __getitem__(self, index: Any) -> NDArray[Any]:
-        result: NDArray[np.float32]
         if self.transposed:
-            result = (self.values[:, index].astype(np.float32) * self.scales[:, None]).T
-        else:
-            result = self.values[index].astype(np.float32) * self.scales[index][..., None]
-        return result
+            columns: NDArray[Any] = from_mantissas(self.mantissas[:, index], self.exponents).T
+            return columns
+        return from_mantissas(self.mantissas[index], np.asarray(self.exponents[index]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(self[:], dtype or np.float32)
+        return np.asarray(self[:], dtype)
 
     @property
-    def T(self) -> HalfMatrix:
+    def T(self) -> ScaledMatrix:
         """The transpose, which shares the stored arrays."""
-        return HalfMatrix(self.values, self.scales, not self.transposed)
+        return ScaledMatrix(self.mantissas, self.exponents, not self.transposed)
 
 
-def to_halves(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    """Splits a matrix into float16 values and a power of two for each row, whose product is the matrix to 11 bits.
+def to_mantissas(values: NDArray[Any], dtype: type[np.generic]) -> tuple[NDArray[Any], NDArray[np.int16]]:
+    """Splits a matrix into mantissas and a power of two for each row, whose product is the matrix to their precision.
 
-    The largest element of a row comes to lie in [2^14, 2^15): elements down to 2^-28 of it keep all 11 bits.
+    The largest element of a row comes to lie in [2^14, 2^15) as float16: elements down to 2^-28 of it keep all 11 bits.
+    As float32, rows stay as they are if their largest element is in [2^-64, 2^64]; that of others comes to [½, 1).
 
     Args:
-        values: (rows, k).
+        values: (rows, k) float32 or float64.
+        dtype: float16 or float32.
 
     Returns:
-        (rows, k) float16 and (rows,) float32.
+        (rows, k) in that dtype, and (rows,) int16.
     """
     largest = np.abs(values).max(axis=1, initial=0)
-    exponents = np.where(largest == 0, 0, np.maximum(np.frexp(largest)[1] - 15, -126))  # 2^-126 is still normal
-    halves = np.ldexp(values, -exponents[:, None]).astype(np.float16)
-    return halves, np.ldexp(np.float32(1), exponents).astype(np.float32)
+    if dtype == np.float16:
+        exponents = np.where(largest == 0, 0, exponents_of(largest) - 15).astype(np.int16)
+    else:
+        exponents = exponents_of(largest, 2.0**-64, 2.0**64)
+    if exponents.any():
+        values = np.ldexp(values, -exponents[:, None])
+    return values.astype(dtype), exponents
+
+
+def from_mantissas(mantissas: NDArray[Any], exponents: NDArray[np.int16]) -> NDArray[Any]:
+    """Returns the rows that `to_mantissas` split: float32, or float64 if the largest of one is not in 2^-64 to 2^64."""
+    half = mantissas.dtype == np.float16
+    if not np.any(exponents):
+        return mantissas.astype(np.float32) if half else mantissas
+    result: NDArray[Any]
+    if half and ((exponents >= -78) & (exponents <= 49)).all():
+        result = mantissas.astype(np.float32) * np.ldexp(np.float32(1), exponents)[..., None]
+    else:
+        result = np.ldexp(mantissas.astype(np.float64), exponents[..., None])
+    return result
 
 
 class Rows:
-    """Columns of equal length in one folder, read as float32, with a flag for each row that is written.
+    """Columns of equal length in one folder, with a flag for each row that is written.
+
+    They are read as float32; rows of the column "features" may have any scale, and are read as float64 if they must be.
 
     Beside each row lies a digest of the sample that it was computed from (samples.py).
 
     Attributes:
         shapes: Shape of one row of each column.
-        columns: Each column, (rows, *shape) float32: a read-only memory map, or a `HalfMatrix`, which behaves like one.
+        columns: Each column, (rows, *shape): a read-only memory map, or a `ScaledMatrix`, which behaves like one.
         done: (rows,) bool, a read-only memory map.
         digests: (rows,) uint32, a read-only memory map.
     """
@@ -116,7 +139,7 @@ class Rows:
             path: The folder.
             num_rows: Rows of each column.
             shapes: Shape of one row of each column.
-            half: Names of the columns that are stored in float16; a row of these is a vector.
+            half: Names of the columns that are stored in float16.
 
         Raises:
             ValueError: A file is missing, truncated, corrupt, or has another shape.
@@ -131,16 +154,17 @@ class Rows:
         self.done = self.files["done"]
         self.digests = self.files["digests"]
         self.columns: dict[str, Any] = {
-            name: HalfMatrix(self.files[name], self.files[f"{name}_scale"]) if name in half else self.files[name]
+            name: ScaledMatrix(self.files[name], self.files[EXPONENTS]) if name == FEATURES else self.files[name]
             for name in shapes
         }
         self._claims = 0  # ranges that this object has locked
         self._claimed_to = -1  # end of the last of them
 
     @property
-    def features(self) -> NDArray[np.float32]:
-        """The column of projected gradients, (rows, k)."""
-        features: NDArray[np.float32] = self.columns["features"]
+    def features(self) -> NDArray[Any]:
+        """The column of projected gradients, (rows, k): as stored if they are float32 without powers of two."""
+        plain = self.files[FEATURES].dtype == np.float32 and not self.files[EXPONENTS].any()
+        features: NDArray[Any] = self.files[FEATURES] if plain else self.columns[FEATURES]
         return features
 
     @property
@@ -170,7 +194,7 @@ class Rows:
         self,
         inds: NDArray[np.integer],
         digests: NDArray[np.uint32] | int = 0,
-        **values: NDArray[np.float32] | Tensor,
+        **values: NDArray[Any] | Tensor,
     ) -> dict[str, NDArray[Any]]:
         """Writes some rows of every column; their flags are down meanwhile.
 
@@ -180,7 +204,7 @@ class Rows:
             **values: For each column, (B, *shape), or an array that broadcasts to it.
 
         Returns:
-            For each column, (B, *shape) float32: the values as they will be read.
+            For each column, (B, *shape) float32 or float64: the values as they will be read.
 
         Raises:
             OSError: The disk is full, for example. The rows' flags stay down.
@@ -194,12 +218,16 @@ class Rows:
             self._put("done", inds, np.zeros(len(inds), np.bool_))
         stored = {}
         for name, column in self.columns.items():
-            array = np.broadcast_to(np.asarray(values[name], np.float32), (len(inds), *column.shape[1:]))[order]
-            if name in self.half:
-                halves, scales = to_halves(array)
-                self._put(name, inds, halves)
-                self._put(f"{name}_scale", inds, scales)
-                array = halves.astype(np.float32) * scales[:, None]
+            array = np.asarray(values[name])
+            if name != FEATURES or array.dtype != np.float64:
+                array = array.astype(np.float32)
+            array = np.broadcast_to(array, (len(inds), *column.shape[1:]))[order]
+            if name == FEATURES:
+                mantissas, exponents = to_mantissas(array, self.files[name].dtype.type)
+                self._put(name, inds, mantissas)
+                if exponents.any() or self.files[EXPONENTS][inds].any():  # else they are on disk already
+                    self._put(EXPONENTS, inds, exponents)
+                array = from_mantissas(mantissas, exponents)
             else:
                 self._put(name, inds, array)
             stored[name] = np.empty_like(array)
@@ -237,13 +265,16 @@ class Rows:
                 os.close(handle)
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """Reads rows [start, stop) of a column, float32, as a copy by read(2), which leaves nothing mapped."""
-        if name not in self.half:
-            return self._read(name, rows)
-        scales = self._read(f"{name}_scale", rows)
-        return self._read(name, rows).float().mul_(scales[:, None])
+        """Reads rows [start, stop) of a column, float32, as a copy by read(2), which leaves nothing mapped.
 
-    def _read(self, name: str, rows: slice) -> Tensor:
+        Features are float64 if the largest of one of the rows is not 0 and not within 2^-64 to 2^64.
+        """
+        values = self._read(name, rows)
+        if name == FEATURES:
+            values = from_mantissas(values, self._read(EXPONENTS, rows))
+        return torch.from_numpy(values)
+
+    def _read(self, name: str, rows: slice) -> NDArray[Any]:
         """Reads rows [start, stop) of a file, in its dtype."""
         path = self.path / f"{name}.npy"
         target = self.files[name]
@@ -260,7 +291,7 @@ class Rows:
                 offset += count
         finally:
             os.close(handle)
-        return torch.from_numpy(array)
+        return array
 
     @functools.cached_property
     def locks(self) -> LockFile:
@@ -351,8 +382,8 @@ def _stored_arrays(
     arrays = {}
     for name, shape in shapes.items():
         arrays[name] = _StoredArray((num_rows, *shape), np.float16 if name in half else np.float32)
-        if name in half:
-            arrays[f"{name}_scale"] = _StoredArray((num_rows,), np.float32)
+    if FEATURES in shapes:
+        arrays[EXPONENTS] = _StoredArray((num_rows,), np.int16)
     arrays["digests"] = _StoredArray((num_rows,), np.uint32)
     arrays["done"] = _StoredArray((num_rows,), np.bool_)
     return arrays
