@@ -18,6 +18,7 @@ from .distributed import Ranks
 from .features.featurizer import Featurizer, Part
 from .gradients.repeatable import differ
 from .scoring.estimator import Estimator
+from .scoring.gram import plain_arithmetic
 from .scoring.partial_grams import PartialGram
 from .store.rows import Rows
 from .store.samples import StoredSamples, digest_samples, other_samples_message
@@ -265,6 +266,7 @@ class Recorder:
                 logger.debug("samples are not stored, later runs compare the task's description alone: %s", error)
         opened.is_task_known = True
 
+    @plain_arithmetic()
     def _write(self, opened: _Opened, part: Part, digests: NDArray[np.uint32]) -> None:
         """Writes a part, and adds that of training samples to X'X unless X'X is finalized already."""
         if not opened.is_training:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tasks.base import Task, copy_buffers, copy_tensors, weighs_by_outputs
-from .modes import differentiable
+from .modes import autocast_dtype, differentiable
 from .parameters import select_parameters
 from .repeatable import RandomWatch, output_tolerance, require_same
 
@@ -220,9 +220,8 @@ class ParameterGradients(ABC):
     def _dtypes(self) -> set[torch.dtype]:
         """The dtypes that the model computes in."""
         dtypes = {p.dtype for p in self.parameters.values() if p.is_floating_point()}
-        if torch.is_autocast_enabled(self._device.type):
-            dtypes.add(torch.get_autocast_dtype(self._device.type))
-        return dtypes
+        reduced = autocast_dtype(self._device.type)
+        return dtypes if reduced is None else dtypes | {reduced}
 
     @property
     def _output_tolerance(self) -> float:

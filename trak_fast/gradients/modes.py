@@ -20,6 +20,15 @@ def unfused_attention() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Returns the dtype that the caller has torch compute in on "cpu" or "cuda" (torch.autocast); None: as given."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if device_type == "cpu":  # torch before 2.4
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
 @contextmanager
 def no_fast_path() -> Iterator[None]:
     """Keeps transformer layers from their fused inference, which calls no submodules."""

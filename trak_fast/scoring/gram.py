@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,18 @@ BLOCK_BYTES = 64 << 20
 """Bytes of float64 rows that are computed with at a time."""
 
 Features = NDArray[np.floating[Any]]
+
+
+@contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """Computes in the dtypes that are asked for, and on the CPU by default, whatever the caller has set for models."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.no_grad())
+        modes.enter_context(torch.device("cpu"))
+        modes.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            modes.enter_context(torch.autocast("cuda", enabled=False))
+        yield
 
 
 def blocks(total: int, width: int) -> list[slice]:

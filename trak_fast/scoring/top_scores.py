@@ -52,7 +52,7 @@ class _Best:
         self.columns = np.zeros(0, np.int64)  # of the values that are kept: sorted by column, then from high to low
         self.rows = np.zeros(0, np.int64)
         self.values = np.zeros(0, np.float32)
-        self._least = torch.full((num_columns,), -torch.inf)
+        self._least = torch.full((num_columns,), -torch.inf, dtype=torch.float32)
 
     def add(self, rows: slice, block: Tensor) -> None:
         """Takes (rows, m) values; rows come in increasing order."""
