@@ -98,7 +98,7 @@ def project_adjoint(adjoint: checks.Adjoint, out: Tensor | None = None) -> Tenso
 
 def matrix(part: checks.MatrixPart, rows: npt.NDArray[np.uint32], columns: npt.NDArray[np.uint64]) -> Tensor:
     """Returns entries of a matrix, (len(rows), len(columns)) float32."""
-    out = torch.empty(len(rows), len(columns), dtype=torch.float32)
+    out = torch.empty(len(rows), len(columns), dtype=torch.float32, device="cpu")
     _C.matrix(
         kind=part.kind,
         seed=part.seed,

@@ -142,7 +142,8 @@ class CLIP(BatchTask):
             raise ValueError(
                 f"loader must have at least the {self.simulated_batch_size} pairs of the simulated batch, not {count}"
             )
-        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: self.simulated_batch_size]
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        drawn = torch.randperm(count, generator=generator, device="cpu")[: self.simulated_batch_size]
         self.image_embeddings = torch.cat(images)[drawn.to(images[0].device)]
         self.text_embeddings = torch.cat(texts)[drawn.to(texts[0].device)]
 
