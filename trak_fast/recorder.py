@@ -46,6 +46,7 @@ class Recorder:
     def open_targets(self, model_id: int, targets: Rows) -> None:
         """Records to the target rows of a checkpoint from here on."""
         self.close()
+        _ = targets.locks  # a folder that may not be written is refused before gradients are computed
         self._model_id = model_id
         self._targets = targets
 
