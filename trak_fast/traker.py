@@ -252,7 +252,7 @@ class TRAKer:
 
     @property
     def saver(self) -> Saver:
-        """What is stored, in the arrangement of traker's `saver`, to read."""
+        """The stored arrays in the arrangement of traker's `saver`, to read."""
         return self._saver
 
     def rows(self, total: int | None = None) -> range:
