@@ -1,5 +1,6 @@
 """Several processes at one experiment, folders that may only be read, and experiments that are deleted."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,9 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import warm
 from attribution import CHECKPOINTS, TARGETS, TRAIN, M, N, build, data, run
+from torch import nn
 
+from trak_fast.bench import results
+from trak_fast.bench.runner import Run
+from trak_fast.bench.settings import defaults
+from trak_fast.retraining import Recipe, random_subsets, retrained_outputs
 from trak_fast.scoring.top_scores import TopScores
 from trak_fast.traker import TRAKer
 
@@ -180,3 +187,11 @@ def test_paths_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytes
     top = TopScores(np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32))
     top.save(Path("~/top.npz"))
     assert TopScores.load(tmp_path / "top.npz").scores == TopScores.load("~/top.npz").scores == 1
+    data_, masks = [torch.zeros(8, 2), torch.zeros(8, dtype=torch.int64)], random_subsets(8, 1, seed=0)
+    retrained_outputs(
+        lambda: nn.Linear(2, 2), data_, masks, lambda models: models["bias"], Recipe(1, 2), 0, save_dir="~/retrained"
+    )
+    assert len(list((tmp_path / "retrained").iterdir())) == 1
+    benchmark = Run(dataclasses.replace(defaults("cpu"), only=("trak_fast",)), Path("~/bench/results.json"), 1.0)
+    assert benchmark.path == tmp_path / "bench" / "results.json"
+    assert results.load(Path("~/bench/results.json")) == results.load(benchmark.path)

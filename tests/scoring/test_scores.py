@@ -120,6 +120,17 @@ def test_top_scores_are_those_of_the_whole_matrix(tmp_path: Path, n: int, k: int
     np.testing.assert_allclose(merged.scores, found.scores, rtol=1e-4, atol=1e-6)
 
 
+def test_a_table_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in ("missing/x.csv", "~/x.csv"):
+        with pytest.raises(FileNotFoundError, match=rf"make the folder first: '{path}'"):
+            save_table(path, np.eye(2))
+    (tmp_path / "home").mkdir()
+    save_table("~/x.csv", np.eye(2))
+    assert (tmp_path / "home" / "x.csv").read_text().splitlines()[1] == "0,0,1"
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 5), st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.integers(0, 99)
