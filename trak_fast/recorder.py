@@ -2,96 +2,280 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .arguments import Indices, row_numbers
 from .distributed import Ranks
 from .features.featurizer import Featurizer, Part
+from .gradients.repeatable import differ
 from .scoring.estimator import Estimator
 from .scoring.partial_grams import PartialGram
 from .store.rows import Rows
+from .store.samples import StoredSamples, digest_samples, other_samples_message
+
+REMEMBERED = 32
+"""Samples from row 0 on that are remembered, to notice a loop that is run again."""
+
+KEPT = 4
+"""Samples that are stored with their f and Q, to compare the task by when the folder is opened again."""
+
+SAME_TASK = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""The difference of f and Q between devices, as a share of the largest, up to which a task is the same."""
+
+logger = logging.getLogger("trak_fast")
+
+
+class Repeats:
+    """Notices a loop over batches that is run again while `num_samples` goes on counting from its first run."""
+
+    def __init__(self) -> None:
+        self._first: list[int] = []  # digests of the first samples since row 0
+        self._matched = 0  # samples before the next one that repeat these
+
+    def add(self, start: int, digests: Sequence[int]) -> int:
+        """Takes the samples that go to rows `start` and following ones.
+
+        Args:
+            start: The first row.
+            digests: Digests of the first samples of the batch, up to `REMEMBERED`.
+
+        Returns:
+            The number of samples, up to the last of these, that repeat the first ones; 0 for less than two that differ.
+        """
+        if start == len(self._first) < REMEMBERED:
+            self._first += digests[: REMEMBERED - start]
+        if start == 0:
+            return 0
+        for matched in {self._matched, 0}:
+            if list(digests) == self._first[matched : matched + len(digests)]:
+                self._matched = matched + len(digests)
+                return self._matched if len(set(self._first[: self._matched])) > 1 else 0
+        self._matched = 0
+        return 0
+
+
+@dataclass
+class _Opened:
+    """The rows that are being recorded.
+
+    Attributes:
+        rows: The rows.
+        is_training: True for training samples, False for targets.
+        others: The training rows of other checkpoints, whose samples must be the same.
+        samples_file: Some samples with their f and Q, from when features were first stored for this checkpoint.
+        given: (n,) bool, the rows that this process has been given since.
+        repeats: Notices a loop that is run again.
+        following: The row that `num_samples` continues from.
+        is_task_known: True once the task has been compared with the stored samples.
+        warned: True once it was said that gradients are 0.
+    """
+
+    rows: Rows
+    is_training: bool
+    others: Sequence[Rows]
+    samples_file: Path
+    given: NDArray[np.bool_]
+    repeats: Repeats = field(default_factory=Repeats)
+    following: int = 0
+    is_task_known: bool = False
+    warned: bool = False
 
 
 class Recorder:
     """Records the training samples or the targets of one checkpoint at a time."""
 
-    def __init__(self, featurizer: Featurizer, estimator: Estimator, ranks: Ranks) -> None:
+    def __init__(
+        self, featurizer: Featurizer, estimator: Estimator, ranks: Ranks, *, task: object, check_samples: bool = True
+    ) -> None:
         """Starts with nothing open.
 
         Args:
             featurizer: Computes features and weightings.
             estimator: Says if and how X'X is summed.
             ranks: The processes that share the work.
+            task: The task; where its batches are padded (`PaddedBatches`), padding is no part of a sample.
+            check_samples: Refuses samples that differ from those that rows were stored from.
         """
         self._featurizer = featurizer
         self._estimator = estimator
         self._ranks = ranks
+        self._task = task
+        self._check_samples = check_samples
         self._model_id = 0
-        self._train: Rows | None = None
-        self._targets: Rows | None = None
-        self._sum: PartialGram | None = None  # over the rows that this process writes to _train
+        self._opened: _Opened | None = None
+        self._sum: PartialGram | None = None  # over the training rows that this process writes
         self._close_sum: Callable[[], object] | None = None
-        self._next = 0  # row that num_samples continues from
 
-    def open_training(self, model_id: int, train: Rows) -> None:
-        """Records to the training rows of a checkpoint from here on."""
-        self.close()
-        self._model_id = model_id
-        self._train = train
+    def open_training(self, model_id: int, train: Rows, others: Sequence[Rows]) -> None:
+        """Records to the training rows of a checkpoint from here on.
+
+        Args:
+            model_id: The checkpoint's number.
+            train: Its training rows.
+            others: Those of other checkpoints, which hold the same samples.
+        """
+        self._open(model_id, train, is_training=True, others=others)
 
     def open_targets(self, model_id: int, targets: Rows) -> None:
         """Records to the target rows of a checkpoint from here on."""
-        self.close()
+        self._open(model_id, targets, is_training=False, others=())
         _ = targets.locks  # a folder that may not be written is refused before gradients are computed
+
+    def _open(self, model_id: int, rows: Rows, *, is_training: bool, others: Sequence[Rows]) -> None:
+        self.close()
         self._model_id = model_id
-        self._targets = targets
+        self._opened = _Opened(
+            rows=rows,
+            is_training=is_training,
+            others=others,
+            samples_file=self._estimator.store.samples_file(model_id),
+            given=np.zeros(len(rows.done), np.bool_),
+        )
 
     def record_training(self, batch: Sequence[Tensor], inds: Indices | None, num_samples: int | None) -> None:
         """Records the training samples of a batch that are not recorded yet; arguments as of `TRAKer.featurize`."""
-        if self._train is None:
+        if self._opened is None or not self._opened.is_training:
             raise RuntimeError("call load_checkpoint before featurize")
-        self._record(self._train, batch, inds, num_samples)
+        self._record(self._opened, batch, inds, num_samples)
 
     def record_targets(self, batch: Sequence[Tensor], inds: Indices | None, num_samples: int | None) -> None:
         """Records the targets of a batch, in place of what was there; arguments as of `TRAKer.score`."""
-        if self._targets is None:
+        if self._opened is None or self._opened.is_training:
             raise RuntimeError("call start_scoring_checkpoint before score")
-        self._record(self._targets, batch, inds, num_samples)
+        self._record(self._opened, batch, inds, num_samples)
 
-    def _record(self, stored: Rows, batch: Sequence[Tensor], inds: Indices | None, num_samples: int | None) -> None:
-        rows, following = row_numbers(batch, inds, num_samples, self._next, len(stored.done))
+    def _record(self, opened: _Opened, batch: Sequence[Tensor], inds: Indices | None, num_samples: int | None) -> None:
+        stored = opened.rows
+        rows, following = row_numbers(batch, inds, num_samples, opened.following, len(stored.done))
         share = self._ranks.rows(len(stored.done))
         positions = np.flatnonzero((rows >= share.start) & (rows < share.stop))
         stored.claim(rows[positions])
-        if stored is self._train:
+        marked = self._task.clear_padding(batch) if hasattr(self._task, "clear_padding") else batch
+        if num_samples is not None and len(rows):
+            self._refuse_repeats(opened, rows, digest_samples(marked, np.arange(min(len(rows), REMEMBERED))), share)
+        digests = dict(zip(rows[positions].tolist(), digest_samples(marked, positions), strict=True))
+        self._compare_samples(opened, rows[positions], np.array(list(digests.values()), np.uint32))
+        if len(positions):
+            self._compare_task(opened, [x[torch.from_numpy(positions[:KEPT]).to(x.device)] for x in batch])
+        if opened.is_training:
             positions = positions[~stored.done[rows[positions]]]
+        all_zero = len(positions) > 0
+
+        def write(part: Part) -> None:
+            nonlocal all_zero
+            all_zero = all_zero and not part.features.any()
+            of_part = np.array([digests[row] for row in part.rows.tolist()], np.uint32)
+            self._write(opened, part, of_part)
+
         self._featurizer.compute(
             batch,
             positions=positions,
             rows=rows[positions],
             model_id=self._model_id,
-            weighted=stored is self._train,
-            write=self._write_training if stored is self._train else self._write_targets,
+            weighted=opened.is_training,
+            write=write,
         )
-        self._next = following
+        if all_zero and not opened.warned:
+            opened.warned = True
+            logger.warning(
+                "all gradients of samples %d to %d are exactly 0: does the output depend on the parameters that are "
+                "attributed (grad_wrt)?",
+                rows[positions].min(),
+                rows[positions].max(),
+            )
+        opened.following = following
 
-    def _write_training(self, part: Part) -> None:
-        """Writes a part of the training samples, and adds it to X'X unless that is finalized already."""
-        train = self._train
-        assert train is not None
+    def _refuse_repeats(
+        self, opened: _Opened, rows: NDArray[np.intp], digests: NDArray[np.uint32], share: slice
+    ) -> None:
+        """Refuses the samples of a loop that is run again without being opened again.
+
+        Raises:
+            RuntimeError: These samples were given before; rows that were written from them are taken back.
+        """
+        repeated = opened.repeats.add(int(rows[0]), digests.tolist())
+        if not repeated:
+            return
+        before = repeated - len(digests)
+        wrong = np.arange(rows[0] - before, rows[0])
+        opened.rows.undo(wrong[(wrong >= share.start) & (wrong < share.stop)])
+        opened.following -= before
+        first = "load_checkpoint" if opened.is_training else "start_scoring_checkpoint"
+        raise RuntimeError(
+            f"the samples for rows {rows[0] - before} to {rows[0] + len(digests) - 1} were given before, for rows 0 to "
+            f"{repeated - 1}: num_samples goes on from the last row; to run a loop again, call {first} first (if the "
+            "set really repeats its first samples, give inds)"
+        )
+
+    def _compare_samples(self, opened: _Opened, rows: NDArray[np.intp], digests: NDArray[np.uint32]) -> None:
+        """Compares samples with those that rows were stored from.
+
+        Training samples must be the same. Targets may be others; then all rows of this process that were stored from
+        those before count as not written.
+
+        Raises:
+            ValueError: Training samples differ.
+        """
+        if not self._check_samples:
+            return
+        opened.given[rows] = True
+        if opened.is_training:
+            for known in (opened.rows, *opened.others):
+                if len(other := known.other_samples(rows, digests)):
+                    raise ValueError(other_samples_message(other, known.path))
+        elif len(opened.rows.other_samples(rows, digests)):
+            share = self._ranks.rows(len(opened.given))
+            stale = np.arange(share.start, share.stop)
+            stale = stale[opened.rows.done[share] & ~opened.given[share]]
+            opened.rows.claim(stale)
+            opened.rows.undo(stale)
+
+    def _compare_task(self, opened: _Opened, some: Sequence[Tensor]) -> None:
+        """Compares f and Q of the stored samples with what the task makes of them now; stores some if there are none.
+
+        Raises:
+            ValueError: They differ.
+        """
+        if opened.is_task_known:
+            return
+        known = StoredSamples.load(opened.samples_file)
+        if known is not None:
+            now = self._featurizer.evaluate(known.batch)
+            for name, before, after in (("f", known.outputs, now.outputs), ("Q", known.weightings, now.weightings)):
+                if differ(before, after, SAME_TASK[self._featurizer.dtype]):
+                    raise ValueError(
+                        f"the task or the model computes something else than when features were stored in "
+                        f"{opened.samples_file.parent}: {name} of stored samples was {before.tolist()}, and is "
+                        f"{after.tolist()} now; use another save_dir"
+                    )
+        elif opened.is_training:
+            some = [x.cpu() for x in some]
+            try:
+                now = self._featurizer.evaluate(some)
+                StoredSamples(batch=some, outputs=now.outputs, weightings=now.weightings).save(opened.samples_file)
+            except Exception as error:  # gradients or rows will say so, if it is in their way too
+                logger.debug("samples are not stored, later runs compare the task's description alone: %s", error)
+        opened.is_task_known = True
+
+    def _write(self, opened: _Opened, part: Part, digests: NDArray[np.uint32]) -> None:
+        """Writes a part, and adds that of training samples to X'X unless X'X is finalized already."""
+        if not opened.is_training:
+            opened.rows.write(part.rows, digests, features=part.features)
+            return
         assert part.weights is not None
-        written = train.write(part.rows, features=part.features, weights=part.weights)
+        written = opened.rows.write(part.rows, digests, features=part.features, weights=part.weights)
         if self._estimator.sums_while_featurizing and not self._estimator.store.is_finalized(self._model_id):
             curvature = self._estimator.curvature(written["weights"])
-            self._open_sum(train).add(part.rows, written["features"], curvature)
-
-    def _write_targets(self, part: Part) -> None:
-        assert self._targets is not None
-        self._targets.write(part.rows, features=part.features)
+            self._open_sum(opened.rows).add(part.rows, written["features"], curvature)
 
     def _open_sum(self, train: Rows) -> PartialGram:
         if self._sum is None:
@@ -107,14 +291,14 @@ class Recorder:
 
     def rewind(self) -> None:
         """Lets `num_samples` continue from the first row."""
-        self._next = 0
+        if self._opened is not None:
+            self._opened.following = 0
+            self._opened.repeats = Repeats()
 
     def close(self) -> None:
         """Ends the recording of a checkpoint: saves the sum, and lets other processes write its rows."""
         if self._close_sum is not None:
             self._close_sum()
-        for rows in (self._train, self._targets):
-            if rows is not None:
-                rows.release()
-        self._train = self._targets = self._sum = self._close_sum = None
-        self.rewind()
+        if self._opened is not None:
+            self._opened.rows.release()
+        self._opened = self._sum = self._close_sum = None

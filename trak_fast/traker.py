@@ -30,7 +30,7 @@ from .scoring.top_scores import TopScores, merge_top_scores, top_scores
 from .store.files import DENIED, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import manifest_of
-from .store.rows import Rows
+from .store.rows import Rows, require_same_samples
 from .tasks import Task, resolve_task
 
 _FIXED = {
@@ -118,6 +118,7 @@ class TRAKer:
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         distributed: bool | None = None,
+        check_samples: bool = True,
         curvature: bool = True,
         shrink_weights: bool = True,
         normalize: bool = False,
@@ -156,6 +157,9 @@ class TRAKer:
                 the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
                 than that needs.
             distributed: Shares the work with the other processes of torch.distributed; by default if there are any.
+            check_samples: Refuses samples that are not those that their rows were stored from, in a run before or at
+                another checkpoint; a digest of each is stored. False takes them as they come, with augmentation for
+                example.
             curvature: With lambda_reg="auto", weighs the training samples in X'X by the curvature of their loss, where
                 the task knows it (`get_loss_curvature`; classification does). X'RX is then the Hessian of the
                 linearised model, which the paper's X'X approximates. With another `lambda_reg` it is X'X.
@@ -226,10 +230,11 @@ class TRAKer:
             chunk_size=chunk_size,
             memory_budget=memory_budget,
         )
-        self._recorder = Recorder(featurizer, self._estimator, self._ranks)
+        self._recorder = Recorder(featurizer, self._estimator, self._ranks, task=self.task, check_samples=check_samples)
 
         self.scores: np.memmap | None = None
         self._resume = load_from_save_dir
+        self._check_samples = check_samples
         self._seen: set[int] = set()  # checkpoints loaded by this object
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -287,7 +292,9 @@ class TRAKer:
         with self._ranks.together():
             train = self.store.register(model_id, self.model.state_dict())
         self._seen.add(model_id)
-        self._recorder.open_training(model_id, train)
+        known = self.store.model_ids() if self._resume else self._seen
+        others = [self.store.train(i) for i in known if i != model_id]
+        self._recorder.open_training(model_id, train, others)
         self._saver.load_current_store(model_id)
 
     def featurize(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
@@ -300,7 +307,8 @@ class TRAKer:
 
         Raises:
             RuntimeError: No checkpoint is loaded, or another process is writing one of these samples.
-            ValueError: `inds`, `num_samples` or `batch` do not fit, or a gradient is not finite.
+            ValueError: `inds`, `num_samples` or `batch` do not fit, a gradient is not finite, or samples are not those
+                that their rows were stored from.
             TypeError: `inds` holds no integers, or `batch` no tensors.
             OSError: The disk is full, for example; the samples stored before are safe.
             PermissionError: `save_dir` may be read but not written.
@@ -510,6 +518,9 @@ class TRAKer:
                         else f"exp_name {exp_name!r} has no checkpoint with all its targets"
                     )
                 self._require_finalized(used)
+                if self._check_samples:
+                    require_same_samples({i: self.store.train(i) for i in used}, "training samples")
+                    require_same_samples(used, f"targets of exp_name {exp_name!r}")
                 matrix = self._estimator.score_matrix(used)
             yield matrix
 

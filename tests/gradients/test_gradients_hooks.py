@@ -44,7 +44,7 @@ def test_gradients_are_those_of_a_loop_and_of_torch_func(case: str) -> None:
     hooks, functional = HookGradientComputer(model, task), FunctionalGradientComputer(model, task)
     with evaluation_mode(model):
         expected = loop(model, task, batch)
-        for _ in range(2):  # only the first batch is compared with autograd
+        for _ in range(2):
             grads = hooks.compute_per_sample_grad(batch)
             assert list(grads) == list(expected)
             for name, value in grads.items():
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_a_loop_and_of_torch_func(case: str) -> None:
         for name, value in grads.items():
             torch.testing.assert_close(value, vectorised[name], rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(hooks.compute_loss_grad(batch), functional.compute_loss_grad(batch))
-    assert hooks._per_sample == CASES[case].per_sample  # everything else came from its layer
+    assert hooks.singly == CASES[case].per_sample  # everything else came from its layer
     assert not any(module._forward_hooks for module in model.modules())
 
 

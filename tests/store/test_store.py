@@ -51,7 +51,7 @@ def opened(tmp_path: Path) -> Store:
         ({"parameters": ["a torch.float32 (2,)"]}, r"parameters\[1\]: stored 'b torch.float32 \(3,\)', given None"),
         ({"parameters": MANIFEST["parameters"][::-1]}, r"parameters\[0\]: stored 'a torch.float32 \(2,\)', given 'b "),
         ({"extra": 2.5}, "extra: stored None, given 2.5"),
-        ({"format": 99}, "format: stored 3, given 99"),
+        ({"format": 99}, "format: stored 4, given 99"),
     ],
 )
 def test_another_manifest_is_refused_by_what_differs(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -130,7 +130,8 @@ def test_a_flag_is_set_only_after_its_row_is_on_disk(opened: Store, monkeypatch:
     monkeypatch.setattr(os, "fdatasync", watch)
     rows.write(inds, features=np.full((2, K), 2), weights=np.full(2, 3))
     down, up = [False, False], [True, True]
-    assert flags == [("done.npy", down), ("features.npy", down), ("weights.npy", down), ("done.npy", up)]
+    files = ("done.npy", "features.npy", "weights.npy", "digests.npy")
+    assert flags == [*((name, down) for name in files), ("done.npy", up)]
     assert (opened.train(0).features[[4, 1]] == 2).all()
     assert (opened.train(0).weights[[4, 1]] == 3).all()
     assert opened.train(0).done.tolist() == [False, True, False, False, True, False]
@@ -196,7 +197,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_made(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = rows_module.shutil.disk_usage(opened.path)
-    needed = 4 * N * K + 4 * N + N
+    needed = 4 * N * K + 4 * N + 4 * N + N  # features, weights, digests, flags
     monkeypatch.setattr(rows_module.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(OSError, match="free"):
         opened.register(1, WEIGHTS)
@@ -280,6 +281,8 @@ def test_a_manifest_says_what_features_depend_on() -> None:
         "grad_dim": 7,
         "train_set_size": 100,
         "task": manifest["task"],
+        "task_settings": ["task.value = 'normal'"],
+        "task_code": manifest["task_code"],
         "dtype": "float32",
         "modules": ["Sequential", "0 Linear", "1 ReLU"],
         "parameters": ["w torch.bfloat16 (2, 3)", "b torch.float32 ()"],

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..gradients.base import GradientComputer
-from ..gradients.modes import evaluation_mode
+from ..gradients.modes import differentiable, no_fast_path
 from ..projection.projector import ProjectorLike
-from ..tasks.base import Task
+from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode
 from . import memory
 
 
@@ -58,6 +58,19 @@ class Part:
     weights: Tensor | None
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The task's results for some samples, each evaluated alone, on the CPU.
+
+    Attributes:
+        outputs: f, (P,) float64.
+        weightings: Q, (P,) float64.
+    """
+
+    outputs: Tensor
+    weightings: Tensor
+
+
 class Featurizer:
     """Computes features and weightings within a memory budget."""
 
@@ -96,6 +109,7 @@ class Featurizer:
         self.device = device
         self.chunk_size = chunk_size
         self.memory_budget = memory_budget
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._samples_at_a_time: dict[tuple[torch.Size, ...], int] = {}  # by the shapes of one sample's tensors
 
     def compute(
@@ -132,17 +146,31 @@ class Featurizer:
             lambda part: write(self._part(batch, positions[part], rows[part], model_id, weighted)),
         )
 
+    def evaluate(self, batch: Sequence[Tensor]) -> Evaluation:
+        """Computes f and Q of samples, (P, ...) each, by the task alone and without gradients."""
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        buffers = dict(self.model.named_buffers())
+        outputs: list[Tensor] = []
+        weightings: list[Tensor] = []
+        with evaluation_mode(self.model), differentiable(self.model):
+            for i in range(len(batch[0])):
+                single = [x[i : i + 1].to(self.device, copy=True) for x in batch]
+                sample = [x[0].clone() for x in single]
+                outputs.append(self.task.get_output(self.model, weights, copy_buffers(buffers), *sample))
+                weightings.append(self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(buffers), single))
+        return Evaluation(outputs=_flattened(outputs), weightings=_flattened(weightings))
+
     def _fitting_samples(self, sample: Sequence[Tensor]) -> int:
         """Counts the samples like this one whose gradients fit into the memory budget: at least one."""
         budget = self.memory_budget
         if budget is None:
             budget = memory.free_bytes(self.device) // (2 if self.device.type == "cuda" else 4)
-        sample = [x.to(self.device) for x in sample]
+        sample = copy_tensors([x.to(self.device) for x in sample])
         weights = dict(self.model.named_parameters())
-        buffers = dict(self.model.named_buffers())
+        buffers = copy_buffers(dict(self.model.named_buffers()))
 
         def forward() -> None:
-            with evaluation_mode(self.model):
+            with evaluation_mode(self.model), no_fast_path():
                 self.task.get_output(self.model, weights, buffers, *sample)
 
         return max(1, budget // memory.sample_bytes(forward, self.gradient_bytes))
@@ -161,6 +189,11 @@ class Featurizer:
             features=_checked("features", features, rows, (self.proj_dim,)),
             weights=None if weights is None else _checked("weights", weights, rows, ()),
         )
+
+
+def _flattened(values: Sequence[Tensor]) -> Tensor:
+    """Returns one number of each tensor, in float64 on the CPU."""
+    return torch.cat([value.detach().reshape(1).to(device="cpu", dtype=torch.float64) for value in values])
 
 
 def _checked(name: str, value: Tensor, rows: NDArray[intp], shape: tuple[int, ...]) -> Tensor:

@@ -1,9 +1,9 @@
 """The gradient of each sample's model output with respect to chosen parameters, by torch.func or by hooks."""
 
+from ..tasks.base import evaluation_mode
 from .base import GradientComputer
 from .functional import FunctionalGradientComputer
 from .hooks import HookGradientComputer
-from .modes import evaluation_mode
 from .parameters import select_parameters
 
 __all__ = [

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..tasks.base import Task
+from ..tasks.base import Task, copy_buffers, copy_tensors, weighs_by_outputs
+from .modes import differentiable
 from .parameters import select_parameters
+from .repeatable import RandomWatch, output_tolerance, require_same
+
+logger = logging.getLogger("trak_fast")
 
 
 class GradientComputer(Protocol):
@@ -56,8 +62,35 @@ class GradientComputer(Protocol):
         """Computes the weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """The outputs of the last batch, from which its weightings follow.
+
+    Attributes:
+        outputs: f of each sample, (B,), detached.
+        made_from: The batch's tensors and the parameters, each with the number that autograd gave its contents then.
+            The number grows with each change in place.
+    """
+
+    outputs: Tensor
+    made_from: list[tuple[Tensor, int]]
+
+    def is_of(self, tensors: list[tuple[Tensor, int]]) -> bool:
+        """Tells if the outputs were made from these tensors with these contents."""
+        return len(tensors) == len(self.made_from) and all(
+            old is new and before == now for (old, before), (new, now) in zip(self.made_from, tensors, strict=True)
+        )
+
+
 class ParameterGradients(ABC):
-    """Base class of the gradient computers here: holds the task and the choice of parameters."""
+    """Base class of the gradient computers here: holds the task, the choice of parameters and the last outputs.
+
+    Attributes:
+        model: The model.
+        parameters: All of its parameters, by name.
+        selected: Those that gradients are taken with respect to, in the model's order.
+        buffers: The checkpoint's buffers, by name. Each evaluation of the model gets copies.
+    """
 
     def __init__(
         self,
@@ -84,8 +117,111 @@ class ParameterGradients(ABC):
         """
         self.task = task
         self.grad_wrt = None if grad_wrt is None else list(select_parameters(model, grad_wrt))
+        self._weighs_alone = False  # True once a batch has changed a sample's Q
+        self._generator = torch.Generator("cpu").manual_seed(0)  # leaves the caller's random numbers alone
         self.load_model_params(model)
 
-    @abstractmethod
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        self.selected = select_parameters(model, self.grad_wrt)
+        self.buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+        self._evaluation: _Evaluation | None = None
+        self._is_first_batch = True
+
+    def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Computes the gradient of each sample's model output.
+
+        Args:
+            batch: The batch's tensors, (B, ...) each. The model gets copies of them.
+
+        Returns:
+            For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
+
+        Raises:
+            RuntimeError: The model cannot be differentiated, or its outputs are random.
+        """
+        if not len(batch[0]):
+            return {name: p.detach().new_zeros(0, *p.shape) for name, p in self.selected.items()}
+        with differentiable(self.model):
+            watch = RandomWatch(self._device)
+            grads, outputs = self._differentiate(batch)
+            if self._is_first_batch or watch.drawn():
+                require_same(outputs, lambda: self._evaluate(batch), self._output_tolerance)
+        self._is_first_batch = False
+        self._evaluation = _Evaluation(outputs, self._versions(batch))
+        return grads
+
+    @abstractmethod
+    def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Computes the gradients of `compute_per_sample_grad`, and f of each sample, (B,), detached."""
+
+    @abstractmethod
+    def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes f of each sample, (B,), detached, as `_differentiate` does."""
+
+    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes the weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1).
+
+        Right after `compute_per_sample_grad` of the same batch this takes no forward pass, where Q follows from f.
+        """
+        evaluation = self._evaluation
+        self._evaluation = None
+        with differentiable(self.model):
+            if not weighs_by_outputs(self.task):
+                return self._own_weightings(batch)
+            if evaluation is not None and evaluation.is_of(self._versions(batch)):
+                outputs = evaluation.outputs
+            else:
+                outputs = self._evaluate(batch)
+            return self.task.get_weightings(outputs, copy_tensors(batch)).detach()
+
+    def _own_weightings(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes Q by a task's own `get_out_to_loss_grad`.
+
+        One sample of each batch is computed alone too. If that gives another Q, all are from then on.
+        """
+        count = len(batch[0])
+        if not self._weighs_alone:
+            whole = self._ask_for_weightings(batch)
+            if count == 1 or len(whole.shape) == 0 or len(whole) != count:  # the caller checks shapes
+                return whole
+            chosen = int(torch.randint(count, (), generator=self._generator, device="cpu"))
+            alone = self._ask_for_weightings([x[chosen : chosen + 1] for x in batch])
+            scale = self._output_tolerance * whole.detach().double().abs().max()
+            if (alone.detach().double().reshape(-1) - whole[chosen].detach().double().reshape(-1)).abs().max() <= scale:
+                return whole
+            logger.warning(
+                "%s.get_out_to_loss_grad gives samples other weightings in a batch than alone; "
+                "each is computed alone from here on",
+                type(self.task).__name__,
+            )
+            self._weighs_alone = True
+        return torch.cat([self._ask_for_weightings([x[i : i + 1] for x in batch]) for i in range(count)])
+
+    def _ask_for_weightings(self, batch: Sequence[Tensor]) -> Tensor:
+        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        batch = copy_tensors(batch)
+        return self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(self.buffers), batch).detach()
+
+    def _versions(self, batch: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+        """Lists the batch's tensors and the parameters, with their contents' numbers (of inference tensors: -1)."""
+        tensors = [*batch, *self.parameters.values()]
+        return [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.selected.values())).device
+
+    @property
+    def _dtypes(self) -> set[torch.dtype]:
+        """The dtypes that the model computes in."""
+        dtypes = {p.dtype for p in self.parameters.values() if p.is_floating_point()}
+        if torch.is_autocast_enabled(self._device.type):
+            dtypes.add(torch.get_autocast_dtype(self._device.type))
+        return dtypes
+
+    @property
+    def _output_tolerance(self) -> float:
+        return output_tolerance(self._dtypes)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from torch import Tensor, nn
-from torch.func import grad, vmap
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
 
+from ..tasks.base import copy_buffers, copy_tensors
 from .base import ParameterGradients
-from .modes import unfused_attention
-from .parameters import select_parameters
+from .modes import requiring_grad
+from .repeatable import RANDOM, RandomWatch, ran_out_of_memory
+
+T = TypeVar("T")
 
 
 class FunctionalGradientComputer(ParameterGradients):
@@ -19,43 +24,44 @@ class FunctionalGradientComputer(ParameterGradients):
     features would not be repeatable.
     """
 
-    def load_model_params(self, model: nn.Module) -> None:
-        """Takes the parameters and buffers of `model`, without copying them."""
-        self.model = model
-        selected = select_parameters(model, self.grad_wrt)
+    def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         # detached, as autograd outside of torch.func would record a graph through every gradient and keep it alive
-        self.selected = {name: parameter.detach() for name, parameter in selected.items()}
-        self.fixed = {name: p.detach() for name, p in model.named_parameters() if name not in selected}
-        self.buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+        selected = {name: parameter.detach() for name, parameter in self.selected.items()}
+        differentiate = vmap(grad_and_value(self._output), in_dims=(None, 0))
+        grads, outputs = self._explaining(batch, lambda: differentiate(selected, tuple(copy_tensors(batch))))
+        return {name: grads[name] for name in selected}, outputs.detach()
 
-    def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Computes the gradient of each sample's model output.
+    def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
+        selected = {name: parameter.detach() for name, parameter in self.selected.items()}
+        evaluate = vmap(self._output, in_dims=(None, 0))
+        return self._explaining(batch, lambda: evaluate(selected, tuple(copy_tensors(batch)))).detach()
 
-        Args:
-            batch: The batch's tensors, (B, ...) each.
+    def _output(self, selected: dict[str, Tensor], sample: tuple[Tensor, ...]) -> Tensor:
+        """Computes f of one sample with other values of the selected parameters."""
+        weights = {name: parameter.detach() for name, parameter in self.parameters.items()} | selected
+        return self.task.get_output(self.model, weights, copy_buffers(self.buffers), *sample)
 
-        Returns:
-            For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
+    def _explaining(self, batch: Sequence[Tensor], compute: Callable[[], T]) -> T:
+        """Calls `compute`. If it fails, finds the reason: a sample, the model, a random operation or torch.func.
 
         Raises:
-            RuntimeError: torch.func cannot differentiate the model, or one of its operations is random.
+            RuntimeError: torch.func cannot take the model, or one of its operations is random.
+            Exception: As a plain evaluation of the samples, one by one, raises it.
         """
-
-        def output(selected: dict[str, Tensor], sample: tuple[Tensor, ...]) -> Tensor:
-            return self.task.get_output(self.model, {**self.fixed, **selected}, self.buffers, *sample)
-
-        with unfused_attention():
-            try:
-                grads = vmap(grad(output), in_dims=(None, 0))(self.selected, tuple(batch))
-            except RuntimeError as error:
-                if not any(word in str(error) for word in ("vmap", "functorch", "torch.func")):
-                    raise
-                raise RuntimeError(
-                    f"torch.func cannot differentiate this model: {error}\n"
-                    "gradient_computer=trak_fast.HookGradientComputer does without it"
-                ) from error
-        return {name: grads[name] for name in self.selected}
-
-    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
-        """Computes the weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
-        return self.task.get_out_to_loss_grad(self.model, {**self.fixed, **self.selected}, self.buffers, batch)
+        try:
+            return compute()
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise
+            watch = RandomWatch(self._device)
+            with requiring_grad(self.parameters.values(), self.selected.values()):
+                for sample in zip(*copy_tensors(batch), strict=True):
+                    output = self.task.get_output(self.model, self.parameters, copy_buffers(self.buffers), *sample)
+                if output.requires_grad:
+                    torch.autograd.grad(output, list(self.selected.values()), allow_unused=True)
+            if watch.drawn() or "randomness" in str(error):
+                raise RuntimeError(f"{RANDOM} ({error})") from error
+            raise RuntimeError(
+                f"torch.func cannot differentiate this model: {error}\n"
+                "gradient_computer=trak_fast.HookGradientComputer does without it"
+            ) from error

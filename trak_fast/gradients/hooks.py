@@ -3,39 +3,43 @@
 The gradient of a layer's parameters for one sample follows from the layer's input and from the gradient of its output,
 so one forward and one backward pass over a batch give the gradients of all its samples: for a linear layer they are
 outer products (Goodfellow, "Efficient per-example gradient computations", 2015). An expanded zero is added to the
-output of each layer. The gradient of this zero is that of the output, whatever happens to the output afterwards, in
-place or not, and the gradients of the weights are not computed at all.
+output of each layer, which changes neither its values nor its shape. The gradient of this zero is that of the output,
+whatever happens to the output afterwards, in place or not, and the gradients of the weights are not computed at all.
 
-Parameters of layers without a rule (layers.py) are differentiated one sample at a time. So are those of layers whose
-rule gives wrong results: the first batch of each checkpoint is compared with autograd's gradients of its first and its
-last sample. This catches weights that are used in a second place, inputs whose first dimension is not the batch, and
-anything else that breaks the rule.
+Each batch is checked. A second backward pass gives autograd's gradient of Σ c_i f_i for random factors c_i, which must
+be Σ c_i g_i; this catches weights that are used in a second place, inputs whose first dimension is not the batch,
+samples that are sorted inside the model, and anything else that breaks a rule. And f of one sample, drawn at random,
+must be that of the unaltered model for this sample alone; this catches statistics of batches. The first batch of each
+checkpoint is evaluated in halves too. The parameters that fail, and those of layers without a rule (layers.py), are
+differentiated in true batches of one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..tasks.base import BatchOutputs
+from ..tasks.base import copy_buffers, copy_tensors
 from .base import ParameterGradients
 from .layers import Rule, rule_of
-from .modes import no_fast_path, unfused_attention
-from .parameters import select_parameters
+from .modes import requiring_grad
+from .repeatable import differ, ran_out_of_memory, require_same
 
 logger = logging.getLogger("trak_fast")
 
-TOLERANCE = 1e-3
-"""Relative difference from autograd's gradient up to which a layer's rule is trusted; rounding is far below it."""
+ROUNDINGS = {torch.float64: 2.0**10, torch.float32: 2.0**10, torch.bfloat16: 2.0**4, torch.float16: 2.0**5}
+"""The difference from the unaltered model that rounding explains, as a multiple of the dtype's precision: relative to
+the parameter's own gradient. Sums of half-precision numbers are kept in float32, and add no rounding of their own."""
 
-NEGLIGIBLE = 1e-6
-"""Share of the whole gradient's norm up to which a difference does not count."""
+NEGLIGIBLE_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 4.0}
+"""The difference that does not count, as a multiple of the dtype's precision: relative to the whole gradient. One that
+is nothing but rounding of zero, as the gradient of attention's key biases is, has no correct digits to compare."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class _Layer:
     names: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
     """A call of a layer.
 
@@ -60,19 +64,32 @@ class _Call:
         inputs: Its input, detached.
         version: The number that autograd gave the input's contents at the time; it grows with each change in place.
         probe: The zero that was added to the output.
+        output: The node of autograd's graph that made the output, where all samples share one of leading dimension 1.
+        output_grad: The gradient of the output, (B, ...).
     """
 
     layer: nn.Module
     inputs: Tensor
     version: int
     probe: Tensor
+    output: Any = None
+    output_grad: Tensor | None = None
 
 
-class _Broken(Exception):
-    """The gradients of these parameters cannot be told apart by sample in their layers."""
+@dataclass
+class _Recording:
+    """The calls of layers in one forward pass.
 
-    def __init__(self, names: set[str]) -> None:
-        self.names = names
+    Attributes:
+        calls: The calls from which gradients follow.
+        unexplained: Names of the parameters of layers that were called in a way that no rule knows.
+        open: False once the forward pass is over. Layers that are called again in the backward pass, by activation
+            checkpointing, must do the same operations, but are not recorded twice.
+    """
+
+    calls: list[_Call] = field(default_factory=list)
+    unexplained: set[str] = field(default_factory=set)
+    open: bool = True
 
 
 class HookGradientComputer(ParameterGradients):
@@ -81,13 +98,13 @@ class HookGradientComputer(ParameterGradients):
     A task without `get_outputs` (`BatchOutputs`) is evaluated sample by sample.
     """
 
+    _fallen: frozenset[str] = frozenset()  # parameters that failed the check of a batch
+    _outputs_differ = False  # True once a sample's output in a batch was another than alone
+
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
-        self.model = model
-        selected = select_parameters(model, self.grad_wrt)
-        self.weights = {name: p.detach() for name, p in model.named_parameters()}
-        self.buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
-        model_names = {id(parameter): name for name, parameter in selected.items()}
+        super().load_model_params(model)
+        model_names = {id(parameter): name for name, parameter in self.selected.items()}
         self._layers: dict[nn.Module, _Layer] = {}
         explained: set[str] = set()
         for layer in model.modules():
@@ -96,150 +113,289 @@ class HookGradientComputer(ParameterGradients):
             if names and (rule := rule_of(layer)) is not None:
                 self._layers[layer] = _Layer(rule, names)
                 explained |= set(names.values())
-        self.selected = list(selected)
-        self._per_sample = set(self.selected) - explained  # parameters that are differentiated sample by sample
-        self._checked = not explained
+        self._unexplained = frozenset(self.selected) - explained  # parameters of layers without a rule
 
-    def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Computes the gradient of each sample's model output.
+    @property
+    def singly(self) -> frozenset[str]:
+        """Names of the parameters that are differentiated in batches of one."""
+        everything = self._outputs_differ or not hasattr(self.task, "get_outputs")
+        return frozenset(self.selected) if everything else self._unexplained | self._fallen
 
-        Args:
-            batch: The batch's tensors, (B, ...) each.
+    def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        if not self._in_batches(batch):
+            return self._in_batches_of_one(batch, list(self.selected))
+        grads, outputs = self._by_layers(batch)
+        if left := [name for name in self.selected if name not in grads]:
+            singly, outputs = self._in_batches_of_one(batch, left)
+            grads |= singly
+        return {name: grads[name] for name in self.selected}, outputs
 
-        Returns:
-            For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
-        """
-        with torch.enable_grad(), unfused_attention(), no_fast_path():
-            if not hasattr(self.task, "get_outputs"):
-                return self._one_by_one(batch)
-            while True:
-                try:
-                    return self._at_once(self.task, batch)
-                except _Broken as broken:
-                    self._leave_to_autograd(broken.names)
+    def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
+        with requiring_grad(self.parameters.values(), ()):
+            if self._in_batches(batch):
+                outputs = self._outputs(batch).detach()
+                if self._are_their_own(outputs, batch):
+                    return outputs
+            return torch.cat([self._outputs(sample).detach() for sample in _singles(batch)])
 
-    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
-        """Computes the weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
-        return self.task.get_out_to_loss_grad(self.model, self.weights, self.buffers, batch)
+    def _in_batches(self, batch: Sequence[Tensor]) -> bool:
+        """Tells if some gradients of a batch may follow from one pass over it."""
+        return len(batch[0]) > 1 and not self.singly >= set(self.selected)
 
-    def _leave_to_autograd(self, names: set[str]) -> None:
-        """Has parameters differentiated sample by sample from now on."""
-        logger.debug("differentiated sample by sample: %s", ", ".join(sorted(names)))
-        self._per_sample |= names
-
-    def _one_by_one(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Computes all gradients by a forward and a backward pass for each sample."""
-        weights = self._requiring_grad(self.selected)
-        rows = []
-        for sample in zip(*batch, strict=True):
-            output = self.task.get_output(self.model, weights, self.buffers, *sample)
-            rows.append(self._differentiate(output, weights, self.selected))
-        return _stacked(rows, self.selected)
-
-    def _at_once(self, task: BatchOutputs, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Computes the gradients by one forward and one backward pass, and those that no layer explains by autograd.
+    def _are_their_own(self, outputs: Tensor, batch: Sequence[Tensor]) -> bool:
+        """Tells if the outputs of a batch are those of its samples alone; if not, samples stay alone from now on.
 
         Raises:
-            _Broken: Gradients that layers should explain cannot be told apart by sample.
+            RuntimeError: The outputs are random.
         """
         count = len(batch[0])
-        weights = self._requiring_grad(self._per_sample if self._checked else self.selected)
-        with self._recording(count) as calls:
-            outputs = task.get_outputs(self.model, weights, self.buffers, batch)
-        grads: dict[str, Tensor] = {}
-        if calls:
-            probes = [call.probe for call in calls]
-            output_grads = torch.autograd.grad(
-                outputs.sum(), probes, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            grads = self._by_layers(calls, output_grads, count)
-        with torch.no_grad():
-            for name in self.selected:
-                if name not in grads and name not in self._per_sample:  # its layer was not called
-                    grads[name] = self.weights[name].new_zeros(count, *self.weights[name].shape)
-        if not self._checked:
-            self._check(grads, outputs, weights)
-            self._checked = True
-        if self._per_sample:
-            names = [name for name in self.selected if name in self._per_sample]
-            grads |= _stacked([self._differentiate(output, weights, names) for output in outputs], names)
-        return {name: grads[name].detach() for name in self.selected}
+        with requiring_grad(self.parameters.values(), ()):
+            order = torch.randperm(count, generator=self._generator, device="cpu")
+            again = outputs.clone()
+            for part in order.tensor_split(2) if self._is_first_batch else [order[:1]]:
+                samples = [x[part.to(x.device)] for x in batch]
+                again[part.to(again.device)] = self._outputs(samples).detach()
+            if not differ(outputs, again, self._output_tolerance):
+                return True
+            require_same(outputs, lambda: self._outputs(batch).detach(), self._output_tolerance)
+        logger.warning(
+            "samples of a batch change each other's outputs (by statistics of the batch, for example); "
+            "each is computed alone from here on, in a forward and a backward pass of its own"
+        )
+        self._outputs_differ = True
+        return False
 
-    def _requiring_grad(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Returns all weights; those in `names` are new leaves that require gradients."""
-        names = set(names)
-        return {name: w.detach().requires_grad_() if name in names else w for name, w in self.weights.items()}
+    def _outputs(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes f of each sample of a batch, (B,); of one sample for a task that takes single ones."""
+        batch = copy_tensors(batch)
+        buffers = copy_buffers(self.buffers)
+        if hasattr(self.task, "get_outputs"):
+            outputs: Tensor = self.task.get_outputs(self.model, self.parameters, buffers, batch)
+            if outputs.numel() != len(batch[0]):
+                raise ValueError(
+                    f"{type(self.task).__name__}.get_outputs must return ({len(batch[0])},), one number a sample, "
+                    f"not {tuple(outputs.shape)}"
+                )
+            return outputs.reshape(-1)
+        return self.task.get_output(self.model, self.parameters, buffers, *[x[0] for x in batch]).reshape(1)
 
-    def _differentiate(self, output: Tensor, weights: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        """Computes the gradients of one sample's output by autograd."""
-        inputs = [weights[name] for name in names]
-        grads = torch.autograd.grad(output, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
-        return dict(zip(names, grads, strict=True))
+    def _in_batches_of_one(self, batch: Sequence[Tensor], names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """Computes some gradients, and all outputs, by a forward and a backward pass for each sample."""
+        chosen = [self.selected[name] for name in names]
+        rows: list[list[Tensor]] = []
+        outputs: list[Tensor] = []
+        with requiring_grad(self.parameters.values(), chosen):
+            for sample in _singles(batch):
+                output = self._outputs(sample)[0]
+                rows.append(_gradients(output, chosen))
+                outputs.append(output.detach())
+        columns = zip(*rows, strict=True)
+        return {name: torch.stack(column) for name, column in zip(names, columns, strict=True)}, torch.stack(outputs)
+
+    def _by_layers(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Computes the gradients that follow from layers and pass the check; and f of each sample in the batch."""
+        count = len(batch[0])
+        names = [name for name in self.selected if name not in self.singly]
+        chosen = [self.selected[name] for name in names]
+        factors = self._draw_factors(count)
+        recording = _Recording()
+        with requiring_grad(self.parameters.values(), chosen), self._recording(recording, count):
+            outputs = self._outputs(batch)
+            recording.open = False
+            weighted = (outputs * factors.to(outputs)).sum()
+            sums = dict(zip(names, _gradients(weighted, chosen, retain_graph=True), strict=True))
+            self._find_output_grads(recording, outputs)
+        outputs = outputs.detach()
+        finite = all(bool(value.isfinite().all()) for value in (outputs, *sums.values()))
+        if not finite or not self._are_their_own(outputs, batch):  # sums of what is not finite tell nothing
+            return {}, outputs
+        grads = self._add_calls(recording, count)
+        for name in names:
+            if name not in grads and name not in recording.unexplained:  # its layer was not called
+                grads[name] = torch.zeros_like(self.selected[name]).expand(count, *self.selected[name].shape)
+        if failed := recording.unexplained | self._compare(grads, factors, sums):
+            require_same(outputs, lambda: self._outputs(batch).detach(), self._output_tolerance)
+            self._fall_back(failed)
+        return {name: value for name, value in grads.items() if name not in failed}, outputs
+
+    def _fall_back(self, failed: set[str]) -> None:
+        """Has parameters differentiated in batches of one from now on, and says so."""
+        layers: dict[str, None] = {}
+        for name in self.selected:
+            if name in failed:
+                path = name.rpartition(".")[0]
+                layer = type(self.model.get_submodule(path)).__name__
+                layers[f"{path or 'the model itself'} ({layer})"] = None
+        share = sum(self.selected[name].numel() for name in failed) / sum(p.numel() for p in self.selected.values())
+        logger.warning(
+            "gradients of %s do not follow from the layer's inputs and outputs in a batch; these %.2g%% of the "
+            "gradient are computed sample by sample from here on, by a forward and a backward pass for each",
+            ", ".join(layers),
+            100 * share,
+        )
+        self._fallen |= failed
 
     @contextmanager
-    def _recording(self, count: int) -> Iterator[list[_Call]]:
-        """Lists each call of a layer, and adds a zero to its output."""
-        calls: list[_Call] = []
+    def _recording(self, recording: _Recording, count: int) -> Iterator[None]:
+        """Lists each call of a layer while `recording` is open, and adds a zero to its output."""
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            inputs = args[0] if args else kwargs["input"]
-            if len(output) == 1 and count > 1:  # the same for all samples, as the embeddings of positions are
-                inputs = inputs.expand(count, *inputs.shape[1:])
-                output = output.expand(count, *output.shape[1:])
-            probe = output.new_zeros(()).expand(output.shape).requires_grad_()
-            calls.append(_Call(layer, inputs.detach(), inputs._version, probe))
-            return output + probe
+        singly = self.singly
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            tensors = [value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)]
+            fits = len(tensors) == 1 or (args and isinstance(args[0], Tensor))
+            known = self._layers[layer]
+            if not fits or not isinstance(output, Tensor) or not output.is_floating_point():
+                recording.unexplained |= set(known.names.values()) - singly
+                return None
+            # -0.0 and no other zero leaves every number as it is
+            probe = output.new_full((), -0.0).expand(output.shape).requires_grad_()
+            inputs = tensors[0]
+            probed = output + probe
+            if recording.open:
+                call = _Call(layer, inputs=inputs.detach(), version=inputs._version, probe=probe)
+                if len(inputs) == len(output) == 1 < count:
+                    call.output = probed.grad_fn
+                recording.calls.append(call)
+            return probed
 
         handles = [
             layer.register_forward_hook(hook, with_kwargs=True)
             for layer, known in self._layers.items()
-            if not set(known.names.values()) <= self._per_sample
+            if not set(known.names.values()) <= singly
         ]
         try:
-            yield calls
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _draw_factors(self, count: int) -> Tensor:
+        """Draws factors c of samples, (B,) float64, that differ, so that gradients of exchanged samples are noticed."""
+        factors = torch.linspace(1 / 3, 1, count, dtype=torch.float64, device="cpu")
+        factors = factors[torch.randperm(count, generator=self._generator, device="cpu")]
+        factors *= torch.randint(2, (count,), generator=self._generator, device="cpu") * 2 - 1
+        for dtype in self._dtypes:
+            factors = factors.to(dtype).double()  # the same number in each dtype
+        return factors.to(self._device)
+
+    def _find_output_grads(self, recording: _Recording, outputs: Tensor) -> None:
+        """Computes the gradients of the outputs of all calls.
+
+        An output that all samples share, as the embeddings of positions are, has a leading dimension of 1. Added to
+        something of leading dimension B, its gradient for each sample is that of the sum, which autograd would reduce.
+        """
+        shared = {call.output: call for call in recording.calls if call.output is not None}
+        handles = []
+        for node, following in _edges(outputs.grad_fn) if shared else ():
+            if following in shared and node.name() == "AddBackward0":
+                handles.append(node.register_prehook(_keep_gradient(shared[following])))
+        probes = [call.probe for call in recording.calls]
+        try:
+            for call, value in zip(recording.calls, _gradients(outputs.sum(), probes), strict=True):
+                if call.output_grad is None:
+                    call.output_grad = value
         finally:
             for handle in handles:
                 handle.remove()
 
     @torch.no_grad()
-    def _by_layers(self, calls: list[_Call], output_grads: Sequence[Tensor], count: int) -> dict[str, Tensor]:
-        """Adds up what the rules say for each call.
-
-        Raises:
-            _Broken: The input of a call was changed after it, or has another first dimension than the batch.
-        """
+    def _add_calls(self, recording: _Recording, count: int) -> dict[str, Tensor]:
+        """Adds up what the rules say for each call; calls that no rule can explain are noted in `recording`."""
         grads: dict[str, Tensor] = {}
-        broken: set[str] = set()
-        for call, output_grad in zip(calls, output_grads, strict=True):
-            rule = self._layers[call.layer].rule
-            names = self._layers[call.layer].names
+        singly = self.singly
+        for call in recording.calls:
+            known = self._layers[call.layer]
+            inputs = call.inputs
+            output_grad = call.output_grad
+            assert output_grad is not None
+            if len(inputs) == 1 < count and len(output_grad) == count:
+                inputs = inputs.expand(count, *inputs.shape[1:])
             changed = call.inputs._version != call.version
-            if changed or call.inputs.ndim < rule.least_dims or not len(call.inputs) == len(output_grad) == count:
-                broken |= set(names.values())
+            few = inputs.ndim < known.rule.least_dims
+            values: dict[str, Tensor] | None = None
+            if not changed and not few and len(inputs) == len(output_grad) == count:
+                values = self._apply(known, call.layer, inputs, output_grad)
+            if values is None:
+                recording.unexplained |= set(known.names.values()) - singly
                 continue
-            for own_name, value in rule.gradients(call.layer, call.inputs, output_grad).items():
-                if (name := names.get(own_name)) is not None and name not in self._per_sample:
+            for name, value in values.items():
+                if name not in singly:
                     grads[name] = grads[name] + value if name in grads else value
-        if broken := broken - self._per_sample:
-            raise _Broken(broken)
-        return grads
+        for name in recording.unexplained:
+            grads.pop(name, None)
+        return {name: value.detach() for name, value in grads.items()}
 
-    def _check(self, grads: dict[str, Tensor], outputs: Tensor, weights: dict[str, Tensor]) -> None:
-        """Compares with autograd's gradients of the first and the last sample, and drops what differs."""
-        broken: set[str] = set()
-        for i in {0, len(outputs) - 1}:
-            exact = self._differentiate(outputs[i], weights, list(grads))
-            whole = torch.stack([value.norm() for value in exact.values()]).norm()
-            for name, value in exact.items():
-                error = (grads[name][i] - value).norm()
-                # a gradient that is nothing but rounding of zero, as that of attention's key biases is, has no correct
-                # digits to compare
-                if not error <= TOLERANCE * value.norm() + NEGLIGIBLE * whole:
-                    broken.add(name)
-        if broken:
-            self._leave_to_autograd(broken)
+    def _apply(self, known: _Layer, layer: nn.Module, inputs: Tensor, output_grad: Tensor) -> dict[str, Tensor] | None:
+        """Applies the rule of a layer; returns None if the layer, of a subclass perhaps, has another kind of input."""
+        try:
+            found = known.rule.gradients(layer, inputs, output_grad)
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise
+            return None
+        values = {known.names[name]: value for name, value in found.items() if name in known.names}
+        if any(value.shape[1:] != self.selected[name].shape for name, value in values.items()):
+            return None
+        return {name: value.to(self.selected[name].dtype) for name, value in values.items()}
+
+    @torch.no_grad()
+    def _compare(self, grads: dict[str, Tensor], factors: Tensor, sums: dict[str, Tensor]) -> set[str]:
+        """Returns the names of the parameters whose gradients do not add up to Σ c_i g_i as autograd computes it."""
+        relative = max(ROUNDINGS[dtype] * torch.finfo(dtype).eps for dtype in self._dtypes)
+        negligible = max(NEGLIGIBLE_ROUNDINGS[dtype] * torch.finfo(dtype).eps for dtype in self._dtypes)
+        whole = torch.stack([_norm(value) for value in sums.values()]).norm()
+        failed: set[str] = set()
+        for name, value in grads.items():
+            total = torch.tensordot(factors.to(value), value, dims=1)
+            error = _norm(total - sums[name]) - negligible * whole
+            # the sum may cancel, which the norm of all samples' gradients does not
+            if not (error <= relative * _norm(sums[name]) or error <= relative * _norm(value)):
+                failed.add(name)
+        return failed
 
 
-def _stacked(rows: Sequence[dict[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
-    """Stacks the gradients of samples to one tensor (B, *shape) for each parameter."""
-    return {name: torch.stack([row[name] for row in rows]) for name in names}
+def _singles(batch: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields the samples of a batch as batches of one."""
+    for i in range(len(batch[0])):
+        yield [x[i : i + 1] for x in batch]
+
+
+def _gradients(output: Tensor, inputs: Sequence[Tensor], retain_graph: bool = False) -> list[Tensor]:
+    """Differentiates a number by autograd; gradients are dense, and 0 where the number does not depend on an input."""
+    if not inputs or not output.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    grads = torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True)
+    return [
+        torch.zeros_like(x) if grad is None else grad.to_dense() if grad.layout != torch.strided else grad
+        for x, grad in zip(inputs, grads, strict=True)
+    ]
+
+
+def _norm(value: Tensor) -> Tensor:
+    """Computes the norm of all entries, with sums in float32 at least."""
+    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
+    return norm.double()
+
+
+def _edges(last: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields each pair of a node of autograd's graph and a node whose result it takes."""
+    seen = {last}
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        for following, _ in node.next_functions:
+            if following is not None:
+                yield node, following
+                if following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
+
+
+def _keep_gradient(call: _Call) -> Callable[[tuple[Tensor, ...]], None]:
+    """Returns a hook that takes the gradient of a sum for that of one of its summands."""
+
+    def keep(grads: tuple[Tensor, ...]) -> None:
+        call.output_grad = grads[0]
+
+    return keep

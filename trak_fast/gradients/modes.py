@@ -1,13 +1,14 @@
-"""The modes that a model is put into while it is differentiated."""
+"""The modes that torch is put into while a model is differentiated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def unfused_attention() -> AbstractContextManager[Any]:
@@ -20,18 +21,6 @@ def unfused_attention() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts `model` into evaluation mode, and each of its modules back into its own mode at the end."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def no_fast_path() -> Iterator[None]:
     """Keeps transformer layers from their fused inference, which calls no submodules."""
     mha = torch.backends.mha
@@ -41,3 +30,65 @@ def no_fast_path() -> Iterator[None]:
         yield
     finally:
         mha.set_fastpath_enabled(before)
+
+
+class SharedMode:
+    """A setting of the whole process, which the first of several threads to enter changes and the last restores."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Takes a function that makes the context manager of the setting."""
+        self._make = make
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._mode: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._mode = self._make()
+                self._mode.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._mode is not None:
+                self._mode.__exit__(None, None, None)
+
+
+_UNFUSED_ATTENTION = SharedMode(unfused_attention)
+_NO_FAST_PATH = SharedMode(no_fast_path)
+# cuDNN has gradients of recurrent layers in training mode only
+_NO_CUDNN = SharedMode(lambda: torch.backends.cudnn.flags(enabled=False))
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Lets autograd record all operations, whatever mode the caller is in, and none of them fused."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        modes.enter_context(_UNFUSED_ATTENTION)
+        modes.enter_context(_NO_FAST_PATH)
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            modes.enter_context(_NO_CUDNN)
+        yield
+
+
+@contextmanager
+def requiring_grad(parameters: Iterable[Tensor], chosen: Iterable[Tensor]) -> Iterator[None]:
+    """Lets the `chosen` ones of some parameters require gradients and no others, and restores all at the end.
+
+    The model's own parameters are changed rather than copies swapped in: activation checkpointing runs parts of the
+    model again in the backward pass, after swapped parameters would have left.
+    """
+    parameters = list(parameters)
+    before = [parameter.requires_grad for parameter in parameters]
+    wanted = {id(parameter) for parameter in chosen}
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)

@@ -4,6 +4,7 @@
     save_dir/checkpoint_<model_id>/checkpoint.json   digest of the checkpoint's weights
                                    gram.npy          X'X (and X'CX) or XX'; a checkpoint that has it is finalized
                                    gram/             parts of X'X until then (scoring/partial_grams.py)
+                                   samples.pt        some of its samples with their f and Q (samples.py)
                                    train/            rows of the training samples (rows.py), locks of their writers
                                    targets/<name>/   rows of the targets of an experiment
     save_dir/scores/<name>.npy, <name>.highest.npz, ...
@@ -39,7 +40,7 @@ from .locks import let_go
 from .manifest import differences, digest
 from .rows import LOCK_FILE, Rows, claimed_for_deletion
 
-FORMAT = 3
+FORMAT = 4
 """The number of the folder's format, which each manifest has."""
 
 SCORE_ENDINGS = (".npy", ".highest.npz", ".lowest.npz")
@@ -239,6 +240,10 @@ class Store:
     def _targets_path(self, model_id: int, exp_name: str) -> Path:
         """Returns the path of an experiment's target rows."""
         return self.checkpoint(model_id) / "targets" / exp_name
+
+    def samples_file(self, model_id: int) -> Path:
+        """Returns the path of the file with some samples of a checkpoint (`StoredSamples`)."""
+        return self.checkpoint(model_id) / "samples.pt"
 
     def partial_grams(self, model_id: int) -> Path:
         """Returns the path of the folder of a checkpoint's unfinished sums."""

@@ -105,10 +105,13 @@ def to_halves(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray
 class Rows:
     """Columns of equal length in one folder, read as float32, with a flag for each row that is written.
 
+    Beside each row lies a digest of the sample that it was computed from (samples.py).
+
     Attributes:
         shapes: Shape of one row of each column.
         columns: Each column, (rows, *shape) float32: a read-only memory map, or a `HalfMatrix`, which behaves like one.
         done: (rows,) bool, a read-only memory map.
+        digests: (rows,) uint32, a read-only memory map.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class Rows:
             for name, array in _stored_arrays(num_rows, shapes, half).items()
         }
         self.done = self.files["done"]
+        self.digests = self.files["digests"]
         self.columns: dict[str, Any] = {
             name: HalfMatrix(self.files[name], self.files[f"{name}_scale"]) if name in half else self.files[name]
             for name in shapes
@@ -170,11 +174,17 @@ class Rows:
             with advising_on_full_disk(file):
                 create_array(file, array.shape, array.dtype)
 
-    def write(self, inds: NDArray[np.integer], **values: NDArray[np.float32] | Tensor) -> dict[str, NDArray[Any]]:
+    def write(
+        self,
+        inds: NDArray[np.integer],
+        digests: NDArray[np.uint32] | int = 0,
+        **values: NDArray[np.float32] | Tensor,
+    ) -> dict[str, NDArray[Any]]:
         """Writes some rows of every column; their flags are down meanwhile.
 
         Args:
             inds: (B,) the rows' numbers, each once.
+            digests: (B,) the digests of their samples.
             **values: For each column, (B, *shape), or an array that broadcasts to it.
 
         Returns:
@@ -202,8 +212,19 @@ class Rows:
                 self._put(name, inds, array)
             stored[name] = np.empty_like(array)
             stored[name][order] = array
+        self._put("digests", inds, np.broadcast_to(np.asarray(digests, np.uint32), (len(inds),))[order])
         self._put("done", inds, np.ones(len(inds), np.bool_))
         return stored
+
+    def undo(self, inds: NDArray[np.integer]) -> None:
+        """Takes the flags of some rows down: they count as never written."""
+        if len(inds):
+            self._put("done", np.sort(inds), np.zeros(len(inds), np.bool_))
+
+    def other_samples(self, inds: NDArray[np.integer], digests: NDArray[np.uint32]) -> NDArray[np.integer]:
+        """Returns those of the rows `inds` that are written, but belong to samples with other digests."""
+        other: NDArray[np.integer] = inds[self.done[inds] & (self.digests[inds] != digests)]
+        return other
 
     def _put(self, name: str, inds: NDArray[np.integer], array: NDArray[Any]) -> None:
         """Writes sorted rows of a file, and flushes them."""
@@ -343,6 +364,26 @@ class Rows:
             raise RuntimeError(f"{len(missing)} of {len(self.done)} {complaint}: {numbers}")
 
 
+def require_same_samples(rows: Mapping[int, Rows], things: str) -> None:
+    """Checks that the rows of all checkpoints belong to the same samples.
+
+    Args:
+        rows: The rows of each checkpoint, by model_id.
+        things: A word for the samples, for the message.
+
+    Raises:
+        ValueError: They do not.
+    """
+    first, *others = rows
+    for other in others:
+        if len(differing := np.flatnonzero(rows[first].digests != rows[other].digests)):
+            numbers = ", ".join(map(str, differing[:5])) + (", ..." if len(differing) > 5 else "")
+            raise ValueError(
+                f"{len(differing)} {things} are other ones for model_id {other} than for model_id {first}: {numbers}; "
+                "give the same samples, in the same order, at each checkpoint"
+            )
+
+
 @contextmanager
 def claimed_for_deletion(path: Path) -> Iterator[None]:
     """Keeps other processes from using any row of the folder `path` during the block, in which it may be deleted.
@@ -407,5 +448,6 @@ def _stored_arrays(
         arrays[name] = _StoredArray((num_rows, *shape), np.float16 if name in half else np.float32)
         if name in half:
             arrays[f"{name}_scale"] = _StoredArray((num_rows,), np.float32)
+    arrays["digests"] = _StoredArray((num_rows,), np.uint32)
     arrays["done"] = _StoredArray((num_rows,), np.bool_)
     return arrays

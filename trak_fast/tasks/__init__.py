@@ -1,6 +1,6 @@
 """Tasks: the scalar f of a model that is attributed, and the weighting Q that follows from its loss."""
 
-from .base import BatchOutputs, BatchTask, FunctionTask, LossCurvature, Task, bind
+from .base import BatchOutputs, BatchTask, FunctionTask, LossCurvature, PaddedBatches, Task, bind
 from .classification import Classification, ImageClassification, IterativeImageClassification, margin
 from .clip import CLIP
 from .registry import TASKS, resolve_task
@@ -21,6 +21,7 @@ __all__ = [
     "LossCurvature",
     "MaskedLM",
     "MaskedLMPerToken",
+    "PaddedBatches",
     "Regression",
     "Task",
     "TextClassification",

@@ -3,12 +3,16 @@ at Scale", ICML 2023, sections 2 and 3).
 
 A task says which scalar f(z, θ) of a model is attributed, and how the loss depends on this scalar. The methods have the
 names and signatures of traker's, so tasks written for traker work here as they are.
+
+A sample's f and Q depend on this sample alone. Each evaluation of the model therefore gets copies of the sample's
+tensors and of the buffers, which the model may change.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +47,13 @@ class Task(ABC):
             A tensor with one element and no dimensions.
         """
 
+    def get_settings(self) -> Mapping[str, Any]:
+        """Returns all that f and Q depend on beside the model, by name. Folders of features are for one set of them.
+
+        By default these are the attributes whose names begin with no underscore.
+        """
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
     @property
     def _has_loss(self) -> bool:
         """True where `loss` is something other than −f."""
@@ -68,16 +79,67 @@ class Task(ABC):
         Returns:
             (B,) or (B, 1).
         """
-        if not self._has_loss:
-            return torch.ones(len(batch[0]), device=batch[0].device)
-        derivatives = []
+        outputs = []
         for sample in zip(*batch, strict=True):
-            with torch.no_grad():
-                output = self.get_output(model, weights, buffers, *sample)
+            with torch.enable_grad():  # f may be made of derivatives
+                output = self.get_output(model, weights, copy_buffers(buffers), *copy_tensors(sample))
+            outputs.append(output.detach().reshape(()))
+        return self.get_weightings(torch.stack(outputs), batch)
+
+    def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        """Computes the weighting Q of each sample from its f: minus the derivative of `loss`.
+
+        Args:
+            outputs: f of each sample, (B,), detached.
+            batch: The batch's tensors, (B, ...) each.
+
+        Returns:
+            (B,).
+        """
+        if not self._has_loss:
+            return torch.ones_like(outputs)
+        derivatives = []
+        for output, *sample in zip(outputs, *batch, strict=True):
             with torch.enable_grad():
                 output = output.detach().requires_grad_()
-                derivatives.append(-torch.autograd.grad(self.loss(output, *sample), output)[0].reshape(()))
+                loss = self.loss(output, *copy_tensors(sample))
+                derivatives.append(-torch.autograd.grad(loss, output)[0])
         return torch.stack(derivatives)
+
+
+def weighs_by_outputs(task: object) -> bool:
+    """Tells if the Q of a task is what its `get_weightings` makes of f, and nothing of its own."""
+    own = getattr(type(task), "get_out_to_loss_grad", None)
+    return own in (Task.get_out_to_loss_grad, BatchTask.get_out_to_loss_grad) and (
+        "get_out_to_loss_grad" not in vars(task)
+    )
+
+
+def copy_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies tensors, which a model may then change."""
+    return [tensor.clone() for tensor in tensors]
+
+
+def copy_buffers(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies buffers, so that a forward pass that changes them leaves nothing behind for the next."""
+    return {name: buffer.clone() for name, buffer in buffers.items()}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts `model` into evaluation mode, and each of its modules back into its own mode at the end.
+
+    `training` is set and neither `eval` nor `train` called, as some models override these to change weights: layers of
+    low rank (LoRA) that merge their factors, for example.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def bind(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Callable[..., Any]:
@@ -96,6 +158,13 @@ class BatchOutputs(Protocol):
         Returns:
             (B,).
         """
+
+
+class PaddedBatches(Protocol):
+    """A task whose samples are padded to the longest of a batch."""
+
+    def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns a batch with 0 wherever it is padding: a sample stays the same however far it is padded."""
 
 
 class LossCurvature(Protocol):
@@ -119,6 +188,13 @@ class BatchTask(Task):
     ) -> Tensor:
         return self.get_outputs(model, weights, buffers, [x.unsqueeze(0) for x in sample]).squeeze(0)
 
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        with torch.no_grad():
+            outputs = self.get_outputs(model, weights, copy_buffers(buffers), copy_tensors(batch))
+        return self.get_weightings(outputs, batch)
+
 
 class FunctionTask(Task):
     """A task made of plain functions."""
@@ -135,6 +211,9 @@ class FunctionTask(Task):
         self.output = output
         self._loss = loss
         self.name = f"{getattr(output, '__module__', '')}.{getattr(output, '__qualname__', type(output).__qualname__)}"
+
+    def get_settings(self) -> Mapping[str, Any]:
+        return {"output": self.output, "loss": self._loss}
 
     def get_output(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *sample: Tensor

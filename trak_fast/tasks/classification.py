@@ -53,12 +53,9 @@ class Classification(BatchTask):
         output = self.logits(bind(model, weights, buffers), inputs)
         return margin(getattr(output, "logits", output), labels)
 
-    @torch.no_grad()
-    def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
-    ) -> Tensor:
-        # 1 − p = σ(−f), which has no cancellation where p is close to 1
-        return torch.sigmoid(-self.get_outputs(model, weights, buffers, batch))
+    def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        """Computes Q = 1 − p = σ(−f) of each sample, (B,), without cancellation where p is close to 1."""
+        return torch.sigmoid(-outputs)
 
     def get_loss_curvature(self, weights: Any) -> Any:
         """Computes ∂²ℓ/∂f² = p (1 − p) of samples from their weightings Q = 1 − p, tensors or arrays of any shape."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .base import BatchTask, bind
+from .base import BatchTask, bind, copy_buffers, copy_tensors, evaluation_mode
 
 
 class _Embeddings(NamedTuple):
@@ -55,6 +55,13 @@ class CLIP(BatchTask):
         self.image_embeddings: Tensor | None = None
         self.text_embeddings: Tensor | None = None
 
+    def get_settings(self) -> Mapping[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "simulated_batch_size": self.simulated_batch_size,
+            "seed": self.seed,
+        }
+
     @torch.no_grad()
     def get_embeddings(
         self,
@@ -82,20 +89,19 @@ class CLIP(BatchTask):
         """
         images, texts = [], []
         count = 0
-        training = model.training
-        model.eval()
-        try:
+        weights = dict(model.named_parameters())
+        buffers = dict(model.named_buffers())
+        with evaluation_mode(model):
             for image, text in loader:
                 image = image if preprocess_fn_img is None else preprocess_fn_img(image)
                 text = text if preprocess_fn_txt is None else preprocess_fn_txt(text)
-                image_embeddings, text_embeddings, *_ = model(image, text)
+                embed = bind(model, weights, copy_buffers(buffers))
+                image_embeddings, text_embeddings, *_ = embed(*copy_tensors([image, text]))
                 images.append(image_embeddings)
                 texts.append(text_embeddings)
                 count += len(image_embeddings)
                 if count >= size:
                     break
-        finally:
-            model.train(training)
         count = min(count, size)
         if count < self.simulated_batch_size:
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .base import BatchTask, bind
@@ -29,9 +28,6 @@ class Regression(BatchTask):
             )
         return output.reshape(-1)
 
-    @torch.no_grad()
-    def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
-    ) -> Tensor:
-        output = self.get_outputs(model, weights, buffers, batch)
-        return batch[-1].reshape(output.shape) - output
+    def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        """Computes Q = y − f of each sample, (B,)."""
+        return batch[-1].reshape(outputs.shape) - outputs

@@ -38,6 +38,15 @@ class TextClassification(Classification):
             )
         return model(**dict(zip(self.inputs, inputs, strict=True)))
 
+    def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns a batch with 0 wherever its attention_mask is."""
+        return clear_where_masked(batch, batch[self.inputs.index("attention_mask")])
+
+
+def clear_where_masked(batch: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
+    """Sets to 0 what `mask` (B, T) leaves out, in each tensor of its shape."""
+    return [torch.where(mask.bool(), x, torch.zeros_like(x)) if x.shape == mask.shape else x for x in batch]
+
 
 class LanguageModelling(BatchTask):
     """Base class for masked and causal language modelling: a model predicts tokens, each by a classification.
@@ -53,10 +62,10 @@ class LanguageModelling(BatchTask):
     def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Picks logits (B, T', V) and the tokens that they should predict, (B, T'), IGNORED where there is none."""
 
-    def _losses(
+    def get_outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        """Computes −log p of each sequence, (B,), with its relative accuracy where p is close to 1."""
+        """Computes f of each sequence of a batch, (B,)."""
         if len(batch) != len(self.fields):
             raise ValueError(
                 f"{type(self).__name__}: batch must be ({', '.join(self.fields)}), {len(self.fields)} tensors, "
@@ -66,21 +75,18 @@ class LanguageModelling(BatchTask):
         logits, labels = self.predicted(getattr(output, "logits", output), batch)
         counted = labels != IGNORED
         margins = margin(logits.flatten(0, 1), torch.where(counted, labels, 0).flatten()).view(labels.shape)
-        return (F.softplus(-margins) * counted).sum(1) / counted.sum(1).clamp(min=1)
-
-    def get_outputs(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
-    ) -> Tensor:
-        """Computes f of each sequence of a batch, (B,)."""
-        losses = self._losses(model, weights, buffers, batch)
+        # −log p, with its relative accuracy where p is close to 1
+        losses = (F.softplus(-margins) * counted).sum(1) / counted.sum(1).clamp(min=1)
         losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)  # 0 where a sequence has no predicted tokens
         return -losses - torch.log(-torch.expm1(-losses))
 
-    @torch.no_grad()
-    def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
-    ) -> Tensor:
-        return -torch.expm1(-self._losses(model, weights, buffers, batch))
+    def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        """Computes Q = 1 − p = σ(−f) of each sequence, (B,)."""
+        return torch.sigmoid(-outputs)
+
+    def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns a batch with 0 wherever its attention_mask is."""
+        return clear_where_masked(batch, batch[self.fields.index("attention_mask")])
 
 
 class CausalLM(LanguageModelling):

@@ -1,0 +1,78 @@
+"""The check that a model gives the same outputs each time: features of a random model would say nothing."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROUNDINGS = {torch.float64: 2.0**14, torch.float32: 2.0**14, torch.bfloat16: 2.0**5, torch.float16: 2.0**7}
+"""The difference of outputs that rounding explains, as a multiple of the dtype's precision and of the largest output.
+Sums of half-precision numbers are kept in float32, and grow with the number of summands in the other dtypes alone."""
+
+
+def output_tolerance(dtypes: Iterable[torch.dtype]) -> float:
+    """Returns the relative difference that rounding explains between outputs of a model with parameters of `dtypes`."""
+    return max(ROUNDINGS.get(dtype, 1.0) * torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def differ(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    """Tells if two tensors differ by more than `tolerance` times the largest entry, or in shape."""
+    if first.shape != second.shape:
+        return True
+    first = first.detach().double()
+    second = second.detach().double()
+    if not first.numel():
+        return False
+    same = (first == second) | (first.isnan() & second.isnan())
+    near = (first - second).abs() <= tolerance * first[first.isfinite()].abs().max() if first.isfinite().any() else same
+    return not bool((same | near).all())
+
+
+class RandomWatch:
+    """Tells if a random number was drawn since this object was made, by torch, NumPy or Python."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._states()
+
+    def drawn(self) -> bool:
+        """Tells if a generator has moved."""
+        return not all(
+            torch.equal(old, new) if isinstance(old, Tensor) else old == new
+            for old, new in zip(self._before, self._states(), strict=True)
+        )
+
+    def _states(self) -> list[Any]:
+        numpy: Any = np.random.get_state(legacy=False)
+        states: list[Any] = [torch.get_rng_state(), random.getstate(), pickle.dumps(numpy)]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return states
+
+
+def require_same(outputs: Tensor, evaluate: Callable[[], Tensor], tolerance: float) -> None:
+    """Checks that a model's outputs for some samples are the same when it is evaluated once more.
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    if differ(outputs, evaluate(), tolerance):
+        raise RuntimeError(RANDOM)
+
+
+RANDOM = (
+    "the model gives other outputs for the same samples each time, in evaluation mode too, so features would not be "
+    "repeatable: an operation is random (F.dropout(x) needs training=self.training), or the model keeps a state that "
+    "is no buffer"
+)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tells if an error says that memory could not be allocated, so that fewer samples may work."""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

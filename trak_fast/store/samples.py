@@ -1,0 +1,98 @@
+"""Marks of samples: digests that tell if a row belongs to the sample at hand, and stored samples with their f and Q.
+
+A digest guards against mistakes, such as a loader that gives another order than before, and not against forgers: 32
+bits are enough, and CRC-32 is read from memory several times as fast as cryptographic hashes are computed.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .files import atomic_file
+
+
+def digest_samples(batch: Sequence[Tensor], positions: NDArray[np.intp]) -> NDArray[np.uint32]:
+    """Computes a digest of each of some samples.
+
+    Zeros at the end of a tensor have no part in it: the same sample may be padded by more of them in another batch.
+
+    Args:
+        batch: Tensors (B, ...).
+        positions: (b,) the samples' positions in the batch.
+
+    Returns:
+        (b,).
+    """
+    digests = np.zeros(len(positions), np.uint32)
+    if not len(positions):
+        return digests
+    chosen = torch.from_numpy(positions)
+    for tensor in batch:
+        rows = tensor.detach()[chosen.to(tensor.device)].cpu()
+        rows = rows.to_dense() if rows.layout != torch.strided else rows.resolve_conj().resolve_neg()
+        data = rows.contiguous().reshape(len(positions), -1).view(torch.uint8).numpy() if rows.numel() else None
+        kind = str(tensor.dtype).encode()
+        for i in range(len(positions)):
+            content = b"" if data is None else data[i].tobytes().rstrip(b"\0")
+            digests[i] = zlib.crc32(content, zlib.crc32(kind, int(digests[i])))
+    return digests
+
+
+def other_samples_message(rows: NDArray[np.integer], path: Path) -> str:
+    """Says that samples at `rows` are not those that the rows in a folder were stored from."""
+    first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+    return (
+        f"{len(rows)} samples are not those that the same rows of {path} were stored from: {first}. The loader gives "
+        "another order or other data than then: shuffle=False? no augmentation? Featurize again with "
+        "load_checkpoint(..., _allow_featurizing_already_registered=True) or another save_dir, or let "
+        "check_samples=False take samples as they come"
+    )
+
+
+@dataclass(frozen=True)
+class StoredSamples:
+    """Some samples with their f and Q, by which a task is known again.
+
+    Attributes:
+        batch: Their tensors, (P, ...) each, on the CPU.
+        outputs: f, (P,) float64.
+        weightings: Q, (P,) float64.
+    """
+
+    batch: list[Tensor]
+    outputs: Tensor
+    weightings: Tensor
+
+    def save(self, path: Path) -> None:
+        """Writes a file; without it, a task is compared by its description alone.
+
+        Raises:
+            OSError: The disk is full, for example.
+        """
+        buffer = io.BytesIO()  # torch's own writer tells nothing about a full disk
+        torch.save(vars(self), buffer)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+
+    @staticmethod
+    def load(path: Path) -> StoredSamples | None:
+        """Reads a file; returns None where there is none.
+
+        Raises:
+            ValueError: The file is truncated or corrupt.
+        """
+        if not path.exists():
+            return None
+        try:
+            return StoredSamples(**torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise ValueError(f"cannot read {path}, it is truncated or corrupt ({error}); delete it") from error
