@@ -202,8 +202,7 @@ class HookGradientComputer(ParameterGradients):
         with requiring_grad(self.parameters.values(), chosen), self._recording(recording, count):
             outputs = self._outputs(batch)
             recording.open = False
-            weighted = (outputs * factors.to(outputs)).sum()
-            sums = dict(zip(names, _gradients(weighted, chosen, retain_graph=True), strict=True))
+            sums = self._sum_by_autograd(outputs, factors, names)
             self._find_output_grads(recording, outputs)
         outputs = outputs.detach()
         finite = all(bool(value.isfinite().all()) for value in (outputs, *sums.values()))
@@ -278,6 +277,12 @@ class HookGradientComputer(ParameterGradients):
         for dtype in self._dtypes:
             factors = factors.to(dtype).double()  # the same number in each dtype
         return factors.to(self._device)
+
+    def _sum_by_autograd(self, outputs: Tensor, factors: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Computes Σ c_i g_i for some parameters by a backward pass; another one may follow."""
+        weighted = (outputs * factors.to(outputs)).sum()
+        sums = _gradients(weighted, [self.selected[name] for name in names], retain_graph=True)
+        return dict(zip(names, sums, strict=True))
 
     def _find_output_grads(self, recording: _Recording, outputs: Tensor) -> None:
         """Computes the gradients of the outputs of all calls.

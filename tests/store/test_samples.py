@@ -1,0 +1,72 @@
+"""Digests of samples."""
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trak_fast.store.samples import StoredSamples, digest_samples
+from trak_fast.tasks import CausalLM, MaskedLM, TextClassification
+
+
+def digests(*batch: Tensor) -> list[int]:
+    return digest_samples(batch, np.arange(len(batch[0]))).tolist()
+
+
+def test_a_digest_is_the_crc_of_dtypes_and_bytes_without_zeros_at_the_end() -> None:
+    x, y = torch.tensor([[1.5, 0.0, 2.0, 0.0]]), torch.tensor([7])
+    content = x.numpy().tobytes().rstrip(b"\0")
+    expected = zlib.crc32(content, zlib.crc32(b"torch.float32"))
+    expected = zlib.crc32(y.numpy().tobytes().rstrip(b"\0"), zlib.crc32(b"torch.int64", expected))
+    assert digests(x, y) == [expected]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.complex64]
+)
+def test_samples_that_differ_in_one_number_have_other_digests(dtype: torch.dtype) -> None:
+    x = torch.ones(6, 2, 3).to(dtype)
+    for i in range(6):
+        x[i].view(-1)[i] = 0
+    assert len(set(digests(x))) == 6
+    assert digests(x.flip(0)) == digests(x)[::-1]
+    strided = torch.stack([x, x], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    assert digests(strided) == digests(x)
+    assert digest_samples([x], np.array([4, 1])).tolist() == [digests(x)[4], digests(x)[1]]
+
+
+def test_the_place_of_a_number_and_its_dtype_count() -> None:
+    x = torch.tensor([[1, 0], [0, 1]])
+    assert digests(x)[0] != digests(x)[1]
+    assert digests(x, x) != digests(x)
+    assert digests(torch.ones(1)) != digests(torch.ones(1).view(torch.int32))
+
+
+@pytest.mark.parametrize(("task", "fields"), [(CausalLM(), "im"), (MaskedLM(), "iml"), (TextClassification(), "itm")])
+def test_padding_has_no_part_in_a_text(task: MaskedLM, fields: str) -> None:
+    def batch(length: int, filling: int) -> list[Tensor]:
+        mask = (torch.arange(length) < torch.tensor([[3], [5]])).long()
+        given = {"i": torch.where(mask > 0, torch.arange(length) + 4, filling), "m": mask}
+        given |= {"l": torch.where(mask > 0, torch.arange(length) + 1, -100), "t": torch.zeros(2, length).long()}
+        return [given[field] for field in fields]
+
+    short, long = (digests(*task.clear_padding(batch(length, filling))) for length, filling in ((5, 1), (9, 2)))
+    assert short == long
+    assert short[0] != short[1]
+
+
+def test_stored_samples_come_back(tmp_path: object) -> None:
+    path = tmp_path / "samples.pt"  # type: ignore[operator]
+    assert StoredSamples.load(path) is None
+    batch = [torch.randn(3, 2).bfloat16(), torch.arange(3)]
+    StoredSamples(batch=batch, outputs=torch.ones(3), weightings=torch.zeros(3)).save(path)
+    back = StoredSamples.load(path)
+    assert back is not None
+    assert all(torch.equal(a, b) for a, b in zip(back.batch, batch, strict=True))
+    assert torch.equal(back.outputs, torch.ones(3))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"cannot read .*samples\.pt, it is truncated or corrupt"):
+        StoredSamples.load(path)

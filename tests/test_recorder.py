@@ -1,0 +1,186 @@
+"""Rows know their samples: nothing of another order, another loop or another task mixes with what is stored."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from attribution import CHECKPOINTS, SEED, TARGETS, TRAIN, M, N, build, data, network, run
+from torch import Tensor, nn
+
+from trak_fast import FunctionTask, TRAKer
+from trak_fast.recorder import Repeats
+
+ORDER = [3, 1, 2, 0, *range(4, N)]
+
+
+def featurize(traker: TRAKer, batch: list[Tensor], size: int = 4) -> None:
+    for start in range(0, len(batch[0]), size):
+        part = [x[start : start + size] for x in batch]
+        traker.featurize(part, num_samples=len(part[0]))
+
+
+def opened(folder: Path, model_id: int = 0, **options: object) -> TRAKer:
+    traker = build(folder, **options)
+    traker.load_checkpoint(CHECKPOINTS[model_id], model_id)
+    return traker
+
+
+def test_another_order_is_refused_by_the_first_samples_that_differ(tmp_path: Path) -> None:
+    featurize(opened(tmp_path), [x[:8] for x in TRAIN])
+    before = np.array(opened(tmp_path).store.train(0).features)
+    with pytest.raises(ValueError, match=r"2 samples are not those .* were stored from: 0, 3\. .*shuffle=False\?"):
+        featurize(opened(tmp_path), [x[ORDER] for x in TRAIN])
+    store = opened(tmp_path).store
+    assert np.array_equal(store.train(0).features, before)
+    assert store.train(0).done.sum() == 8
+    featurize(opened(tmp_path), TRAIN)
+    assert store.train(0).done.all()
+
+
+def test_checkpoints_have_the_same_samples(tmp_path: Path) -> None:
+    featurize(opened(tmp_path), TRAIN)
+    with pytest.raises(ValueError, match=r"2 samples are not those that the same rows of .*checkpoint_0"):
+        featurize(opened(tmp_path, 1), [x[ORDER] for x in TRAIN])
+    other = opened(tmp_path, 1, check_samples=False)  # as augmented samples need
+    featurize(other, [x[ORDER] for x in TRAIN])
+    assert other.store.train(1).done.all()
+
+
+def test_two_checkpoints_that_were_made_apart_are_compared_before_scores(tmp_path: Path) -> None:
+    for model_id, order in enumerate((list(range(N)), ORDER)):
+        featurize(opened(tmp_path, model_id, check_samples=False), [x[order] for x in TRAIN])
+    traker = build(tmp_path)
+    traker.finalize_features()
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker.start_scoring_checkpoint("test", state, model_id, M)
+        traker.score(TARGETS, num_samples=M)
+    with pytest.raises(
+        ValueError, match=r"2 training samples are other ones for model_id 1 than for model_id 0: 0, 3;"
+    ):
+        traker.finalize_scores("test")
+
+
+def test_a_loop_that_is_run_again_needs_the_checkpoint_loaded_again(tmp_path: Path) -> None:
+    expected = opened(tmp_path / "expected")
+    featurize(expected, TRAIN)
+    for size in (1, 2, 4):
+        traker = opened(tmp_path / str(size))
+        featurize(traker, [x[:6] for x in TRAIN], size)
+        with pytest.raises(RuntimeError, match=r"given before, for rows 0 to .* call load_checkpoint first"):
+            featurize(traker, TRAIN, size)
+        assert traker.store.train(0).done.tolist() == [True] * 6 + [False] * 6  # nothing wrong is kept
+        with pytest.raises(RuntimeError, match="given before"):
+            featurize(traker, TRAIN, size)
+        traker.load_checkpoint(CHECKPOINTS[0], 0)
+        featurize(traker, TRAIN, size)
+        assert np.array_equal(traker.store.train(0).features, expected.store.train(0).features)
+
+
+def test_targets_of_a_loop_that_is_run_again_are_refused(tmp_path: Path) -> None:
+    traker = build(tmp_path)
+    run(traker)
+    traker.start_scoring_checkpoint("again", CHECKPOINTS[0], 0, num_targets=M)
+    traker.score([x[:2] for x in TARGETS], num_samples=2)
+    with pytest.raises(RuntimeError, match=r"given before, for rows 0 to 1: .* call start_scoring_checkpoint first"):
+        traker.score([x[:2] for x in TARGETS], num_samples=2)
+
+
+def test_samples_that_are_in_the_set_twice_are_no_repetition() -> None:
+    repeats = Repeats()
+    assert repeats.add(0, [1, 2, 3]) == 0
+    assert repeats.add(3, [1, 3, 2]) == 0
+    assert repeats.add(6, [1]) == 0  # one sample that equals the first may be a second copy
+    assert repeats.add(7, [3]) == 0
+    assert repeats.add(8, [1]) == 0
+    assert repeats.add(9, [2]) == 2
+    same = Repeats()
+    assert same.add(0, [5, 5]) == 0
+    assert same.add(2, [5, 5]) == 0  # all alike: nothing can be told
+
+
+def test_targets_of_two_sets_do_not_mix(tmp_path: Path) -> None:
+    traker = build(tmp_path)
+    run(traker)
+    other = data(M, 9)
+    traker.start_scoring_checkpoint("test", CHECKPOINTS[0], 0, num_targets=M)
+    traker.score([x[2:] for x in other], inds=[2, 3])
+    with pytest.raises(RuntimeError, match=r"2 of 4 targets .* are not scored for model_id 0: 0, 1"):
+        traker.finalize_scores("test")
+    traker.score([x[:2] for x in other], inds=[0, 1])
+    with pytest.raises(ValueError, match=r"4 targets of exp_name 'test' are other ones for model_id 1 than"):
+        traker.finalize_scores("test")
+    traker.start_scoring_checkpoint("test", CHECKPOINTS[1], 1, num_targets=M)
+    traker.score(other, num_samples=M)
+    repeated = np.array(traker.finalize_scores("test"))
+    for model_id, state in enumerate(CHECKPOINTS):
+        traker.start_scoring_checkpoint("fresh", state, model_id, num_targets=M)
+        traker.score(other, num_samples=M)
+    assert np.array_equal(repeated, traker.finalize_scores("fresh"))
+
+
+def linear(slope: float) -> FunctionTask:
+    """Makes tasks whose descriptions are equal: what they hold is hidden in an object of some class."""
+
+    class Hidden:
+        __slots__ = ("slope",)
+
+    hidden = Hidden()
+    hidden.slope = slope
+
+    def output(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return hidden.slope * model(x[None])[0].gather(0, y[None])
+
+    return FunctionTask(output)
+
+
+def with_task(folder: Path, task: FunctionTask) -> TRAKer:
+    traker = TRAKer(network(), task, N, folder, proj_dim=8, projector_seed=SEED)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    return traker
+
+
+def test_a_task_that_cannot_be_described_is_known_by_its_outputs(tmp_path: Path) -> None:
+    first = with_task(tmp_path, linear(1.0))
+    featurize(first, [x[:8] for x in TRAIN])
+    with pytest.raises(
+        ValueError, match=r"computes something else than when features were stored in .*checkpoint_0: f"
+    ):
+        featurize(with_task(tmp_path, linear(1.5)), TRAIN)
+    again = with_task(tmp_path, linear(1.0))
+    featurize(again, TRAIN)
+    again.finalize_features()
+    other = TRAKer(network(), linear(1.5), N, tmp_path, proj_dim=8, projector_seed=SEED)
+    other.start_scoring_checkpoint("test", CHECKPOINTS[0], 0, M)
+    with pytest.raises(ValueError, match="computes something else"):
+        other.score(TARGETS, num_samples=M)
+
+
+def test_gradients_that_are_all_zero_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"head": nn.Linear(12, 3), "unused": nn.Linear(2, 2)}).double()
+    task = FunctionTask(lambda model, x, y: model.get_submodule("head")(x)[y])
+    wrapped = nn.Module()
+    wrapped.head, wrapped.unused = model["head"], model["unused"]
+    wrapped.forward = lambda x: wrapped.head(x)  # type: ignore[method-assign]
+    for names, told in ((["unused.*"], 1), (["head.*"], 0)):
+        caplog.clear()
+        task = FunctionTask(lambda model, x, y: model(x[None])[0].gather(0, y[None]))
+        traker = TRAKer(wrapped, task, N, tmp_path / names[0][:4], proj_dim=4, grad_wrt=names)
+        traker.load_checkpoint(wrapped.state_dict(), 0)
+        with caplog.at_level(logging.WARNING):
+            featurize(traker, TRAIN)
+        assert caplog.text.count("are exactly 0: does the output depend on the parameters") == told
+
+
+def test_the_number_of_samples_in_a_batch_does_not_matter(tmp_path: Path) -> None:
+    """A run may be resumed with other batches."""
+    whole = opened(tmp_path / "whole")
+    featurize(whole, TRAIN, N)
+    parts = opened(tmp_path / "parts")
+    featurize(parts, [x[:5] for x in TRAIN], 1)
+    featurize(opened(tmp_path / "parts"), TRAIN, 7)
+    assert np.array_equal(whole.store.train(0).digests, parts.store.train(0).digests)
+    torch.testing.assert_close(
+        torch.tensor(np.array(whole.store.train(0).features)), torch.tensor(np.array(parts.store.train(0).features))
+    )
