@@ -1,5 +1,6 @@
 """The same script under torchrun with 1, 2 and 4 ranks, against one process; and ranks that die or fail."""
 
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm
-from attribution import CHECKPOINTS, M, N, build, run
+from attribution import CHECKPOINTS, TRAIN, M, N, build, data, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +20,14 @@ PROGRAMS = Path(__file__).parent / "programs"
 
 
 def torchrun(ranks: int, folder: Path, proj_dim: int = 8, mode: str = "whole") -> subprocess.CompletedProcess[str]:
+    return launch(ranks, "ranks.py", folder, proj_dim, mode)
+
+
+def launch(ranks: int, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs one of the programs in tests/programs under torchrun."""
     command = [warm.python(), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [*command, str(PROGRAMS / "ranks.py"), str(folder), str(proj_dim), mode],
+        [*command, str(PROGRAMS / program), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -88,6 +94,52 @@ def test_what_one_rank_lacks_is_an_error_on_all(tmp_path: Path) -> None:
     )
     assert done.stderr.count(f"RuntimeError: {message}") >= 1
     assert not (tmp_path / "shared" / "checkpoint_0" / "gram.npy").exists()
+
+
+def test_ranks_can_score_delete_and_featurize_again(tmp_path: Path) -> None:
+    """Each rank holds locks on its own rows, and the first one deletes those of all."""
+    done = launch(2, "ranks_again.py", tmp_path / "shared")
+    assert done.returncode == 0, done.stderr
+    traker = build(tmp_path / "alone")
+    expected = {"first": np.array(run(traker))}
+    for name, targets in (("again", data(M, 9)), ("fewer", data(3, 9))):
+        for model_id, state in enumerate(CHECKPOINTS):
+            traker.start_scoring_checkpoint(name, state, model_id, num_targets=len(targets[0]))
+            traker.score(targets, num_samples=len(targets[0]))
+        expected[name] = np.array(traker.finalize_scores(name))
+    traker.load_checkpoint(CHECKPOINTS[1], 0, _allow_featurizing_already_registered=True)
+    traker.featurize(TRAIN, num_samples=N)
+    x = np.float64(traker.store.train(0).features)
+    for start in (0, N // 2):
+        with np.load(tmp_path / "shared" / f"rank_{start}.npz") as found:
+            for name, scores in expected.items():
+                np.testing.assert_allclose(found[name], scores, rtol=1e-4, atol=1e-4 * np.abs(scores).max())
+            np.testing.assert_allclose(found["gram"][0], x.T @ x, rtol=1e-5, atol=1e-6 * (x * x).sum())
+
+
+@pytest.mark.parametrize(("ranks", "n"), [(2, 1), (3, 2)])
+def test_more_ranks_than_samples(tmp_path: Path, ranks: int, n: int) -> None:
+    done = launch(ranks, "few_samples.py", tmp_path, n)
+    assert done.returncode == 0, done.stderr
+    for rank in range(ranks):
+        with np.load(tmp_path / f"rank_{rank}.npz") as found:
+            x = np.float64(found["features"])
+            inner = x @ np.linalg.inv(x.T @ x + 0.3 * 131 * np.eye(4)) @ x.T
+            expected = found["weights"][:, None] * inner
+            close = functools.partial(np.testing.assert_allclose, rtol=1e-4)
+            close(found["scores"], expected[:, :1])
+            close(found["influence"], np.diagonal(expected))
+            order = np.argsort(-expected[:, 0], kind="stable")
+            np.testing.assert_array_equal(found["indices"], order[None])
+            close(found["top"], expected[order, :1].T)
+            close(found["low"], [[expected[:, 0].min()]])
+
+
+def test_a_rank_that_waits_long_for_the_others_says_so_and_goes_on(tmp_path: Path) -> None:
+    done = launch(2, "late_rank.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("still waiting for the other processes of torch.distributed") == 1
+    assert "TRAKer(..., distributed=False) works alone" in done.stderr
 
 
 @given(st.integers(0, 100), st.integers(1, 30))

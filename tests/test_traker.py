@@ -66,6 +66,41 @@ def test_the_ridge_is_automatic_by_default_and_with_none(tmp_path: Path) -> None
     assert not np.allclose(build(tmp_path, lambda_reg=0).finalize_scores("test"), scores, rtol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "argument"),
+    [
+        ("projector", Projector(131, 8, seed=99), "projector"),
+        ("model", network(), "model"),
+        ("task", "text_classification", "task"),
+        ("gradient_computer", None, "gradient_computer"),
+        ("store", None, "save_dir"),
+        ("device", "cpu", "device"),
+        ("proj_dim", 4, "proj_dim"),
+        ("grad_dim", 4, "grad_wrt"),
+        ("train_set_size", 4, "train_set_size"),
+    ],
+)
+def test_attributes_that_features_depend_on_stay(tmp_path: Path, name: str, value: Any, argument: str) -> None:
+    traker = build(tmp_path)
+    before = getattr(traker, name)
+    with pytest.raises(AttributeError, match=rf"{name} cannot be assigned.*TRAKer\(\.\.\., {argument}=\.\.\.\)"):
+        setattr(traker, name, value)
+    assert getattr(traker, name) is before
+    assert traker.normalize_factor == np.sqrt(131)
+    for free in ("scores", "logger", "notes"):
+        setattr(traker, free, None)
+
+
+def test_an_assigned_ridge_is_checked_as_the_constructor_s(tmp_path: Path) -> None:
+    traker = build(tmp_path, lambda_reg=0.3)
+    traker.lambda_reg = "auto"
+    assert traker.lambda_reg is None
+    for value in (-1, float("nan"), "large"):
+        with pytest.raises(ValueError, match='lambda_reg must be "auto" or a finite number'):
+            traker.lambda_reg = value
+    assert traker.lambda_reg is None
+
+
 @pytest.mark.parametrize("change", [{"lambda_reg": 0.3}, {"curvature": False}, {"normalize": True}])
 def test_settings_of_scores_can_be_read_and_changed(tmp_path: Path, change: dict[str, Any]) -> None:
     traker = build(tmp_path)

@@ -8,6 +8,8 @@ the processors' memory: X'X is float64, and small beside the features.
 from __future__ import annotations
 
 import atexit
+import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+PATIENCE_SECONDS = 10.0
+"""Seconds of waiting for the other processes after which a message says so."""
+
+logger = logging.getLogger("trak_fast")
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -37,6 +43,22 @@ def _leave() -> None:
         ranks.leave()
     if _initialized_here and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def _telling_that_it_waits() -> Iterator[None]:
+    """Logs an error if the block takes long, as it does where other processes never get there; it goes on waiting."""
+    message = (
+        "still waiting for the other processes of torch.distributed: each of them must make a TRAKer too; "
+        "TRAKer(..., distributed=False) works alone"
+    )
+    timer = threading.Timer(PATIENCE_SECONDS, logger.error, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Ranks:
@@ -67,14 +89,16 @@ class Ranks:
                 if distributed:
                     raise RuntimeError("distributed=True, but torch.distributed is not initialised; use torchrun")
                 return
-            dist.init_process_group("gloo")
+            with _telling_that_it_waits():
+                dist.init_process_group("gloo")
             global _initialized_here
             _initialized_here = True
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         if self.size > 1:
             # ranks wait for the slowest one, however long; the death of one shows at once by its connections
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+            with _telling_that_it_waits():
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
             _joined.add(self)
 
     def leave(self) -> None:

@@ -129,6 +129,7 @@ class Recorder:
     def open_targets(self, model_id: int, targets: Rows) -> None:
         """Records to the target rows of a checkpoint from here on."""
         self._open(model_id, targets, is_training=False, others=())
+        _ = targets.locks  # a folder that may not be written is refused before gradients are computed
 
     def _open(self, model_id: int, rows: Rows, *, is_training: bool, others: Sequence[Rows]) -> None:
         self.close()

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .arguments import integer, real
+from .store.files import atomic_file
 from .store.manifest import bytes_of
 
 MODELS_AT_ONCE = 25
@@ -243,7 +244,7 @@ def retrained_outputs(
     key = _key(data, every, recipe, seed)
     parts = []
     for start in tqdm(range(0, len(every), MODELS_AT_ONCE), desc=title, unit="part", disable=None):
-        path = None if save_dir is None else Path(save_dir) / f"outputs-{key}-{start}.npy"
+        path = None if save_dir is None else Path(save_dir).expanduser() / f"outputs-{key}-{start}.npy"
         if path is not None and path.exists():
             parts.append(np.load(path))
             continue
@@ -252,10 +253,8 @@ def retrained_outputs(
         parts.append(evaluate(models).double().cpu().numpy())
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{os.getpid()}.{path.name}")
-            with temporary.open("wb") as file:
+            with atomic_file(path) as temporary, temporary.open("wb") as file:
                 np.save(file, parts[-1])
-            temporary.replace(path)
     outputs = np.concatenate(parts)
     mean: NDArray[np.float64] = outputs.reshape(len(masks), models_per_subset, -1).mean(axis=1)
     return mean

@@ -62,6 +62,12 @@ def split(values: Tensor, dim: int, low: float = math.inf, high: float = 0) -> S
     return Scaled(values, exponents)
 
 
+def joined(columns: Scaled) -> Tensor:
+    """Returns a matrix whose columns have powers of two, in float64."""
+    whole = columns.mantissas.double()
+    return whole * powers(columns.exponents, whole)
+
+
 def powers(exponents: NDArray[np.int16], like: Tensor) -> Tensor:
     """Returns 2 to the power of each exponent, which must be in the range of the dtype of `like`, on its device."""
     return torch.from_numpy(np.ldexp(1.0, exponents)).to(like.dtype).to(like.device)

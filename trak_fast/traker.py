@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,12 +26,28 @@ from .projection.projector import NoProjection, Projector, ProjectorLike
 from .recorder import Recorder
 from .scales import beyond_float32
 from .scoring.estimator import Estimator, EstimatorSettings, ridge_setting
-from .scoring.scores import ScoreFile, ScoreMatrix
+from .scoring.gram import plain_arithmetic
+from .scoring.saver import Saver
+from .scoring.scores import ScoreFile, ScoreMatrix, unsaved_scores
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
-from .store.folder import Store
+from .store.files import DENIED, temporary_name
+from .store.folder import Store, check_name
 from .store.manifest import manifest_of
 from .store.rows import Rows, require_same_samples
 from .tasks import Task, resolve_task
+
+_FIXED = {
+    "model": "model",
+    "task": "task",
+    "train_set_size": "train_set_size",
+    "device": "device",
+    "gradient_computer": "gradient_computer",
+    "projector": "projector",
+    "proj_dim": "proj_dim",
+    "grad_dim": "grad_wrt",
+    "store": "save_dir",
+}
+"""Attributes of `TRAKer` that a later assignment would not change the features by -> the arguments that do."""
 
 
 def _setting(name: str) -> property:
@@ -37,6 +57,8 @@ def _setting(name: str) -> property:
         return getattr(traker._estimator.settings, name)
 
     def change(traker: TRAKer, value: object) -> None:
+        if name == "lambda_reg":
+            value = ridge_setting(cast("float | str | None", value))
         setattr(traker._estimator.settings, name, value)
 
     return property(read, change)
@@ -58,9 +80,11 @@ class TRAKer:
     batches, and see the same `save_dir`. A process computes the samples in `rows(n)` and passes over the others.
 
     Attributes:
-        proj_dim: Size of a feature, k.
+        proj_dim: Size of a feature, k. This and the next four cannot be assigned: the constructor's arguments set them.
         grad_dim: Size of a gradient, D.
+        normalize_factor: √D, by which traker divides features.
         store: The features on disk.
+        saver: The features in the arrangement of traker's `saver`, to read (`scoring.saver.Saver`).
         scores: The last result of `finalize_scores`.
         lambda_reg: The ridge, None for "auto"; like the next three, a change holds from the next scores on.
         curvature: See the constructor.
@@ -150,6 +174,7 @@ class TRAKer:
         Raises:
             ValueError: An argument is out of its range, or `save_dir` holds features made in another way.
             TypeError: An argument has the wrong type.
+            PermissionError: `save_dir` is missing, and may not be made.
         """
         if saver is not None or score_computer is not None:
             raise ValueError("saver and score_computer are not supported; leave them None")
@@ -214,6 +239,7 @@ class TRAKer:
         with self._ranks.together():
             self.store = Store(save_dir, contents, self.train_set_size, self.proj_dim)
         self._estimator = Estimator(self.store, settings, task=self.task, grad_dim=self.grad_dim, device=self.device)
+        self._saver = Saver(self._estimator)
         featurizer = Featurizer(
             model,
             self.task,
@@ -231,6 +257,29 @@ class TRAKer:
         self._resume = load_from_save_dir
         self._check_samples = check_samples
         self._seen: set[int] = set()  # checkpoints loaded by this object
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuses what would have no effect.
+
+        Raises:
+            AttributeError: The attribute is set by the constructor alone.
+        """
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"{name} cannot be assigned, which would have no effect; pass {_FIXED[name]} to the constructor: "
+                f"TRAKer(..., {_FIXED[name]}=...)"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def normalize_factor(self) -> float:
+        """√D: traker's features are those of trak_fast divided by it."""
+        return math.sqrt(self.grad_dim)
+
+    @property
+    def saver(self) -> Saver:
+        """The stored arrays in the arrangement of traker's `saver`, to read."""
+        return self._saver
 
     def rows(self, total: int | None = None) -> range:
         """Returns the training samples, or the rows of another `total`, that this process computes.
@@ -255,18 +304,21 @@ class TRAKer:
             ValueError: Features of other weights are stored under `model_id`, or the checkpoint is not this model's;
                 nothing is open for `featurize` then.
             TypeError: `checkpoint` is no state dict.
+            RuntimeError: The stored features are to be deleted, and another process computes with them.
         """
         model_id = self._load(checkpoint, model_id)
         forget = _allow_featurizing_already_registered or not (self._resume or model_id in self._seen)
         if forget:
-            self._ranks.wait()  # until nobody has it open any more
+            with self._ranks.together():
+                self.store.let_go([model_id])
             self._ranks.first(self.store.forget, model_id)
         with self._ranks.together():
-            self.store.register(model_id, self.model.state_dict())
+            train = self.store.register(model_id, self.model.state_dict())
         self._seen.add(model_id)
         known = self.store.model_ids() if self._resume else self._seen
         others = [self.store.train(i) for i in known if i != model_id]
-        self._recorder.open_training(model_id, self.store.train(model_id), others)
+        self._recorder.open_training(model_id, train, others)
+        self._saver.load_current_store(model_id)
 
     def featurize(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features and weightings of a batch of training samples that are not stored yet.
@@ -282,9 +334,11 @@ class TRAKer:
                 are not those that their rows were stored from.
             TypeError: `inds` holds no integers, or `batch` no tensors.
             OSError: The disk is full, for example; the samples stored before are safe.
+            PermissionError: `save_dir` may be read but not written.
         """
         self._recorder.record_training(batch, inds, num_samples)
 
+    @plain_arithmetic()
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:
         """Forms X'X of each checkpoint, once all its training samples are featurized.
 
@@ -307,14 +361,16 @@ class TRAKer:
     def _finalize(self, model_id: int) -> None:
         """Forms and stores the Gram matrices of a checkpoint."""
         ranks = self._ranks
-        train = self.store.train(model_id)
-        with ranks.together():
-            hint = "; under torchrun, each rank is given all batches" if ranks.size > 1 else ""
-            train.require_all(f"training samples of model_id {model_id} are not featurized{hint}")
-        with ranks.together():
-            summand = self._estimator.gram_summand(model_id, train, ranks.rank, ranks.size)
-        gram = ranks.sum(summand) if self._estimator.sums_while_featurizing else summand
-        ranks.first(lambda: self.store.save_gram(model_id, gram.cpu().numpy()))
+        with ExitStack() as locks:
+            with ranks.together():
+                train = self.store.train(model_id)
+                locks.enter_context(train.kept())
+                hint = "; under torchrun, each rank is given all batches" if ranks.size > 1 else ""
+                train.require_all(f"training samples of model_id {model_id} are not featurized{hint}")
+            with ranks.together():
+                summand = self._estimator.gram_summand(model_id, train, ranks.rank, ranks.size)
+            gram = ranks.sum(summand) if self._estimator.sums_while_featurizing else summand
+            ranks.first(lambda: self.store.save_gram(model_id, gram.cpu().numpy()))
 
     def start_scoring_checkpoint(
         self, exp_name: str, checkpoint: Mapping[str, Tensor], model_id: int, num_targets: int
@@ -330,15 +386,20 @@ class TRAKer:
         Raises:
             RuntimeError: The checkpoint's features are not finalized.
             ValueError: The checkpoint is another one than was featurized, `exp_name` is no file name, or it was used
-                with another number of targets.
+                with another number of targets (see `delete_experiment`).
+            TypeError: `exp_name` is no string.
+            PermissionError: `save_dir` may be read but not written.
         """
         model_id = self._load(checkpoint, model_id)
-        self._require_finalized([model_id])
-        self.store.check_weights(model_id, self.model.state_dict())
-        self._seen.add(model_id)
+        num_targets = integer("num_targets", num_targets, 1, 2**48)
         with self._ranks.together():
-            targets = self.store.targets(model_id, exp_name, integer("num_targets", num_targets, 1, 2**48))
-        self._recorder.open_targets(model_id, targets)
+            self._require_finalized([model_id])
+            with self.store.train(model_id).kept():
+                self.store.check_weights(model_id, self.model.state_dict())
+                targets = self.store.targets(model_id, exp_name, num_targets)
+            self._recorder.open_targets(model_id, targets)
+        self._seen.add(model_id)
+        self._saver.load_current_store(model_id)
 
     def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
@@ -357,6 +418,7 @@ class TRAKer:
         """
         self._recorder.record_targets(batch, inds, num_samples)
 
+    @plain_arithmetic()
     def finalize_scores(
         self, exp_name: str, model_ids: Iterable[int] | None = None, allow_skip: bool = False
     ) -> np.memmap:
@@ -368,30 +430,40 @@ class TRAKer:
             allow_skip: Leaves out checkpoints without all of the experiment's targets, with a log message.
 
         Returns:
-            (n, m) float32, a copy-on-write memory map of save_dir/scores/<exp_name>.npy.
+            (n, m) float32, a copy-on-write memory map of save_dir/scores/<exp_name>.npy, or of a temporary file if
+            `save_dir` may not be written (a warning says so).
 
         Raises:
             ValueError: A checkpoint was never loaded, or has no targets of this experiment, or a target's largest
                 score is beyond float32 (the message has a way out).
-            RuntimeError: A checkpoint is not finalized or lacks targets.
+            RuntimeError: A checkpoint is not finalized or lacks targets, or another process writes targets.
             OSError: The disk has too little space.
         """
         ranks = self._ranks
-        matrix = self._score_matrix(exp_name, model_ids, allow_skip)
-        file = ScoreFile(self.store.scores_file(exp_name), matrix.shape)
-        try:
-            ranks.first(file.begin)
-            with ranks.together():
-                file.fill(matrix, ranks.rows(self.train_set_size))
-            matrix.require_float32(ranks.gather(matrix.largest))
-            ranks.first(file.publish)
-        finally:
-            if ranks.rank == 0:
-                file.discard()
-        self.scores = self.store.scores(exp_name)
+        with self._score_matrix(exp_name, model_ids, allow_skip) as matrix:
+            path = self.store.scores_file(exp_name)
+            file = ScoreFile(path, matrix.shape, partial=ranks.gather(temporary_name(path))[0])
+            try:
+                with ranks.together():
+                    begun = ranks.rank != 0 or file.begin()
+                if all(ranks.gather(begun)):
+                    with ranks.together():
+                        file.fill(matrix, ranks.rows(self.train_set_size))
+                    matrix.require_float32(ranks.gather(matrix.largest))
+                    with ranks.together():
+                        self.scores = file.open()
+                    ranks.first(file.publish)
+                else:
+                    self._warn_of_unsaved(path)
+                    with ranks.together():
+                        self.scores = unsaved_scores(matrix)
+            finally:
+                if ranks.rank == 0:
+                    file.discard()
         self._recorder.rewind()
         return self.scores
 
+    @plain_arithmetic()
     def top_scores(
         self,
         exp_name: str,
@@ -417,42 +489,90 @@ class TRAKer:
         """
         count = min(integer("k", k, 1, 2**48), self.train_set_size)
         ranks = self._ranks
-        matrix = self._score_matrix(exp_name, model_ids, allow_skip)
-        with ranks.together():
-            part = top_scores(matrix, ranks.rows(self.train_set_size), count, largest)
-        matrix.require_float32(ranks.gather(matrix.largest))
-        result = merge_top_scores(ranks.gather(part), count)
-        ranks.first(result.save, self.store.scores_file(exp_name, ".highest.npz" if largest else ".lowest.npz"))
+        with self._score_matrix(exp_name, model_ids, allow_skip) as matrix:
+            with ranks.together():
+                part = top_scores(matrix, ranks.rows(self.train_set_size), count, largest)
+            matrix.require_float32(ranks.gather(matrix.largest))
+            result = merge_top_scores(ranks.gather(part), count)
+            path = self.store.scores_file(exp_name, ".highest.npz" if largest else ".lowest.npz")
+            ranks.first(self._save_top_scores, result, path)
         self._recorder.rewind()
         return result
 
-    def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> ScoreMatrix:
-        """Describes the scores of an experiment, once all its targets are there."""
-        self._ranks.wait()  # until all have written their targets
-        used: dict[int, Rows] = {}
-        with self._ranks.together():
-            for model_id in self._model_ids(model_ids):
-                try:
-                    targets = self.store.targets(model_id, exp_name)
-                    targets.require_all(f"targets of exp_name {exp_name!r} are not scored for model_id {model_id}")
-                    used[model_id] = targets
-                except (ValueError, RuntimeError) as error:
-                    if not allow_skip:
-                        raise
-                    self.logger.warning("skipping model_id %d: %s", model_id, error)
-            sizes = {len(targets.done) for targets in used.values()}
-            if len(sizes) != 1:
-                raise ValueError(
-                    f"exp_name {exp_name!r} has numbers of targets that differ: {sorted(sizes)}"
-                    if sizes
-                    else f"exp_name {exp_name!r} has no checkpoint with all its targets"
-                )
-            self._require_finalized(used)
-            if self._check_samples:
-                require_same_samples({i: self.store.train(i) for i in used}, "training samples")
-                require_same_samples(used, f"targets of exp_name {exp_name!r}")
-        return self._estimator.score_matrix(used)
+    def _save_top_scores(self, result: TopScores, path: Path) -> None:
+        """Saves a result, or warns that its folder may not be written."""
+        try:
+            result.save(path)
+        except OSError as error:
+            if error.errno not in DENIED:
+                raise
+            self._warn_of_unsaved(path)
 
+    def _warn_of_unsaved(self, path: Path) -> None:
+        """Warns, in the first process, that a file of scores is not written."""
+        if self._ranks.rank == 0:
+            self.logger.warning("%s may not be written: these scores are returned, but not saved", path)
+
+    @contextmanager
+    def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> Iterator[ScoreMatrix]:
+        """Describes the scores of an experiment, once all its targets are there.
+
+        Other processes cannot replace what they are computed from during the block.
+        """
+        ranks = self._ranks
+        with ranks.together():  # and until all have written their targets
+            check_name(exp_name)
+            ids = self._model_ids(model_ids)
+            self.store.let_go(ids, exp_name)
+        used: dict[int, Rows] = {}
+        with ExitStack() as locks:
+            with ranks.together():
+                for model_id in ids:
+                    try:
+                        targets = locks.enter_context(self.store.reading(model_id, exp_name))
+                        targets.require_all(f"targets of exp_name {exp_name!r} are not scored for model_id {model_id}")
+                        used[model_id] = targets
+                    except (ValueError, RuntimeError) as error:
+                        if not allow_skip:
+                            raise
+                        self.logger.warning("skipping model_id %d: %s", model_id, error)
+            common = set.intersection(*map(set, ranks.gather(list(used))))  # other processes may change what is there
+            used = {model_id: targets for model_id, targets in used.items() if model_id in common}
+            with ranks.together():
+                sizes = {len(targets.done) for targets in used.values()}
+                if len(sizes) != 1:
+                    raise ValueError(
+                        f"exp_name {exp_name!r} has numbers of targets that differ: {sorted(sizes)}"
+                        if sizes
+                        else f"exp_name {exp_name!r} has no checkpoint with all its targets"
+                    )
+                self._require_finalized(used)
+                if self._check_samples:
+                    require_same_samples({i: self.store.train(i) for i in used}, "training samples")
+                    require_same_samples(used, f"targets of exp_name {exp_name!r}")
+                matrix = self._estimator.score_matrix(used)
+            yield matrix
+
+    def delete_experiment(self, exp_name: str) -> None:
+        """Deletes the targets of an experiment at all checkpoints, and its scores, so that its name is free.
+
+        Under torchrun all processes call it.
+
+        Args:
+            exp_name: The experiment.
+
+        Raises:
+            ValueError: There is no such experiment; the message lists those that there are.
+            TypeError: `exp_name` is no string.
+            RuntimeError: Another process writes its targets or computes its scores.
+            PermissionError: `save_dir` may be read but not written.
+        """
+        with self._ranks.together():
+            check_name(exp_name)
+            self.store.let_go(self.store.model_ids(), exp_name)
+        self._ranks.first(self.store.delete_experiment, exp_name)
+
+    @plain_arithmetic()
     def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[np.float32]:
         """Computes the score of each training sample for itself; high values point to wrong labels and outliers.
 
@@ -467,17 +587,20 @@ class TRAKer:
 
         Raises:
             ValueError: A checkpoint was never loaded, or the largest result is beyond float32.
-            RuntimeError: A checkpoint is not finalized.
+            RuntimeError: A checkpoint is not finalized, or another process deletes it.
         """
         ids = self._model_ids(model_ids)
         self._require_finalized(ids)
         total = torch.zeros(self.train_set_size, dtype=torch.float64)
-        with self._ranks.together():
+        with self._ranks.together(), ExitStack() as locks:
+            for model_id in ids:
+                locks.enter_context(self.store.train(model_id).kept())
             rho = self._estimator.disagreement(ids)
             share = self._ranks.rows(len(total))
             for model_id in self._progress(ids, "self-influence"):
                 total[share] += self._estimator.solver(model_id, len(ids), rho).self_influence(share)
-        influence = self._ranks.sum(total) / len(ids) * self._estimator.mean_weights(ids)
+            weights = self._estimator.mean_weights(ids)
+        influence = self._ranks.sum(total) / len(ids) * weights
         if beyond_float32(largest := influence.abs().max().item()):
             advice = 'use lambda_reg="auto"' if self.lambda_reg else "multiply the loss by a constant"
             raise ValueError(

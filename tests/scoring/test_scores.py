@@ -1,6 +1,7 @@
 """Streamed scores and extreme scores against the whole matrix in float64."""
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -63,16 +64,37 @@ def test_a_file_of_all_scores(tmp_path: Path, n: int, k: int, half: bool) -> Non
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["x.npy"]
 
 
-def test_a_file_that_a_killed_process_left_is_made_again(tmp_path: Path) -> None:
+def test_a_file_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     streamed, expected = matrix(tmp_path, 12, 4)
-    for _ in range(2):
-        file = ScoreFile(tmp_path / "x.npy", streamed.shape)
-        file.begin()
-        file.fill(streamed, slice(0, 5))
-    file.fill(streamed, slice(5, 12))
+    child = os.fork()
+    if child == 0:
+        ScoreFile(tmp_path / "x.npy", streamed.shape).begin()
+        os._exit(0)  # without `discard`
+    os.waitpid(child, 0)
+    assert [path for path in tmp_path.iterdir() if path.is_file()]
+    file = ScoreFile(tmp_path / "x.npy", streamed.shape)
+    file.begin()
+    file.fill(streamed, slice(0, 12))
     file.publish()
     np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, rtol=1e-4, atol=1e-6)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["x.npy"]
+
+
+def test_files_that_are_filled_at_once_do_not_meet(tmp_path: Path) -> None:
+    """The first is published while the second, made later, is still empty."""
+    streamed, expected = matrix(tmp_path, 12, 4)
+    first, second = (ScoreFile(tmp_path / "x.npy", streamed.shape) for _ in range(2))
+    first.begin()
+    first.fill(streamed, slice(0, 12))
+    second.begin()
+    mapped = first.open()
+    first.publish()
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, rtol=1e-4, atol=1e-6)
+    second.fill(streamed, slice(0, 12))
+    second.publish()
+    second.discard()
+    for scores_ in (np.load(tmp_path / "x.npy"), mapped):
+        np.testing.assert_allclose(scores_, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -90,11 +112,23 @@ def test_top_scores_are_those_of_the_whole_matrix(tmp_path: Path, n: int, k: int
     found = top_scores(streamed, slice(0, n), count, largest)
     np.testing.assert_array_equal(found.indices, order.T)
     np.testing.assert_array_equal(found.scores, np.take_along_axis(whole, order, 0).T)
-    parts = [top_scores(streamed, rows, count, largest) for rows in (slice(0, 3), slice(3, n))]
+    parts = [top_scores(streamed, rows, count, largest) for rows in (slice(0, 0), slice(0, 3), slice(3, n))]
+    assert parts[0].indices.shape == (M, 0)
     merged = merge_top_scores(parts, min(count, n))
     np.testing.assert_array_equal(merged.indices, found.indices)
     # the same up to rounding: a product's last bit depends on the block that it is in
     np.testing.assert_allclose(merged.scores, found.scores, rtol=1e-4, atol=1e-6)
+
+
+def test_a_table_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for path in ("missing/x.csv", "~/x.csv"):
+        with pytest.raises(FileNotFoundError, match=rf"make the folder first: '{path}'"):
+            save_table(path, np.eye(2))
+    (tmp_path / "home").mkdir()
+    save_table("~/x.csv", np.eye(2))
+    assert (tmp_path / "home" / "x.csv").read_text().splitlines()[1] == "0,0,1"
 
 
 @settings(max_examples=100, deadline=None)

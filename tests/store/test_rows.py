@@ -18,7 +18,14 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from trak_fast.store import rows as rows_module
-from trak_fast.store.rows import Rows, ScaledMatrix, consecutive_ranges, from_mantissas, to_mantissas
+from trak_fast.store.rows import (
+    Rows,
+    ScaledMatrix,
+    claimed_for_deletion,
+    consecutive_ranges,
+    from_mantissas,
+    to_mantissas,
+)
 
 N, K = 10, 3
 SHAPES: dict[str, tuple[int, ...]] = {"features": (K,), "weights": ()}
@@ -203,6 +210,44 @@ def test_rows_that_another_process_writes_are_refused_by_number(folder: Path) ->
         other.kill()
         other.wait()
         rows.claim(np.arange(N))  # a process that was killed holds nothing
+
+
+def test_rows_that_are_read_can_be_read_but_not_claimed_by_others(folder: Path) -> None:
+    rows = Rows(folder, N, SHAPES)
+    reading = "context = rows.unchanged(); context.__enter__(); print('ready', flush=True); sys.stdin.readline()"
+    with process(folder, reading, sys.executable) as other:
+        with rows.unchanged(), rows.kept():
+            pass
+        for attempt in (lambda: rows.claim(np.arange(2, 4)), lambda: deleted(folder)):
+            with pytest.raises(RuntimeError, match=rf"of .* are being read by another process \(pid {other.pid}\)"):
+                attempt()
+        other.kill()
+        other.wait()
+        rows.claim(np.arange(N))
+        with rows.unchanged():  # this process may write
+            rows.claim(np.arange(N))
+
+
+def test_rows_that_are_kept_can_be_claimed_but_not_deleted_by_others(folder: Path) -> None:
+    rows = Rows(folder, N, SHAPES)
+    keeping = "context = rows.kept(); context.__enter__(); print('ready', flush=True); sys.stdin.readline()"
+    with process(folder, keeping, sys.executable) as other:
+        rows.claim(np.arange(2, 4))
+        with pytest.raises(RuntimeError, match=rf"all rows of .* are being read by another process \(pid {other.pid}"):
+            deleted(folder)
+    deleted(folder)
+    with process(folder, CLAIMING, sys.executable) as other:
+        with rows.kept():
+            pass
+        message = rf"rows 3 to 6 of .* are being written by another process \(pid {other.pid}\); wait until"
+        for attempt in (lambda: rows.unchanged().__enter__(), lambda: deleted(folder)):
+            with pytest.raises(RuntimeError, match=message):
+                attempt()
+
+
+def deleted(folder: Path) -> None:
+    with claimed_for_deletion(folder):
+        pass
 
 
 def test_claims_end_with_release_and_never_hinder_their_own_process(folder: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Callable
 from enum import Enum
 from fractions import Fraction
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trak_fast.store import files
 from trak_fast.store import folder as store
 from trak_fast.store import rows as rows_module
 from trak_fast.store.files import atomic_file
@@ -374,6 +376,9 @@ def test_targets_are_kept_by_experiment(opened: Store) -> None:
     for name in ("", ".", "..", "../up", "a/b", "a\\b", ".hidden", "a\0"):
         with pytest.raises(ValueError, match="exp_name must be a file name"):
             opened.targets(0, name, 4)
+    for other in (5, None, b"test"):
+        with pytest.raises(TypeError, match=rf"exp_name must be a string, not {type(other).__name__}"):
+            opened.targets(0, other, 4)  # type: ignore[arg-type]
 
 
 def test_a_manifest_says_what_features_depend_on() -> None:
@@ -408,6 +413,76 @@ def test_a_manifest_says_what_features_depend_on() -> None:
     assert json.loads(json.dumps(manifest)) == manifest
     assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100)["matrix_definition"] == 1
     assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100, half=True)["dtype"] == "float16"
+
+
+def ended_process() -> int:
+    """Returns the number of a process that has ended."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_temporaries_of_ended_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    target = tmp_path / "a[1].npy"
+    mine = files.temporary_name(target)
+    assert mine != files.temporary_name(target)
+    place, process, number = mine.name.removeprefix(".a[1].npy.").split("-")
+    assert int(process) == os.getpid()
+    ended = ended_process()
+    left = [
+        tmp_path / f".a[1].npy.{place}-{ended}-{number}",
+        tmp_path / f".a[1].npy.{'0' * 8}-1-{number}",  # of another machine, old
+        tmp_path / f".a[1].npy.{place}-{ended}-{'0' * 12}",  # a folder
+    ]
+    others = [
+        mine,
+        tmp_path / f".a[1].npy.{'0' * 8}-2-{number}",  # of another machine, new
+        tmp_path / f".a[1].npy.more.{place}-{ended}-{number}",
+        tmp_path / f".a1.npy.{place}-{ended}-{number}",
+        tmp_path / f"a[1].npy.{place}-{ended}-{number}",
+        tmp_path / ".a[1].npy.notes",
+    ]
+    for path in (*left[:2], *others):
+        path.touch()
+    left[2].mkdir()
+    (left[2] / "x.npy").touch()
+    day_before = time.time() - files.LEFTOVER_SECONDS - 60
+    os.utime(left[1], (day_before, day_before))
+    with atomic_file(target) as temporary:
+        temporary.touch()
+    assert set(tmp_path.iterdir()) == {target, *others}
+
+
+def test_runs_that_are_killed_again_and_again_leave_one_temporary_at_most(opened: Store) -> None:
+    """Each is killed while it makes or deletes a checkpoint, and an experiment."""
+    opened.targets(0, "test", 4)
+    opened.register(2, WEIGHTS)
+    for _ in range(3):
+        for step in ("register", "forget", "delete", "gram"):
+            child = os.fork()
+            if child == 0:
+                os.rename = store.shutil.rmtree = lambda *args, **kwargs: os._exit(1)  # type: ignore[assignment]
+                os.replace = os.rename
+                match step:
+                    case "register":
+                        opened.register(1, WEIGHTS)
+                    case "forget":
+                        opened.forget(2)
+                    case "delete":
+                        opened.delete_experiment("test")
+                    case "gram":
+                        opened.save_gram(0, np.eye(2))
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    hidden = [path.name for path in opened.path.rglob(".*")]
+    assert len(hidden) <= 4, hidden
+    opened.register(1, WEIGHTS)
+    opened.forget(2)
+    opened.save_gram(0, np.eye(2))
+    opened.delete_experiment("test")
+    assert not list(opened.path.rglob(".*"))
 
 
 def test_other_folders_are_not_taken_for_checkpoints(opened: Store) -> None:

@@ -289,7 +289,7 @@ def load(path: Path) -> Results:
         ValueError: It cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.expanduser().read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     try:

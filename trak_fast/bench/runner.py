@@ -70,7 +70,7 @@ class Run:
             OSError: The results cannot be written.
         """
         self.settings = settings
-        self.path = path
+        self.path = path = path.expanduser()
         self.budget = real("budget", budget, 0.0, MOST_SECONDS, above=True)
         self.module = module
         self.candidates = {candidate.name: candidate for candidate in import_module(module).everything(settings.device)}

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from ..arguments import integer
+from ..store.files import atomic_file
 from .failure import Failure, checking_arguments
 from .numbers import MOST_THREADS, number
 from .terminal import say
@@ -73,7 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
             say(f"no page: {error.name} is not installed (pip install matplotlib)")
         else:
             path = benchmark.path.with_name("index.html")
-            path.write_text(html, encoding="utf-8")
+            with atomic_file(path) as temporary:
+                temporary.write_text(html, encoding="utf-8")
             say(f"page     {path.resolve()}")
     except OSError as error:
         raise Failure(f"cannot write to the output folder: {error}") from error

@@ -59,5 +59,5 @@ def run(arguments: argparse.Namespace) -> None:
         results = demo.run(arguments.output, settings)
     except OSError as error:
         raise Failure(f"cannot write to the output folder: {error}") from error
-    html = Path(arguments.output).resolve() / "index.html"
+    html = Path(arguments.output).expanduser().resolve() / "index.html"
     say(f"\n{page.summary(results)}\npage            {html}")

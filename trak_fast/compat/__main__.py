@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
         return
     if given.program is None:
         parser.error("name a program to run")
+    if not given.module:
+        given.program = os.path.expanduser(given.program)
     if not given.module and not Path(given.program).exists():
         parser.error(f"PROGRAM must be the path of a script, not {given.program!r}")
     before = os.environ.get("PYTHONPATH")

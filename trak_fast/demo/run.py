@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from ..gradients.functional import FunctionalGradientComputer
 from ..metrics import lds, lds_interval, mislabel_detection
 from ..projection.projector import Projector
 from ..retraining import Models, Recipe, random_subsets, retrained_outputs, state_dict, train
+from ..store.files import temporary_folder
 from ..traker import TRAKer
 from . import page
 from .digits import (
@@ -91,11 +91,11 @@ def run(output: str | os.PathLike[str], settings: Settings) -> Results:
     Raises:
         OSError: `output` cannot be made or written to, which is tried before anything is computed.
     """
-    output = Path(output).resolve()
+    output = Path(output).expanduser().resolve()
     (output / "pictures").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=output) as folder:
-        results, arrays = _evaluate(settings, Path(folder) / "features")
-        finished = Path(folder) / "finished"
+    with temporary_folder(output / "unfinished") as folder:
+        results, arrays = _evaluate(settings, folder / "features")
+        finished = folder / "finished"
         page.write(finished, results, arrays)
         for file in sorted(finished.rglob("*.*"), key=lambda file: file.suffix == ".html"):  # the page last
             file.replace(output / file.relative_to(finished))

@@ -98,7 +98,8 @@ class PartialGram:
 
     def save(self) -> None:
         """Puts the sum on disk."""
-        if self._changed and self.folder.exists():  # it goes when the checkpoint is finalized
+        # the folder goes when the checkpoint is finalized, and the lock file too when it is featurized anew
+        if self._changed and self.folder.exists() and self._locks.in_place():
             with atomic_file(self.path) as temporary, temporary.open("wb") as file:
                 np.savez(file, gram=self.value(), rows=np.packbits(self.rows))
         self._saved = time.monotonic()

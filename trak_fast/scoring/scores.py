@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +19,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..scales import Scaled, beyond_float32, powers, split
-from ..store.files import advising_on_full_disk, create_array, sync, write_at
+from ..store.files import (
+    DENIED,
+    advising_on_full_disk,
+    create_array,
+    remove_leftovers,
+    sync,
+    temporary_name,
+    write_at,
+)
 from ..store.rows import Rows
 from .gram import Features, normalized
 from .solver import Solver
@@ -193,16 +204,37 @@ def _read_ahead(read: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) -> Iter
 class ScoreFile:
     """A .npy file of (n, m) float32 scores that several processes fill and one of them publishes."""
 
-    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
-        """Names the file; `begin` makes it."""
+    def __init__(self, path: Path, shape: tuple[int, int], partial: Path | None = None) -> None:
+        """Names the file; `begin` makes it.
+
+        Args:
+            path: The file's name once it is published.
+            shape: Its shape, (n, m).
+            partial: The name until then, from `store.files.temporary_name`, the same in all processes that fill it; by
+                default one of this process alone.
+        """
         self.path = path
         self.shape = shape
-        self._partial = path.with_name(f".{path.name}.partial")
+        self._partial = temporary_name(path) if partial is None else partial
 
-    def begin(self) -> None:
-        """Makes an empty file, in place of one that a killed process may have left."""
-        with advising_on_full_disk(self.path):
-            create_array(self._partial, self.shape, np.float32)
+    def begin(self) -> bool:
+        """Makes an empty file, and removes those that killed processes have left.
+
+        Returns:
+            False if the folder may not be written.
+
+        Raises:
+            OSError: The disk is full, for example.
+        """
+        remove_leftovers(self.path)
+        try:
+            with advising_on_full_disk(self.path):
+                create_array(self._partial, self.shape, np.float32)
+        except OSError as error:
+            if error.errno not in DENIED:
+                raise
+            return False
+        return True
 
     def fill(self, matrix: ScoreMatrix, rows: slice) -> None:
         """Computes and writes some rows.
@@ -226,6 +258,12 @@ class ScoreFile:
                         bar.update(data.size)
             sync(file.fileno())
 
+    def open(self) -> np.memmap:
+        """Maps the filled file, (n, m) float32, copy-on-write; the map stays whatever happens to its name."""
+        scores = open_memmap(self._partial, "c")
+        scores.filename = self.path  # type: ignore[assignment]  # as numpy itself sets it
+        return scores
+
     def publish(self) -> None:
         """Gives the file its name."""
         self._partial.replace(self.path)
@@ -233,3 +271,25 @@ class ScoreFile:
     def discard(self) -> None:
         """Removes the file if it was not published."""
         self._partial.unlink(missing_ok=True)
+
+
+def unsaved_scores(matrix: ScoreMatrix) -> np.memmap:
+    """Computes all scores in a temporary file of this process, which goes with the memory map.
+
+    Returns:
+        (n, m) float32, copy-on-write.
+
+    Raises:
+        OSError: The disk is full, for example.
+    """
+    handle, name = tempfile.mkstemp(prefix="trak_fast-", suffix=".npy")
+    os.close(handle)
+    path = Path(name)
+    file = ScoreFile(path, matrix.shape, partial=path)
+    try:
+        file.begin()
+        file.fill(matrix, slice(0, matrix.shape[0]))
+        matrix.require_float32([matrix.largest])
+        return file.open()
+    finally:
+        file.discard()

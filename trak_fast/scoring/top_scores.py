@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +34,19 @@ class TopScores:
     scores: NDArray[np.float32]
     largest: bool = True
 
-    def save(self, path: Path) -> None:
-        """Writes `indices`, `scores` and `largest` to a .npz file."""
-        with atomic_file(path) as temporary, temporary.open("wb") as file:
+    def save(self, path: str | Path) -> None:
+        """Writes `indices`, `scores` and `largest` to a .npz file.
+
+        Raises:
+            FileNotFoundError: There is no folder for the file.
+        """
+        with _whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez(file, indices=self.indices, scores=self.scores, largest=self.largest)
 
     @staticmethod
-    def load(path: Path) -> TopScores:
+    def load(path: str | Path) -> TopScores:
         """Reads what `save` wrote."""
-        with np.load(path) as file:
+        with np.load(Path(path).expanduser()) as file:
             return TopScores(file["indices"], file["scores"], bool(file["largest"]))
 
 
@@ -99,8 +105,9 @@ def top_scores(matrix: ScoreMatrix, rows: slice, count: int, largest: bool = Tru
             for part, block in matrix.blocks(rows, columns):
                 best.add(part, block if largest else -block)
                 bar.update(block.numel())
-            result.indices[columns] = best.rows.reshape(-1, count)
-            result.scores[columns] = sign * best.values.reshape(-1, count)
+            shape = (columns.stop - columns.start, count)
+            result.indices[columns] = best.rows.reshape(shape)
+            result.scores[columns] = sign * best.values.reshape(shape)
     return result
 
 
@@ -117,6 +124,14 @@ def merge_top_scores(parts: Iterable[TopScores], count: int) -> TopScores:
     return TopScores(best.rows.reshape(num_targets, -1), sign * best.values.reshape(num_targets, -1), largest)
 
 
+def _whole_file(path: str | Path) -> AbstractContextManager[Path]:
+    """Prepares to write a file that a user named (see `atomic_file`)."""
+    file = Path(path).expanduser()
+    if not file.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "There is no folder for this file; make the folder first", str(path))
+    return atomic_file(file)
+
+
 def save_table(path: str | Path, scores: TopScores | NDArray[Any]) -> None:
     """Writes scores as CSV with the columns target, train_index and score, which any program reads (pandas.read_csv).
 
@@ -124,8 +139,11 @@ def save_table(path: str | Path, scores: TopScores | NDArray[Any]) -> None:
         path: The file to write.
         scores: The result of `TRAKer.top_scores`; or an array (n, m), written target by target from the highest score
             to the lowest, or (n,), of one target.
+
+    Raises:
+        FileNotFoundError: There is no folder for the file.
     """
-    with atomic_file(Path(path)) as temporary, temporary.open("w", newline="") as file:
+    with _whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["target", "train_index", "score"])
         if not isinstance(scores, TopScores):

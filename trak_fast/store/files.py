@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
+import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +20,67 @@ from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
+
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Numbers of the errors of files and folders that may not be written."""
+
+LEFTOVER_SECONDS = 86_400.0
+"""Seconds without a change after which a temporary file or folder of another machine is taken for a leftover."""
+
+_TEMPORARY = re.compile(r"(?P<place>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}")
+
+
+@functools.cache
+def _place() -> str:
+    """Names where numbers of processes are unique: a machine since its start, or a container on it."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux: the machine's name has to do
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def temporary_name(path: Path) -> Path:
+    """Names a hidden temporary beside `path` that no other process uses, and that says which process it belongs to."""
+    return path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:12]}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes the temporaries of `path` (see `temporary_name`) that killed processes have left."""
+    prefix = f".{path.name}."
+    with contextlib.suppress(OSError):  # a folder that may not be listed, or a file that may not be removed
+        for entry in list(path.parent.iterdir()):
+            name = _TEMPORARY.fullmatch(entry.name.removeprefix(prefix)) if entry.name.startswith(prefix) else None
+            if name is None or not _is_left(entry, name["place"], int(name["process"])):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def _is_left(path: Path, place: str, process: int) -> bool:
+    """Tells if a temporary's process has ended; of another machine's, if nothing has changed it for a day."""
+    try:
+        if place != _place():
+            return time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+        os.kill(process, 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False  # a process of another user
+    return False
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside `path` that belongs to this process, and is deleted at the end of the block."""
+    remove_leftovers(path)
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(handle: int) -> None:
@@ -45,6 +111,22 @@ def advising_on_full_disk(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def advising_on_denied(path: Path) -> Iterator[None]:
+    """Turns the error of a part of save_dir that may not be written into one that names the part and the fix."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DENIED:
+            raise PermissionError(
+                error.errno,
+                f"{os.strerror(error.errno)}; make this part of save_dir writable, or use a writable copy of save_dir, "
+                "or another one",
+                str(path),
+            ) from error
+        raise
+
+
 def sync_folder(path: Path) -> None:
     """Flushes the names of a folder's files to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -57,7 +139,8 @@ def sync_folder(path: Path) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields the name of a temporary file, which becomes `path` at the end of the block unless something was raised."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    remove_leftovers(path)
+    temporary = temporary_name(path)
     try:
         with advising_on_full_disk(path):
             yield temporary
@@ -73,10 +156,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `path` at the end of the block unless something was raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with temporary_folder(path) as temporary:
         yield temporary
-        temporary.chmod(path.parent.stat().st_mode & 0o777)  # mkdtemp lets nobody but its user in
+        temporary.chmod(path.parent.stat().st_mode & 0o777)  # whoever may enter the one may enter the other
         sync_folder(temporary)
         try:
             temporary.rename(path)
@@ -84,13 +166,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if not path.exists():  # otherwise another process was quicker, and the folder it made is as good
                 raise
         sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, unless `path` exists by then: where several processes write, the first one wins."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    remove_leftovers(path)
+    temporary = temporary_name(path)
     try:
         with advising_on_full_disk(path):
             with temporary.open("w") as file:

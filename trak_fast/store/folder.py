@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,25 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from .files import atomic_file, atomic_folder, read_array, read_json, write_json
+from .files import (
+    advising_on_denied,
+    atomic_file,
+    atomic_folder,
+    read_array,
+    read_json,
+    remove_leftovers,
+    temporary_name,
+    write_json,
+)
+from .locks import let_go
 from .manifest import differences, digest
-from .rows import Rows
+from .rows import LOCK_FILE, Rows, claimed_for_deletion
 
 FORMAT = 4
 """The number of the folder's format, which each manifest has."""
+
+SCORE_ENDINGS = (".npy", ".highest.npz", ".lowest.npz")
+"""Endings of the names of the files of an experiment's scores: all, and the best of each target."""
 
 
 class Store:
@@ -52,16 +65,21 @@ class Store:
         Raises:
             ValueError: The folder holds features that were made in another way (the message says what differs), or its
                 manifest is missing, truncated or corrupt.
+            PermissionError: There is no such folder, and it may not be made.
         """
-        self.path = Path(save_dir).resolve()
+        self.path = Path(save_dir).expanduser().resolve()
         self.num_rows = num_rows
         self.width = width
         self._half = ("features",) if manifest.get("dtype") == "float16" else ()
-        (self.path / "scores").mkdir(parents=True, exist_ok=True)
         manifest = {"format": FORMAT, **manifest}
         file = self.path / "manifest.json"
         if not file.exists() and not self.model_ids():
-            write_json(file, manifest)
+            with advising_on_denied(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_json(file, manifest)
+        if not (scores := self.path / "scores").is_dir():
+            with suppress(PermissionError), advising_on_denied(scores):  # features may be read nevertheless
+                scores.mkdir(exist_ok=True)
         if lines := differences(read_json(file), manifest):
             more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
             raise ValueError(
@@ -78,8 +96,11 @@ class Store:
         """Returns the path of a checkpoint's folder."""
         return self.path / f"checkpoint_{model_id}"
 
-    def register(self, model_id: int, weights: Mapping[str, Any]) -> None:
+    def register(self, model_id: int, weights: Mapping[str, Any]) -> Rows:
         """Makes a checkpoint's folder with no row done, or checks that the existing one belongs to these weights.
+
+        Returns:
+            The training rows.
 
         Raises:
             ValueError: The folder belongs to other weights.
@@ -87,10 +108,12 @@ class Store:
         """
         path = self.checkpoint(model_id)
         if not path.exists():
-            with atomic_folder(path) as folder:
+            with advising_on_denied(self.path), atomic_folder(path) as folder:
                 Rows.create(folder / "train", self.num_rows, self._train_shapes, self._half)
                 write_json(folder / "checkpoint.json", {"digest": digest(weights)})
+        train = self.train(model_id)  # before the check: others may replace the folder until rows are claimed
         self.check_weights(model_id, weights)
+        return train
 
     def check_weights(self, model_id: int, weights: Mapping[str, Any]) -> None:
         """Checks that a checkpoint's folder belongs to a state dict.
@@ -106,12 +129,79 @@ class Store:
             )
 
     def forget(self, model_id: int) -> None:
-        """Deletes everything that is stored for a checkpoint."""
+        """Deletes everything that is stored for a checkpoint.
+
+        Raises:
+            RuntimeError: Another process that is alive computes with it.
+            PermissionError: The folder may be read but not written.
+        """
         path = self.checkpoint(model_id)
         if path.exists():
-            leaving = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=self.path))
-            path.rename(leaving / path.name)  # so that half of the folder is never taken for a whole checkpoint
-            shutil.rmtree(leaving)
+            self._delete(path.name, [path], self._rows_of(model_id))
+
+    def delete_experiment(self, exp_name: str) -> None:
+        """Deletes the targets of an experiment at all checkpoints, and its scores.
+
+        Raises:
+            ValueError: There is no such experiment.
+            RuntimeError: Another process that is alive computes with it.
+            PermissionError: The folder may be read but not written.
+        """
+        check_name(exp_name)
+        rows = [path for i in self.model_ids() if (path := self._targets_path(i, exp_name)).exists()]
+        scores = [path for ending in SCORE_ENDINGS if (path := self.scores_file(exp_name, ending)).exists()]
+        if not rows and not scores:
+            known = ", ".join(map(repr, self.experiments())) or "none"
+            raise ValueError(f"exp_name must be an experiment of {self.path}, one of {known}, not {exp_name!r}")
+        self._delete(exp_name, [*scores, *rows], rows)
+
+    def experiments(self) -> list[str]:
+        """Lists the experiments that have targets or scores, in alphabetical order."""
+        names = {name for i in self.model_ids() for name in self.experiments_of(i)}
+        for path in (self.path / "scores").glob("*"):
+            names |= {path.name.removesuffix(ending) for ending in SCORE_ENDINGS if path.name.endswith(ending)}
+        return sorted(name for name in names if not name.startswith("."))
+
+    def experiments_of(self, model_id: int) -> list[str]:
+        """Lists the experiments that have targets at a checkpoint, in alphabetical order."""
+        return sorted(path.name for path in self.checkpoint(model_id).glob("targets/[!.]*") if path.is_dir())
+
+    def _delete(self, name: str, paths: Sequence[Path], rows: Collection[Path]) -> None:
+        """Deletes files and folders; `rows` are the folders of rows among them, or in them."""
+        with ExitStack() as locks:
+            for path in rows:
+                locks.enter_context(claimed_for_deletion(path))
+            with advising_on_denied(self.path):
+                remove_leftovers(self.path / name)
+                leaving = temporary_name(self.path / name)
+                leaving.mkdir()
+                for number, path in enumerate(paths):  # so that half of a folder is never taken for the whole
+                    path.rename(leaving / str(number))
+                shutil.rmtree(leaving)
+
+    def _rows_of(self, model_id: int) -> list[Path]:
+        """Lists the folders of a checkpoint's rows, of training samples and targets."""
+        path = self.checkpoint(model_id)
+        return [folder for folder in (path / "train", *path.glob("targets/[!.]*")) if folder.is_dir()]
+
+    def let_go(self, model_ids: Collection[int], exp_name: str | None = None) -> None:
+        """Gives up all that this process has claimed of an experiment at some checkpoints, or of the checkpoints."""
+        for i in model_ids:
+            for path in self._rows_of(i) if exp_name is None else [self._targets_path(i, exp_name)]:
+                let_go(path / LOCK_FILE)
+
+    @contextmanager
+    def reading(self, model_id: int, exp_name: str) -> Iterator[Rows]:
+        """Opens the target rows of an experiment, and keeps other processes from replacing what scores come from.
+
+        Raises:
+            RuntimeError: Another process that is alive writes targets, or deletes the checkpoint.
+            ValueError: As in `targets`.
+        """
+        with self.train(model_id).kept():
+            targets = self.targets(model_id, exp_name)
+            with targets.unchanged():
+                yield targets
 
     @property
     def _train_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -127,20 +217,29 @@ class Store:
         """Opens the target rows of an experiment, `features` (m, k); makes them if `num_targets` is given.
 
         Raises:
+            TypeError: `exp_name` is no string.
             ValueError: Nothing is stored for this experiment and checkpoint, or another number of targets, or
                 `exp_name` cannot be a file's name.
+            PermissionError: The targets may not be made.
         """
         check_name(exp_name)
-        path = self.checkpoint(model_id) / "targets" / exp_name
+        path = self._targets_path(model_id, exp_name)
         if num_targets is not None and not path.exists():
-            with atomic_folder(path) as folder:
+            with advising_on_denied(self.path), atomic_folder(path) as folder:
                 Rows.create(folder, num_targets, {"features": (self.width,)})
         if not path.exists():
             raise ValueError(f"exp_name {exp_name!r} has no targets for model_id {model_id}")
         stored = len(read_array(path / "done.npy"))
         if num_targets not in (None, stored):
-            raise ValueError(f"exp_name {exp_name!r} has {stored} targets for model_id {model_id}, not {num_targets}")
+            raise ValueError(
+                f"exp_name {exp_name!r} has {stored} targets for model_id {model_id}, not {num_targets}; use another "
+                f"exp_name, or delete this one by TRAKer.delete_experiment({exp_name!r})"
+            )
         return Rows(path, stored, {"features": (self.width,)})
+
+    def _targets_path(self, model_id: int, exp_name: str) -> Path:
+        """Returns the path of an experiment's target rows."""
+        return self.checkpoint(model_id) / "targets" / exp_name
 
     def samples_file(self, model_id: int) -> Path:
         """Returns the path of the file with some samples of a checkpoint (`StoredSamples`)."""
@@ -152,7 +251,8 @@ class Store:
 
     def save_gram(self, model_id: int, gram: NDArray[np.float64]) -> None:
         """Stores a checkpoint's Gram matrices (see `gram`), which makes the checkpoint finalized."""
-        with atomic_file(self.checkpoint(model_id) / "gram.npy") as temporary, temporary.open("wb") as file:
+        path = self.checkpoint(model_id) / "gram.npy"
+        with advising_on_denied(self.path), atomic_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, gram)
         shutil.rmtree(self.partial_grams(model_id), ignore_errors=True)
 
@@ -179,7 +279,10 @@ def check_name(exp_name: str) -> None:
     """Checks that an experiment's name can be a file's.
 
     Raises:
+        TypeError: The name is no string.
         ValueError: The name is empty, begins with a dot, or has a character that file names cannot have.
     """
+    if not isinstance(exp_name, str):
+        raise TypeError(f"exp_name must be a string, not {type(exp_name).__name__} ({exp_name!r})")
     if not exp_name or exp_name.startswith(".") or any(c in exp_name for c in "/\\\0"):
         raise ValueError(f"exp_name must be a file name, without separators or a leading dot, not {exp_name!r}")

@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..scales import exponents_of
-from .files import advising_on_full_disk, create_array, open_array, sync, write_at
-from .locks import LockFile, lock_file
+from .files import advising_on_denied, advising_on_full_disk, create_array, open_array, sync, write_at
+from .locks import WHOLE, LockFile, lock_file
+
+LOCK_FILE = "writers.lock"
+"""The file in a folder of rows in which they are locked."""
+
+MAX_ROWS = 2**48
+"""Rows of a folder at most: later bytes of its lock file stand for something else."""
 
 FEATURES = "features"
 EXPONENTS = "features_exponent"
@@ -145,6 +152,7 @@ class Rows:
             ValueError: A file is missing, truncated, corrupt, or has another shape.
         """
         self.path = path
+        self._identity = _identity(path)
         self.shapes = dict(shapes)
         self.half = half
         self.files = {
@@ -295,36 +303,75 @@ class Rows:
 
     @functools.cached_property
     def locks(self) -> LockFile:
-        """The file in which processes lock the rows that they write."""
-        return lock_file(self.path / "writers.lock")
-
-    def claim(self, inds: NDArray[np.integer]) -> None:
-        """Keeps other processes from writing rows `inds`, until `release` or the end of the process.
+        """The file in which processes lock the rows that they write.
 
         Raises:
-            RuntimeError: Another process that is alive has claimed one of them.
+            PermissionError: The folder may be read but not written.
+            RuntimeError: Another process has deleted the folder.
+        """
+        self._require_in_place()
+        with advising_on_denied(self.path):
+            return lock_file(self.path / LOCK_FILE)
+
+    def claim(self, inds: NDArray[np.integer]) -> None:
+        """Keeps other processes from writing and reading rows `inds`, until `release` or the end of the process.
+
+        Raises:
+            RuntimeError: Another process that is alive has claimed one of them, reads them, or has deleted them.
+            PermissionError: The folder may be read but not written.
         """
         if self._claims > MAX_CLAIMS:
             self.release()
         for start, stop in consecutive_ranges(np.sort(inds)):
-            if not self.locks.acquire(start, stop - start):
-                raise RuntimeError(self._claimed_by_another(start, stop))
+            _lock(self.locks, self.path, start, stop - start)
             self._claims += start != self._claimed_to
             self._claimed_to = stop
+        self._require_in_place()
 
-    def _claimed_by_another(self, start: int, stop: int) -> str:
-        """Says which rows of [start, stop) are locked, and by whom."""
-        held = self.locks.holder(start, stop - start)
-        first, last = start, stop - 1
-        process = ""
-        if held is not None:
-            held_from, length, process_id = held
-            first, last = max(start, held_from), min(last, held_from + length - 1)
-            process = f" (pid {process_id})" if process_id > 0 else ""
-        return (
-            f"rows {first} to {last} of {self.path} are being written by another process{process}; "
-            "give each process rows of its own, or wait until it has ended"
-        )
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Keeps other processes from writing any row, or deleting them all, during the block.
+
+        Others may read. Where this process may not write, or there are no locks, nothing is locked.
+
+        Raises:
+            RuntimeError: Another process that is alive has claimed a row.
+        """
+        with self._sharing(0, len(self.done)):
+            yield
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps other processes from deleting the rows during the block; `unchanged` does more.
+
+        Raises:
+            RuntimeError: Another process is deleting them.
+        """
+        with self._sharing(WHOLE, 1):
+            yield
+
+    @contextmanager
+    def _sharing(self, start: int, length: int) -> Iterator[None]:
+        """Shares a lock during the block."""
+        try:
+            locks = self.locks
+        except PermissionError:
+            locks = None
+        if locks is not None:
+            _lock(locks, self.path, start, length, shared=True)
+        try:
+            self._require_in_place()
+            yield
+        finally:
+            if locks is not None:
+                locks.release(start, length)
+
+    def _require_in_place(self) -> None:
+        """Checks that the opened files still have their names, under which others look for them."""
+        if _identity(self.path) != self._identity:
+            raise RuntimeError(
+                f"{self.path} was deleted since it was opened; load the checkpoint, or start scoring it, again"
+            )
 
     def release(self) -> None:
         """Gives up all rows that this process has claimed."""
@@ -366,6 +413,54 @@ def require_same_samples(rows: Mapping[int, Rows], things: str) -> None:
                 f"{len(differing)} {things} are other ones for model_id {other} than for model_id {first}: {numbers}; "
                 "give the same samples, in the same order, at each checkpoint"
             )
+
+
+@contextmanager
+def claimed_for_deletion(path: Path) -> Iterator[None]:
+    """Keeps other processes from using any row of the folder `path` during the block, in which it may be deleted.
+
+    Raises:
+        RuntimeError: Another process that is alive reads or has claimed rows of it.
+        PermissionError: The folder may be read but not written.
+    """
+    with advising_on_denied(path):
+        locks = lock_file(path / LOCK_FILE)
+    _lock(locks, path, 0, WHOLE + 1)
+    try:
+        yield
+    finally:
+        locks.release(0, WHOLE + 1)
+
+
+def _lock(locks: LockFile, path: Path, start: int, length: int, shared: bool = False) -> None:
+    """Locks bytes of the lock file of the folder `path`.
+
+    Raises:
+        RuntimeError: Another process has locked one of them; the message names rows, folder and process.
+    """
+    if locks.acquire(start, length, shared):
+        return
+    rows, process, reads = "rows", "", False
+    if (held := locks.holder(start, length, shared)) is not None:
+        end = min(held.start + held.length, start + length) if held.length else start + length
+        rows = "all rows" if end > MAX_ROWS else f"rows {max(start, held.start)} to {end - 1}"
+        process = f" (pid {held.process})" if held.process else ""
+        reads = held.shared
+    alike = not (reads or shared or start + length > MAX_ROWS)
+    raise RuntimeError(
+        f"{rows} of {path} are being {'read' if reads else 'written'} by another process{process}; "
+        + ("give each process rows of its own, or " if alike else "")
+        + "wait until it has ended"
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns numbers that tell a folder of rows from one that replaced it, as long as that is mapped."""
+    try:
+        status = (path / "done.npy").stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class _StoredArray(NamedTuple):
