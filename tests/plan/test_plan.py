@@ -150,13 +150,14 @@ def test_disk_is_what_a_run_takes(half: bool, samples: int, tmp_path: Path) -> N
     traker = trak_fast.TRAKer(
         model, "image_classification", samples, tmp_path, proj_dim=k, use_half_precision=half, logging_level=40
     )
+    train, tests = ([torch.randn(count, 20), torch.zeros(count, dtype=torch.long)] for count in (samples, targets))
     for model_id in range(2):
         traker.load_checkpoint(model.state_dict(), model_id=model_id)
-        traker.featurize([torch.randn(samples, 20), torch.zeros(samples, dtype=torch.long)], num_samples=samples)
+        traker.featurize(train, num_samples=samples)
     traker.finalize_features()
     for model_id in range(2):
         traker.start_scoring_checkpoint("e", model.state_dict(), model_id=model_id, num_targets=targets)
-        traker.score([torch.randn(targets, 20), torch.zeros(targets, dtype=torch.long)], num_samples=targets)
+        traker.score(tests, num_samples=targets)
     traker.finalize_scores("e")
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*.np*"))
     job = Job(105, k, samples, targets=targets, checkpoints=2, half=half)

@@ -17,8 +17,11 @@ from ..scoring import gram, scores
 from .job import Job
 from .rates import FLOP_PER_PARAMETER, Rates
 
-SYNCS = 3
-"""Waits for the disk for each batch: features, weights, flags."""
+SYNCS = 4
+"""Waits for the disk for each batch: features, weights, digests, flags."""
+
+ROW_BYTES = 2 + 4 + 1
+"""Bytes beside the features of a row: its power of two, the digest of its sample, its flag."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +216,9 @@ def _disk(job: Job, size: int, grams: int) -> Disk:
     k, n, m, c = job.proj_dim, job.samples, job.targets, job.checkpoints
     entry = 2 if job.half else 4
     return Disk(
-        training_features=c * n * (k * entry + 4 + 1 + (4 if job.half else 0)),  # and weights, flags, factors
-        target_features=c * m * (4 * k + 1),
+        # and powers of two, digests and flags; weights
+        training_features=c * n * (entry * k + ROW_BYTES + 4),
+        target_features=c * m * (4 * k + ROW_BYTES),
         gram_matrices=grams * c * 8 * size**2,
         scores=4 * n * m,
     )
