@@ -29,7 +29,7 @@ def test_time_by_hand() -> None:
     assert seconds == {
         "gradients": pytest.approx(3 * 100_100 * 8 * 1e6 * 50 / 2e11),
         "projection": pytest.approx(3 * 100_100 * 2 * 1e6 * 1e3 / 1e12),
-        "store": pytest.approx(3 * 100_100 / 32 * 3 * 0.002),
+        "store": pytest.approx(3 * 100_100 / 32 * 4 * 0.002),
         "X'X": pytest.approx(2 * 3 * 2 * 1e5 * 1e6 / 1e10),  # and X'CX
         "solve": pytest.approx(3 * (1e9 / 3 / 5e9 + 2 * 1e6 * 100 / 1e10)),
         "scores": pytest.approx(3 * 2 * 1e5 * 1e3 * 100 / 1e11 + 3 * 4 * 1e5 * 100 / 1e10),
