@@ -16,7 +16,7 @@ from ..gradients.base import GradientComputer
 from ..gradients.modes import differentiable, no_fast_path
 from ..projection.projector import ProjectorLike
 from ..scales import LARGEST_FEATURE, map_rows
-from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode
+from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode, weighs_by_outputs
 from . import memory
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -162,8 +162,13 @@ class Featurizer:
             for i in range(len(batch[0])):
                 single = [x[i : i + 1].to(self.device, copy=True) for x in batch]
                 sample = [x[0].clone() for x in single]
-                outputs.append(self.task.get_output(self.model, weights, copy_buffers(buffers), *sample))
-                weightings.append(self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(buffers), single))
+                output = self.task.get_output(self.model, weights, copy_buffers(buffers), *sample).detach()
+                outputs.append(output)
+                if weighs_by_outputs(self.task):
+                    weightings.append(self.task.get_weightings(output.reshape(1), single))
+                else:
+                    own = self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(buffers), single)
+                    weightings.append(own)
         return Evaluation(outputs=_flattened(outputs), weightings=_flattened(weightings))
 
     def _fitting_samples(self, sample: Sequence[Tensor]) -> int:

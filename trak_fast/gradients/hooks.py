@@ -157,6 +157,7 @@ class HookGradientComputer(ParameterGradients):
                 samples = [x[part.to(x.device)] for x in batch]
                 again[part.to(again.device)] = self._outputs(samples).detach()
             if not differ(outputs, again, self._output_tolerance):
+                self._is_first_batch = False
                 return True
             require_same(outputs, lambda: self._outputs(batch).detach(), self._output_tolerance)
         logger.warning(
