@@ -346,6 +346,65 @@ def test_a_rule_that_fails_later_is_noticed_in_each_batch(
     assert computer.singly == {"0.weight", "0.bias"}  # at the next checkpoint too
 
 
+class Summed(BatchTask):
+    """f of any scale."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def get_outputs(self, model: nn.Module, weights: Any, buffers: Any, batch: Any) -> Tensor:
+        return self.scale * torch.func.functional_call(model, (weights, buffers), batch[0]).sum(1)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1.0, 1e36])
+def test_the_check_holds_at_any_scale(scale: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, LABELS))
+    computer = HookGradientComputer(model, Summed(scale))
+    batch = [torch.randn(8, 6)]
+    computer.compute_per_sample_grad(batch)
+    assert computer.singly == set()
+    right = layers.RULES[nn.Linear]
+    computer._layers[model[0]] = type(computer._layers[model[0]])(
+        layers.Rule(exchanged(right.gradients)), {"weight": "0.weight", "bias": "0.bias"}
+    )
+    grads = computer.compute_per_sample_grad(batch)
+    assert computer.singly == {"0.weight", "0.bias"}
+    for i in range(8):
+        f = scale * model(batch[0][i : i + 1]).sum()
+        torch.testing.assert_close(grads["0.bias"][i], torch.autograd.grad(f, model[0].bias)[0], rtol=1e-5, atol=0)
+
+
+def test_a_model_that_does_not_bear_hooks_is_computed_sample_by_sample(caplog: pytest.LogCaptureFixture) -> None:
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    class Strict(nn.Module):
+        """Wants the very tensor that its layer has made."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Keeping(6, 8), nn.Linear(8, LABELS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.body(x)
+            if out is not self.body.kept:
+                raise LookupError("another tensor")
+            return self.head(torch.tanh(out))
+
+    torch.manual_seed(0)
+    model, batch = Strict().double(), batch_of(4)
+    computer = HookGradientComputer(model, ImageClassification())
+    for _ in range(2):
+        grads = computer.compute_per_sample_grad(batch)
+    model.body.kept = None  # which keeps copies from being made
+    for name, value in grads.items():
+        torch.testing.assert_close(value, loop(model, batch)[name], rtol=1e-9, atol=1e-11)
+    assert caplog.text.count("layers cannot be differentiated in a batch (another tensor); each sample is") == 1
+
+
 class Block(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()

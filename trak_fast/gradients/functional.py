@@ -13,7 +13,7 @@ from ..tasks.base import copy_buffers, copy_tensors
 from .base import ParameterGradients
 from .errors import is_out_of_memory
 from .modes import requiring_grad
-from .repeatable import RANDOM, RandomWatch
+from .repeatable import RANDOM, RandomOutputsError, RandomWatch
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class FunctionalGradientComputer(ParameterGradients):
                     raise error from None  # it speaks of the whole batch
                 raise
             if watch.drawn() or "randomness" in str(error):
-                raise RuntimeError(f"{RANDOM} ({error})") from error
+                raise RandomOutputsError(f"{RANDOM} ({error})") from error
             raise RuntimeError(
                 f"torch.func cannot differentiate this model: {error}\n"
                 "gradient_computer=trak_fast.HookGradientComputer does without it"

@@ -17,7 +17,7 @@ differentiated in true batches of one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,17 +30,17 @@ from .base import ParameterGradients
 from .errors import is_out_of_memory
 from .layers import Rule, rule_of
 from .modes import requiring_grad
-from .repeatable import differ, require_same
+from .repeatable import RandomOutputsError, differ, require_same
 
 logger = logging.getLogger("trak_fast")
 
 ROUNDINGS = {torch.float64: 2.0**10, torch.float32: 2.0**10, torch.bfloat16: 2.0**4, torch.float16: 2.0**5}
-"""The difference from the unaltered model that rounding explains, as a multiple of the dtype's precision: relative to
-the parameter's own gradient. Sums of half-precision numbers are kept in float32, and add no rounding of their own."""
+"""The difference from autograd's gradient that rounding explains, as a multiple of the dtype's precision: relative to
+the largest entry of the parameter's gradient. Half-precision numbers are summed in float32, which adds no more."""
 
 NEGLIGIBLE_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 4.0}
-"""The difference that does not count, as a multiple of the dtype's precision: relative to the whole gradient. One that
-is nothing but rounding of zero, as the gradient of attention's key biases is, has no correct digits to compare."""
+"""The difference that does not count, as a multiple of the dtype's precision: relative to the largest entry of all
+gradients. One that is rounding of zero, as that of attention's key biases is, has no correct digits to compare."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class HookGradientComputer(ParameterGradients):
     """
 
     _fallen: frozenset[str] = frozenset()  # parameters that failed the check of a batch
-    _outputs_differ = False  # True once a sample's output in a batch was another than alone
+    _alone = False  # True once a batch gave other outputs than its samples alone, or failed
 
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
@@ -119,17 +119,40 @@ class HookGradientComputer(ParameterGradients):
     @property
     def singly(self) -> frozenset[str]:
         """Names of the parameters that are differentiated in batches of one."""
-        everything = self._outputs_differ or not hasattr(self.task, "get_outputs")
+        everything = self._alone or not hasattr(self.task, "get_outputs")
         return frozenset(self.selected) if everything else self._unexplained | self._fallen
 
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         if not self._in_batches(batch):
             return self._in_batches_of_one(batch, list(self.selected))
-        grads, outputs = self._by_layers(batch)
+        try:
+            grads, outputs = self._by_layers(batch)
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, RandomOutputsError):
+                raise
+            return self._after_failure(batch, error)
         if left := [name for name in self.selected if name not in grads]:
             singly, outputs = self._in_batches_of_one(batch, left)
             grads |= singly
         return {name: grads[name] for name in self.selected}, outputs
+
+    def _after_failure(self, batch: Sequence[Tensor], error: Exception) -> tuple[dict[str, Tensor], Tensor]:
+        """Differentiates samples alone from now on, if that works where a batch has failed."""
+        try:
+            result = self._in_batches_of_one(batch, list(self.selected))
+        except (ValueError, TypeError) as of_one:
+            if type(error) is type(of_one):
+                raise error from None  # it speaks of the whole batch
+            raise
+        self._stay_alone(f"layers cannot be differentiated in a batch ({(str(error) or repr(error)).splitlines()[0]})")
+        return result
+
+    def _stay_alone(self, reason: str) -> None:
+        """Has samples computed alone from now on, and says so."""
+        logger.warning(
+            "%s; each sample is computed alone from here on, in a forward and a backward pass of its own", reason
+        )
+        self._alone = True
 
     def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
         with requiring_grad(self.parameters.values(), ()):
@@ -160,11 +183,7 @@ class HookGradientComputer(ParameterGradients):
                 self._is_first_batch = False
                 return True
             require_same(outputs, lambda: self._outputs(batch).detach(), self._output_tolerance)
-        logger.warning(
-            "samples of a batch change each other's outputs (by statistics of the batch, for example); "
-            "each is computed alone from here on, in a forward and a backward pass of its own"
-        )
-        self._outputs_differ = True
+        self._stay_alone("samples of a batch change each other's outputs (by statistics of the batch, for example)")
         return False
 
     def _outputs(self, batch: Sequence[Tensor]) -> Tensor:
@@ -207,13 +226,13 @@ class HookGradientComputer(ParameterGradients):
             sums = self._sum_by_autograd(outputs, factors, names)
             self._find_output_grads(recording, outputs)
         outputs = outputs.detach()
-        finite = all(bool(value.isfinite().all()) for value in (outputs, *sums.values()))
+        finite = bool(outputs.isfinite().all()) and _largest(sums.values()).isfinite().all()
         if not finite or not self._are_their_own(outputs, batch):  # sums of what is not finite tell nothing
             return {}, outputs
         grads = self._add_calls(recording, count)
         for name in names:
             if name not in grads and name not in recording.unexplained:  # its layer was not called
-                grads[name] = torch.zeros_like(self.selected[name]).expand(count, *self.selected[name].shape)
+                grads[name] = self.selected[name].detach().new_zeros(count, *self.selected[name].shape)
         if failed := recording.unexplained | self._compare(grads, factors, sums):
             require_same(outputs, lambda: self._outputs(batch).detach(), self._output_tolerance)
             self._fall_back(failed)
@@ -246,7 +265,7 @@ class HookGradientComputer(ParameterGradients):
             tensors = [value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)]
             fits = len(tensors) == 1 or (args and isinstance(args[0], Tensor))
             known = self._layers[layer]
-            if not fits or not isinstance(output, Tensor) or not output.is_floating_point():
+            if not fits or not tensors[0].ndim or not isinstance(output, Tensor) or not output.ndim:
                 recording.unexplained |= set(known.names.values()) - singly
                 return None
             # -0.0 and no other zero leaves every number as it is
@@ -349,16 +368,18 @@ class HookGradientComputer(ParameterGradients):
     @torch.no_grad()
     def _compare(self, grads: dict[str, Tensor], factors: Tensor, sums: dict[str, Tensor]) -> set[str]:
         """Returns the names of the parameters whose gradients do not add up to Σ c_i g_i as autograd computes it."""
-        relative = max(ROUNDINGS[dtype] * torch.finfo(dtype).eps for dtype in self._dtypes)
-        negligible = max(NEGLIGIBLE_ROUNDINGS[dtype] * torch.finfo(dtype).eps for dtype in self._dtypes)
-        whole = torch.stack([_norm(value) for value in sums.values()]).norm()
+        relative = max(ROUNDINGS.get(dtype, 1) * torch.finfo(dtype).eps for dtype in self._dtypes)
+        negligible = max(NEGLIGIBLE_ROUNDINGS.get(dtype, 1) * torch.finfo(dtype).eps for dtype in self._dtypes)
+        names = list(grads)
+        totals = (torch.tensordot(factors.to(grads[name]), grads[name], dims=1) - sums[name] for name in names)
+        errors = _largest(totals)
+        sizes = _largest(sums[name] for name in names)
+        bound = negligible * _largest(sums.values()).amax() if sums else 0
         failed: set[str] = set()
-        for name, value in grads.items():
-            total = torch.tensordot(factors.to(value), value, dims=1)
-            error = _norm(total - sums[name]) - negligible * whole
-            # the sum may cancel, which the norm of all samples' gradients does not
-            if not (error <= relative * _norm(sums[name]) or error <= relative * _norm(value)):
-                failed.add(name)
+        for place in (~(errors <= relative * sizes + bound)).nonzero().flatten().tolist():
+            # the sum may cancel, which the gradients of single samples do not
+            if not errors[place] <= relative * _largest([grads[names[place]]])[0] + bound:
+                failed.add(names[place])
         return failed
 
 
@@ -379,10 +400,13 @@ def _gradients(output: Tensor, inputs: Sequence[Tensor], retain_graph: bool = Fa
     ]
 
 
-def _norm(value: Tensor) -> Tensor:
-    """Computes the norm of all entries, with sums in float32 at least."""
-    norm: Tensor = torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32))
-    return norm.double()
+def _largest(values: Iterable[Tensor]) -> Tensor:
+    """Returns the largest magnitude in each tensor, float64 on the CPU: a norm that neither overflows nor vanishes."""
+    infinity = float("inf")
+    norms = [torch.linalg.vector_norm(x, infinity) if x.numel() else x.new_zeros(()) for x in values]
+    devices = {norm.device for norm in norms}
+    together = [norm if len(devices) == 1 else norm.cpu() for norm in norms]
+    return torch.stack([norm.double() for norm in together]).cpu() if norms else torch.zeros(0, dtype=torch.float64)
 
 
 def _edges(last: Any) -> Iterator[tuple[Any, Any]]:

@@ -34,6 +34,10 @@ def differ(first: Tensor, second: Tensor, tolerance: float) -> bool:
     return not bool((same | near).all())
 
 
+class RandomOutputsError(RuntimeError):
+    """The outputs of a model are random, or depend on what it has computed before."""
+
+
 class RandomWatch:
     """Tells if a random number was drawn since this object was made, by torch, NumPy or Python."""
 
@@ -60,10 +64,10 @@ def require_same(outputs: Tensor, evaluate: Callable[[], Tensor], tolerance: flo
     """Checks that a model's outputs for some samples are the same when it is evaluated once more.
 
     Raises:
-        RuntimeError: They differ.
+        RandomOutputsError: They differ.
     """
     if differ(outputs, evaluate(), tolerance):
-        raise RuntimeError(RANDOM)
+        raise RandomOutputsError(RANDOM)
 
 
 RANDOM = (
