@@ -68,10 +68,13 @@ def test_a_loop_that_is_run_again_needs_the_checkpoint_loaded_again(tmp_path: Pa
     for size in (1, 2, 4):
         traker = opened(tmp_path / str(size))
         featurize(traker, [x[:6] for x in TRAIN], size)
-        with pytest.raises(RuntimeError, match=r"given before, for rows 0 to .* call load_checkpoint first"):
+        told = (
+            "given before, from row 0 on: .* call load_checkpoint first|to run a loop again, load the checkpoint again"
+        )
+        with pytest.raises((RuntimeError, ValueError), match=told):
             featurize(traker, TRAIN, size)
         assert traker.store.train(0).done.tolist() == [True] * 6 + [False] * 6  # nothing wrong is kept
-        with pytest.raises(RuntimeError, match="given before"):
+        with pytest.raises((RuntimeError, ValueError), match=told):
             featurize(traker, TRAIN, size)
         traker.load_checkpoint(CHECKPOINTS[0], 0)
         featurize(traker, TRAIN, size)
@@ -83,21 +86,39 @@ def test_targets_of_a_loop_that_is_run_again_are_refused(tmp_path: Path) -> None
     run(traker)
     traker.start_scoring_checkpoint("again", CHECKPOINTS[0], 0, num_targets=M)
     traker.score([x[:2] for x in TARGETS], num_samples=2)
-    with pytest.raises(RuntimeError, match=r"given before, for rows 0 to 1: .* call start_scoring_checkpoint first"):
+    with pytest.raises(RuntimeError, match=r"given before, from row 0 on: .* call start_scoring_checkpoint first"):
         traker.score([x[:2] for x in TARGETS], num_samples=2)
 
 
 def test_samples_that_are_in_the_set_twice_are_no_repetition() -> None:
     repeats = Repeats()
-    assert repeats.add(0, [1, 2, 3]) == 0
-    assert repeats.add(3, [1, 3, 2]) == 0
-    assert repeats.add(6, [1]) == 0  # one sample that equals the first may be a second copy
-    assert repeats.add(7, [3]) == 0
-    assert repeats.add(8, [1]) == 0
-    assert repeats.add(9, [2]) == 2
+    assert repeats.add(0, [1, 2, 3]) is None
+    assert repeats.add(3, [1, 3, 2]) is None
+    assert repeats.add(6, [1]) is None  # samples that equal the first may be second copies of them
+    assert repeats.add(7, [2]) is None
+    assert repeats.add(8, [3]) is None
+    assert repeats.add(9, [1, 3]) is None
+    assert repeats.add(11, [2]) == 5  # all six again
     same = Repeats()
-    assert same.add(0, [5, 5]) == 0
-    assert same.add(2, [5, 5]) == 0  # all alike: nothing can be told
+    assert same.add(0, [5, 5]) is None
+    assert same.add(2, [5, 5]) is None  # all alike: nothing can be told
+
+
+def test_small_sets_of_few_values_are_no_repetition() -> None:
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        repeats = Repeats()
+        found += any(repeats.add(i, [int(rng.integers(16))]) is not None for i in range(200))
+    assert found <= 6  # 1/256 for a repetition of two, and less for more
+
+
+def test_a_loop_run_again_near_the_end_leaves_no_wrong_row(tmp_path: Path) -> None:
+    traker = opened(tmp_path)
+    featurize(traker, [x[:10] for x in TRAIN], 1)
+    with pytest.raises(ValueError, match=r"samples 12 to 12 are not all in \[0, 12\); num_samples goes on"):
+        featurize(traker, TRAIN, 1)
+    assert traker.store.train(0).done.tolist() == [True] * 10 + [False] * 2
 
 
 def test_targets_of_two_sets_do_not_mix(tmp_path: Path) -> None:

@@ -138,7 +138,10 @@ def row_numbers(
     if rows.size and not len(batch):
         raise ValueError(f"batch must hold the tensors of {rows.size} samples, not be empty")
     if rows.size and not 0 <= rows.min() <= rows.max() < num_rows:
-        raise ValueError(f"samples {rows.min()} to {rows.max()} are not all in [0, {num_rows})")
+        again = "; num_samples goes on from the last call: to run a loop again, load the checkpoint again first"
+        raise ValueError(
+            f"samples {rows.min()} to {rows.max()} are not all in [0, {num_rows}){'' if num_samples is None else again}"
+        )
     if len(np.unique(rows)) != len(rows):
         raise ValueError("inds has the same number twice")
     return rows.astype(np.intp), following

@@ -36,13 +36,17 @@ logger = logging.getLogger("trak_fast")
 
 
 class Repeats:
-    """Notices a loop over batches that is run again while `num_samples` goes on counting from its first run."""
+    """Notices a loop over batches that is run again while `num_samples` goes on counting from its first run.
+
+    Attributes:
+        matched: Samples up to the last one that repeat those from row 0 on, as far as they were compared.
+    """
 
     def __init__(self) -> None:
-        self._first: list[int] = []  # digests of the first samples since row 0
-        self._matched = 0  # samples before the next one that repeat these
+        self.matched = 0
+        self._first: list[int] = []  # digests of the samples from row 0 on
 
-    def add(self, start: int, digests: Sequence[int]) -> int:
+    def add(self, start: int, digests: Sequence[int]) -> int | None:
         """Takes the samples that go to rows `start` and following ones.
 
         Args:
@@ -50,18 +54,21 @@ class Repeats:
             digests: Digests of the first samples of the batch, up to `REMEMBERED`.
 
         Returns:
-            The number of samples, up to the last of these, that repeat the first ones; 0 for less than two that differ.
+            The number of samples before this batch that belong to a repetition, once it is one: as many samples as were
+            given before it, up to `REMEMBERED`, repeat the first ones, and are not all alike. None otherwise.
         """
-        if start == len(self._first) < REMEMBERED:
-            self._first += digests[: REMEMBERED - start]
-        if start == 0:
-            return 0
-        for matched in {self._matched, 0}:
-            if list(digests) == self._first[matched : matched + len(digests)]:
-                self._matched = matched + len(digests)
-                return self._matched if len(set(self._first[: self._matched])) > 1 else 0
-        self._matched = 0
-        return 0
+        known = self._first
+        if start == len(known) < REMEMBERED:
+            self._first = known + [*digests][: REMEMBERED - start]
+        for matched in dict.fromkeys((self.matched, 0)):
+            compared = min(len(digests), len(known) - matched)
+            if start and compared > 0 and list(digests[:compared]) == known[matched : matched + compared]:
+                self.matched = matched + compared
+                before = start - matched  # rows that came before the repetition
+                certain = self.matched >= min(REMEMBERED, before) and len(set(known[: self.matched])) > 1
+                return matched if certain else None
+        self.matched = 0
+        return None
 
 
 @dataclass
@@ -156,8 +163,12 @@ class Recorder:
 
     def _record(self, opened: _Opened, batch: Sequence[Tensor], inds: Indices | None, num_samples: int | None) -> None:
         stored = opened.rows
-        rows, following = row_numbers(batch, inds, num_samples, opened.following, len(stored.done))
         share = self._ranks.rows(len(stored.done))
+        try:
+            rows, following = row_numbers(batch, inds, num_samples, opened.following, len(stored.done))
+        except ValueError:
+            self._take_back(opened, opened.repeats.matched, share)  # the end of a loop that was run again, perhaps
+            raise
         positions = np.flatnonzero((rows >= share.start) & (rows < share.stop))
         stored.claim(rows[positions])
         marked = self._task.clear_padding(batch) if hasattr(self._task, "clear_padding") else batch
@@ -203,19 +214,23 @@ class Recorder:
         Raises:
             RuntimeError: These samples were given before; rows that were written from them are taken back.
         """
-        repeated = opened.repeats.add(int(rows[0]), digests.tolist())
-        if not repeated:
+        before = opened.repeats.add(int(rows[0]), digests.tolist())
+        if before is None:
             return
-        before = repeated - len(digests)
-        wrong = np.arange(rows[0] - before, rows[0])
-        opened.rows.undo(wrong[(wrong >= share.start) & (wrong < share.stop)])
-        opened.following -= before
+        self._take_back(opened, before, share)
         first = "load_checkpoint" if opened.is_training else "start_scoring_checkpoint"
         raise RuntimeError(
-            f"the samples for rows {rows[0] - before} to {rows[0] + len(digests) - 1} were given before, for rows 0 to "
-            f"{repeated - 1}: num_samples goes on from the last row; to run a loop again, call {first} first (if the "
-            "set really repeats its first samples, give inds)"
+            f"the samples for rows {rows[0] - before} to {rows[0] + len(digests) - 1} were given before, from row 0 "
+            f"on: num_samples goes on from the last row; to run a loop again, call {first} first (if the set really "
+            "repeats its first samples, give inds)"
         )
+
+    def _take_back(self, opened: _Opened, count: int, share: slice) -> None:
+        """Has the last `count` rows that `num_samples` counted count as not written."""
+        wrong = np.arange(opened.following - count, opened.following)
+        opened.rows.undo(wrong[(wrong >= share.start) & (wrong < share.stop)])
+        opened.following -= count
+        opened.repeats.matched = 0
 
     def _compare_samples(self, opened: _Opened, rows: NDArray[np.intp], digests: NDArray[np.uint32]) -> None:
         """Compares samples with those that rows were stored from.

@@ -428,15 +428,16 @@ def test_rounding_makes_no_layer_fall_back(dtype: torch.dtype) -> None:
 def test_hooks_change_no_number_and_no_shape() -> None:
     """Negative zeros stay negative, and what all samples share keeps its leading dimension of 1."""
 
+    seen: list[Tensor] = []
+
     class Watching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.seen: list[Tensor] = []
             self.body, self.places, self.head = nn.Linear(6, 6), nn.Embedding(1, 6), nn.Linear(6, LABELS)
 
         def forward(self, x: Tensor) -> Tensor:
             body, places = self.body(x), self.places(torch.arange(1)[None])[:, 0]
-            self.seen += [body.detach().clone(), places.detach().clone()]
+            seen.extend([body.detach().clone(), places.detach().clone()])
             return self.head(torch.tanh(body + places))
 
     torch.manual_seed(0)
@@ -446,9 +447,10 @@ def test_hooks_change_no_number_and_no_shape() -> None:
         model.body.bias[:3] = -0.0
     batch = [torch.randn(4, 6), torch.randint(LABELS, (4,))]
     model(batch[0].abs().neg())
-    plain, model.seen = model.seen, []
+    plain = seen[:]
+    seen.clear()
     HookGradientComputer(model, ImageClassification()).compute_per_sample_grad([batch[0].abs().neg(), batch[1]])
-    for before, after in zip(plain, model.seen[:2], strict=True):
+    for before, after in zip(plain, seen[:2], strict=True):
         assert before.shape == after.shape
         assert torch.equal(before.view(torch.int32), after.view(torch.int32))
 

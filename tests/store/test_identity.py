@@ -1,11 +1,13 @@
 """Tasks that differ are described by other lines or other code; equal ones by the same."""
 
+import argparse
 import dataclasses
 import functools
 import json
 from collections.abc import Callable
 from typing import Any
 
+import attribution
 import numpy as np
 import pytest
 import torch
@@ -139,8 +141,8 @@ def test_classes_count_by_attributes_and_code_but_not_by_private_state() -> None
     same._calls = 7
     assert differences(manifest(one), manifest(same)) == []
     assert differences(manifest(one), manifest(other))
-    changed = type("Smooth", (Smooth,), {"get_weightings": lambda self, outputs, batch: -outputs})
-    changed.__qualname__ = Smooth.__qualname__
+    methods = {"get_weightings": lambda self, outputs, batch: -outputs, "__module__": __name__}
+    changed = type("Smooth", (Smooth,), methods)
     assert differences(manifest(one), manifest(changed(1.0)))
 
 
@@ -162,6 +164,43 @@ def test_tasks_of_other_libraries_count_by_their_attributes() -> None:
 
     assert differences(manifest(Foreign(1.0)), manifest(Foreign(2.0)))
     assert isinstance(Smooth(1.0), Task)
+
+
+OPTIONS = argparse.Namespace(factor=2.0)
+TABLE = {"factor": [1.0, 2.0]}
+CRITERION = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
+CALLS = 0
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+
+CONFIG = Plain()
+
+
+@pytest.mark.parametrize("change", ["OPTIONS", "TABLE", "CRITERION", "CONFIG", "helper"])
+def test_global_objects_that_a_function_reads_count(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(f: Tensor, x: Tensor) -> Tensor:
+        global CALLS
+        CALLS += 1  # changes as the task runs
+        return OPTIONS.factor * TABLE["factor"][1] * CONFIG.factor * CRITERION(f, x) * attribution.SEED
+
+    before = manifest(FunctionTask(output, loss))
+    monkeypatch.setitem(globals(), "CALLS", 7)
+    assert differences(before, manifest(FunctionTask(output, loss))) == []
+    if change == "OPTIONS":
+        monkeypatch.setattr(OPTIONS, "factor", 3.0)
+    elif change == "TABLE":
+        monkeypatch.setitem(TABLE["factor"], 1, 3.0)  # type: ignore[call-overload]
+    elif change == "CRITERION":
+        monkeypatch.setattr(CRITERION, "weight", torch.tensor([1.0, 3.0]))
+    elif change == "CONFIG":
+        monkeypatch.setattr(CONFIG, "factor", 3.0)
+    else:
+        monkeypatch.setattr(attribution, "SEED", 3)  # a module of the user's own
+    assert differences(before, manifest(FunctionTask(output, loss)))
 
 
 def test_documentation_and_the_model_itself_do_not_count() -> None:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..gradients.base import GradientComputer
-from ..gradients.modes import differentiable, no_fast_path
+from ..gradients.modes import differentiable
 from ..projection.projector import ProjectorLike
 from ..scales import LARGEST_FEATURE, map_rows
-from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode, weighs_by_outputs
+from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode, restored, weighs_by_outputs
 from . import memory
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -162,12 +162,14 @@ class Featurizer:
             for i in range(len(batch[0])):
                 single = [x[i : i + 1].to(self.device, copy=True) for x in batch]
                 sample = [x[0].clone() for x in single]
-                output = self.task.get_output(self.model, weights, copy_buffers(buffers), *sample).detach()
+                with restored(self.model):
+                    output = self.task.get_output(self.model, weights, copy_buffers(buffers), *sample).detach()
                 outputs.append(output)
                 if weighs_by_outputs(self.task):
                     weightings.append(self.task.get_weightings(output.reshape(1), single))
                 else:
-                    own = self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(buffers), single)
+                    with restored(self.model):
+                        own = self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(buffers), single)
                     weightings.append(own)
         return Evaluation(outputs=_flattened(outputs), weightings=_flattened(weightings))
 
@@ -181,7 +183,7 @@ class Featurizer:
         buffers = copy_buffers(dict(self.model.named_buffers()))
 
         def forward() -> None:
-            with evaluation_mode(self.model), no_fast_path():
+            with evaluation_mode(self.model), differentiable(self.model), torch.no_grad(), restored(self.model):
                 self.task.get_output(self.model, weights, buffers, *sample)
 
         return max(1, budget // memory.sample_bytes(forward, self.gradient_bytes))

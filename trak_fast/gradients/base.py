@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..tasks.base import Task, copy_buffers, copy_tensors, weighs_by_outputs
+from ..tasks.base import Task, copy_buffers, copy_tensors, restored, weighs_by_outputs
 from .modes import autocast_dtype, differentiable
 from .parameters import select_parameters
-from .repeatable import RandomWatch, output_tolerance, require_same
+from .repeatable import RandomWatch, generators_of, gradient_tolerance, output_tolerance, require_same
 
 logger = logging.getLogger("trak_fast")
 
@@ -120,7 +120,7 @@ class ParameterGradients(ABC):
         self.task = task
         self.grad_wrt = list(select_parameters(model, grad_wrt))
         self._weighs_alone = False  # True once a batch has changed a sample's Q
-        self._generator = torch.Generator("cpu").manual_seed(0)  # leaves the caller's random numbers alone
+        self._choices = torch.Generator("cpu").manual_seed(0)  # leaves the caller's random numbers alone
         self.load_model_params(model)
 
     def load_model_params(self, model: nn.Module) -> None:
@@ -129,6 +129,7 @@ class ParameterGradients(ABC):
         self.parameters = dict(model.named_parameters())
         self.selected = select_parameters(model, self.grad_wrt)
         self.buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
+        self._generators = generators_of(model)
         self._evaluation: _Evaluation | None = None
         self._is_first_batch = True
 
@@ -147,10 +148,15 @@ class ParameterGradients(ABC):
         if not len(batch[0]):
             return {name: p.detach().new_zeros(0, *p.shape) for name, p in self.selected.items()}
         with differentiable(self.model):
-            watch = RandomWatch(self._device)
+            watch = RandomWatch(self._device, self._generators)
             grads, outputs = self._differentiate(batch)
-            if self._is_first_batch or watch.drawn():
-                require_same(outputs, lambda: self._evaluate(batch), self._output_tolerance)
+            if watch.drawn():
+                again, others = self._differentiate(batch)
+                require_same(outputs, others, self._output_tolerance)
+                for name, value in grads.items():
+                    require_same(value, again[name], self._gradient_tolerance)
+            elif self._is_first_batch:
+                require_same(outputs, self._evaluate(batch), self._output_tolerance)
         self._is_first_batch = False
         self._evaluation = _Evaluation(outputs, self._versions(batch))
         return grads
@@ -189,7 +195,7 @@ class ParameterGradients(ABC):
             whole = self._ask_for_weightings(batch)
             if count == 1 or len(whole.shape) == 0 or len(whole) != count:  # the caller checks shapes
                 return whole
-            chosen = int(torch.randint(count, (), generator=self._generator, device="cpu"))
+            chosen = int(torch.randint(count, (), generator=self._choices, device="cpu"))
             alone = self._ask_for_weightings([x[chosen : chosen + 1] for x in batch])
             scale = self._output_tolerance * whole.detach().double().abs().max()
             if (alone.detach().double().reshape(-1) - whole[chosen].detach().double().reshape(-1)).abs().max() <= scale:
@@ -205,7 +211,8 @@ class ParameterGradients(ABC):
     def _ask_for_weightings(self, batch: Sequence[Tensor]) -> Tensor:
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         batch = copy_tensors(batch)
-        return self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(self.buffers), batch).detach()
+        with restored(self.model):
+            return self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(self.buffers), batch).detach()
 
     def _versions(self, batch: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
         """Lists the batch's tensors and the parameters, with their contents' numbers (of inference tensors: -1)."""
@@ -226,3 +233,7 @@ class ParameterGradients(ABC):
     @property
     def _output_tolerance(self) -> float:
         return output_tolerance(self._dtypes)
+
+    @property
+    def _gradient_tolerance(self) -> float:
+        return gradient_tolerance(self._dtypes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from ..tasks.base import copy_buffers, copy_tensors
+from ..tasks.base import copy_buffers, copy_tensors, restored
 from .base import ParameterGradients
 from .errors import is_out_of_memory
 from .modes import requiring_grad
@@ -50,11 +50,12 @@ class FunctionalGradientComputer(ParameterGradients):
             Exception: As a plain evaluation of the samples, one by one, raises it.
         """
         try:
-            return compute()
+            with restored(self.model):
+                return compute()
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            watch = RandomWatch(self._device)
+            watch = RandomWatch(self._device, self._generators)
             try:
                 self._differentiate_plainly(batch)
             except (ValueError, TypeError) as of_one:
@@ -72,6 +73,7 @@ class FunctionalGradientComputer(ParameterGradients):
         """Evaluates the samples one by one, and differentiates the last one by autograd."""
         with requiring_grad(self.parameters.values(), self.selected.values()):
             for sample in zip(*copy_tensors(batch), strict=True):
-                output = self.task.get_output(self.model, self.parameters, copy_buffers(self.buffers), *sample)
+                with restored(self.model):
+                    output = self.task.get_output(self.model, self.parameters, copy_buffers(self.buffers), *sample)
             if output.requires_grad:
                 torch.autograd.grad(output, list(self.selected.values()), allow_unused=True)

@@ -8,10 +8,10 @@ whatever happens to the output afterwards, in place or not, and the gradients of
 
 Each batch is checked. A second backward pass gives autograd's gradient of Σ c_i f_i for random factors c_i, which must
 be Σ c_i g_i; this catches weights that are used in a second place, inputs whose first dimension is not the batch,
-samples that are sorted inside the model, and anything else that breaks a rule. And f of one sample, drawn at random,
-must be that of the unaltered model for this sample alone; this catches statistics of batches. The first batch of each
-checkpoint is evaluated in halves too. The parameters that fail, and those of layers without a rule (layers.py), are
-differentiated in true batches of one.
+samples that are sorted inside the model, and anything else that breaks a rule. And samples drawn at random, one of 16,
+are differentiated alone by the unaltered model; this catches samples that change each other, by statistics of the batch
+for example. In the first batch of a checkpoint, f of each sample is compared too. Parameters that fail, and those of
+layers without a rule (layers.py), are differentiated in true batches of one.
 """
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tasks.base import copy_buffers, copy_tensors
+from ..tasks.base import copy_buffers, copy_tensors, restored
 from .base import ParameterGradients
 from .errors import is_out_of_memory
 from .layers import Rule, rule_of
 from .modes import requiring_grad
-from .repeatable import RandomOutputsError, differ, require_same
+from .repeatable import RANDOM, RandomOutputsError, differ
 
 logger = logging.getLogger("trak_fast")
-
-ROUNDINGS = {torch.float64: 2.0**10, torch.float32: 2.0**10, torch.bfloat16: 2.0**4, torch.float16: 2.0**5}
-"""The difference from autograd's gradient that rounding explains, as a multiple of the dtype's precision: relative to
-the largest entry of the parameter's gradient. Half-precision numbers are summed in float32, which adds no more."""
 
 NEGLIGIBLE_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 4.0}
 """The difference that does not count, as a multiple of the dtype's precision: relative to the largest entry of all
 gradients. One that is rounding of zero, as that of attention's key biases is, has no correct digits to compare."""
+
+SAMPLES_A_CHECK = 16
+"""Samples of a batch for each one that is differentiated alone, to compare with: about a sixteenth of the time."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class _Call:
         inputs: Its input, detached.
         version: The number that autograd gave the input's contents at the time; it grows with each change in place.
         probe: The zero that was added to the output.
-        output: The node of autograd's graph that made the output, where all samples share one of leading dimension 1.
+        output: The node of autograd's graph that made the output, where all samples share it.
         output_grad: The gradient of the output, (B, ...).
     """
 
@@ -93,6 +92,10 @@ class _Recording:
     open: bool = True
 
 
+COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
+"""The reason for which samples are computed alone that makes earlier batches doubtful."""
+
+
 class HookGradientComputer(ParameterGradients):
     """Per-sample gradients for models that torch.func cannot take; the same as `FunctionalGradientComputer`'s.
 
@@ -105,6 +108,7 @@ class HookGradientComputer(ParameterGradients):
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
         super().load_model_params(model)
+        self._at_once = 0  # samples of this checkpoint that came in batches
         model_names = {id(parameter): name for name, parameter in self.selected.items()}
         self._layers: dict[nn.Module, _Layer] = {}
         explained: set[str] = set()
@@ -132,8 +136,13 @@ class HookGradientComputer(ParameterGradients):
                 raise
             return self._after_failure(batch, error)
         if left := [name for name in self.selected if name not in grads]:
-            singly, outputs = self._in_batches_of_one(batch, left)
+            singly, alone = self._in_batches_of_one(batch, left)
+            if differ(alone, outputs, self._output_tolerance):
+                self._stay_alone(COUPLED)
+                return self._in_batches_of_one(batch, list(self.selected))
             grads |= singly
+            outputs = alone
+        self._at_once += len(outputs)
         return {name: grads[name] for name in self.selected}, outputs
 
     def _after_failure(self, batch: Sequence[Tensor], error: Exception) -> tuple[dict[str, Tensor], Tensor]:
@@ -149,8 +158,16 @@ class HookGradientComputer(ParameterGradients):
 
     def _stay_alone(self, reason: str) -> None:
         """Has samples computed alone from now on, and says so."""
+        before = ""
+        if reason is COUPLED and self._at_once:
+            before = (
+                f". The {self._at_once} samples that came before in batches may be wrong: featurize them again, by "
+                "TRAKer(chunk_size=1) and load_checkpoint(..., _allow_featurizing_already_registered=True)"
+            )
         logger.warning(
-            "%s; each sample is computed alone from here on, in a forward and a backward pass of its own", reason
+            "%s; each sample is computed alone from here on, in a forward and a backward pass of its own%s",
+            reason,
+            before,
         )
         self._alone = True
 
@@ -158,32 +175,53 @@ class HookGradientComputer(ParameterGradients):
         with requiring_grad(self.parameters.values(), ()):
             if self._in_batches(batch):
                 outputs = self._outputs(batch).detach()
-                if self._are_their_own(outputs, batch):
+                chosen = self._choose(len(outputs))
+                alone = self._outputs_alone([x[chosen.to(x.device)] for x in batch])
+                if not differ(outputs, _replaced(outputs, chosen, alone), self._output_tolerance):
                     return outputs
-            return torch.cat([self._outputs(sample).detach() for sample in _singles(batch)])
+                self._stay_alone(COUPLED)
+            return self._outputs_alone(batch)
 
     def _in_batches(self, batch: Sequence[Tensor]) -> bool:
         """Tells if some gradients of a batch may follow from one pass over it."""
         return len(batch[0]) > 1 and not self.singly >= set(self.selected)
 
-    def _are_their_own(self, outputs: Tensor, batch: Sequence[Tensor]) -> bool:
-        """Tells if the outputs of a batch are those of its samples alone; if not, samples stay alone from now on.
+    def _choose(self, count: int) -> Tensor:
+        """Draws the samples of a batch that are computed alone, to compare with."""
+        order = torch.randperm(count, generator=self._choices, device="cpu")
+        return order[: max(1, count // SAMPLES_A_CHECK)]
+
+    def _are_their_own(self, batch: Sequence[Tensor], outputs: Tensor, grads: dict[str, Tensor]) -> bool:
+        """Compares the results for a batch with those of some samples alone.
 
         Raises:
-            RuntimeError: The outputs are random.
+            RandomOutputsError: Results are random.
         """
-        count = len(batch[0])
-        with requiring_grad(self.parameters.values(), ()):
-            order = torch.randperm(count, generator=self._generator, device="cpu")
-            again = outputs.clone()
-            for part in order.tensor_split(2) if self._is_first_batch else [order[:1]]:
-                samples = [x[part.to(x.device)] for x in batch]
-                again[part.to(again.device)] = self._outputs(samples).detach()
-            if not differ(outputs, again, self._output_tolerance):
-                self._is_first_batch = False
-                return True
-            require_same(outputs, lambda: self._outputs(batch).detach(), self._output_tolerance)
-        self._stay_alone("samples of a batch change each other's outputs (by statistics of the batch, for example)")
+        if self._is_first_batch:
+            with requiring_grad(self.parameters.values(), ()):
+                if differ(outputs, self._outputs_alone(batch), self._output_tolerance):
+                    return self._are_random([x[:1] for x in batch], list(grads))
+        chosen = self._choose(len(outputs))
+        some = [x[chosen.to(x.device)] for x in batch]
+        expected, alone = self._in_batches_of_one(some, list(grads))
+        rows = {name: value[chosen.to(value.device)] for name, value in grads.items()}
+        if differ(outputs, _replaced(outputs, chosen, alone), self._output_tolerance):
+            return self._are_random(some, list(grads))
+        if self._differing(rows, expected):
+            return self._are_random(some, list(grads))
+        self._is_first_batch = False
+        return True
+
+    def _are_random(self, some: Sequence[Tensor], names: list[str]) -> bool:
+        """Checks that samples alone give the same results each time, and returns False.
+
+        Raises:
+            RandomOutputsError: They do not.
+        """
+        grads, outputs = self._in_batches_of_one(some, names)
+        again, others = self._in_batches_of_one(some, names)
+        if differ(outputs, others, self._output_tolerance) or self._differing(again, grads):
+            raise RandomOutputsError(RANDOM)
         return False
 
     def _outputs(self, batch: Sequence[Tensor]) -> Tensor:
@@ -191,14 +229,20 @@ class HookGradientComputer(ParameterGradients):
         batch = copy_tensors(batch)
         buffers = copy_buffers(self.buffers)
         if hasattr(self.task, "get_outputs"):
-            outputs: Tensor = self.task.get_outputs(self.model, self.parameters, buffers, batch)
+            with restored(self.model):
+                outputs: Tensor = self.task.get_outputs(self.model, self.parameters, buffers, batch)
             if outputs.numel() != len(batch[0]):
                 raise ValueError(
                     f"{type(self.task).__name__}.get_outputs must return ({len(batch[0])},), one number a sample, "
                     f"not {tuple(outputs.shape)}"
                 )
             return outputs.reshape(-1)
-        return self.task.get_output(self.model, self.parameters, buffers, *[x[0] for x in batch]).reshape(1)
+        with restored(self.model):
+            return self.task.get_output(self.model, self.parameters, buffers, *[x[0] for x in batch]).reshape(1)
+
+    def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes f of each sample in a batch of one, (B,), detached."""
+        return torch.cat([self._outputs(sample).detach() for sample in _singles(batch)])
 
     def _in_batches_of_one(self, batch: Sequence[Tensor], names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes some gradients, and all outputs, by a forward and a backward pass for each sample."""
@@ -220,23 +264,26 @@ class HookGradientComputer(ParameterGradients):
         chosen = [self.selected[name] for name in names]
         factors = self._draw_factors(count)
         recording = _Recording()
-        with requiring_grad(self.parameters.values(), chosen), self._recording(recording, count):
+        with restored(self.model), requiring_grad(self.parameters.values(), chosen), self._recording(recording, count):
             outputs = self._outputs(batch)
             recording.open = False
             sums = self._sum_by_autograd(outputs, factors, names)
             self._find_output_grads(recording, outputs)
         outputs = outputs.detach()
-        finite = bool(outputs.isfinite().all()) and _largest(sums.values()).isfinite().all()
-        if not finite or not self._are_their_own(outputs, batch):  # sums of what is not finite tell nothing
-            return {}, outputs
+        if not outputs.isfinite().all() or not _largest(sums.values()).isfinite().all():
+            return self._in_batches_of_one(batch, list(self.selected))  # sums of what is not finite tell nothing
         grads = self._add_calls(recording, count)
         for name in names:
             if name not in grads and name not in recording.unexplained:  # its layer was not called
                 grads[name] = self.selected[name].detach().new_zeros(count, *self.selected[name].shape)
-        if failed := recording.unexplained | self._compare(grads, factors, sums):
-            require_same(outputs, lambda: self._outputs(batch).detach(), self._output_tolerance)
+        failed = recording.unexplained | self._compare(grads, factors, sums)
+        grads = {name: value for name, value in grads.items() if name not in failed}
+        if not self._are_their_own(batch, outputs, grads):
+            self._stay_alone(COUPLED)
+            return self._in_batches_of_one(batch, list(self.selected))
+        if failed:
             self._fall_back(failed)
-        return {name: value for name, value in grads.items() if name not in failed}, outputs
+        return grads, outputs
 
     def _fall_back(self, failed: set[str]) -> None:
         """Has parameters differentiated in batches of one from now on, and says so."""
@@ -274,7 +321,7 @@ class HookGradientComputer(ParameterGradients):
             probed = output + probe
             if recording.open:
                 call = _Call(layer, inputs=inputs.detach(), version=inputs._version, probe=probe)
-                if len(inputs) == len(output) == 1 < count:
+                if len(output) != count:
                     call.output = probed.grad_fn
                 recording.calls.append(call)
             return probed
@@ -293,8 +340,8 @@ class HookGradientComputer(ParameterGradients):
     def _draw_factors(self, count: int) -> Tensor:
         """Draws factors c of samples, (B,) float64, that differ, so that gradients of exchanged samples are noticed."""
         factors = torch.linspace(1 / 3, 1, count, dtype=torch.float64, device="cpu")
-        factors = factors[torch.randperm(count, generator=self._generator, device="cpu")]
-        factors *= torch.randint(2, (count,), generator=self._generator, device="cpu") * 2 - 1
+        factors = factors[torch.randperm(count, generator=self._choices, device="cpu")]
+        factors *= torch.randint(2, (count,), generator=self._choices, device="cpu") * 2 - 1
         for dtype in self._dtypes:
             factors = factors.to(dtype).double()  # the same number in each dtype
         return factors.to(self._device)
@@ -308,8 +355,9 @@ class HookGradientComputer(ParameterGradients):
     def _find_output_grads(self, recording: _Recording, outputs: Tensor) -> None:
         """Computes the gradients of the outputs of all calls.
 
-        An output that all samples share, as the embeddings of positions are, has a leading dimension of 1. Added to
-        something of leading dimension B, its gradient for each sample is that of the sum, which autograd would reduce.
+        An output that all samples share, as the embeddings of positions are, has a leading dimension of 1, or none for
+        samples. Added to something that has, its gradient for each sample is that of the sum, which autograd would
+        reduce.
         """
         shared = {call.output: call for call in recording.calls if call.output is not None}
         handles = []
@@ -335,7 +383,10 @@ class HookGradientComputer(ParameterGradients):
             inputs = call.inputs
             output_grad = call.output_grad
             assert output_grad is not None
-            if len(inputs) == 1 < count and len(output_grad) == count:
+            shape = call.probe.shape
+            if call.output is not None and output_grad.shape == (count, *shape):
+                inputs = inputs.expand(count, *inputs.shape)
+            elif call.output is not None and len(inputs) == 1 and output_grad.shape == (count, *shape[1:]):
                 inputs = inputs.expand(count, *inputs.shape[1:])
             changed = call.inputs._version != call.version
             few = inputs.ndim < known.rule.least_dims
@@ -368,19 +419,40 @@ class HookGradientComputer(ParameterGradients):
     @torch.no_grad()
     def _compare(self, grads: dict[str, Tensor], factors: Tensor, sums: dict[str, Tensor]) -> set[str]:
         """Returns the names of the parameters whose gradients do not add up to Σ c_i g_i as autograd computes it."""
-        relative = max(ROUNDINGS.get(dtype, 1) * torch.finfo(dtype).eps for dtype in self._dtypes)
+        totals = {name: torch.tensordot(factors.to(value), value, dims=1) for name, value in grads.items()}
+        # the sum may cancel, which the gradients of single samples do not
+        return self._differing(totals, {name: sums[name] for name in grads}, sizes=grads)
+
+    def _differing(
+        self, found: dict[str, Tensor], expected: dict[str, Tensor], sizes: dict[str, Tensor] | None = None
+    ) -> set[str]:
+        """Returns the names of gradients that differ by more than rounding explains.
+
+        Args:
+            found: Gradients by parameter.
+            expected: The right ones.
+            sizes: Tensors whose largest entries rounding is relative to, if it is larger than those of `expected`.
+        """
+        if not found:
+            return set()
+        names = list(found)
         negligible = max(NEGLIGIBLE_ROUNDINGS.get(dtype, 1) * torch.finfo(dtype).eps for dtype in self._dtypes)
-        names = list(grads)
-        totals = (torch.tensordot(factors.to(grads[name]), grads[name], dims=1) - sums[name] for name in names)
-        errors = _largest(totals)
-        sizes = _largest(sums[name] for name in names)
-        bound = negligible * _largest(sums.values()).amax() if sums else 0
-        failed: set[str] = set()
-        for place in (~(errors <= relative * sizes + bound)).nonzero().flatten().tolist():
-            # the sum may cancel, which the gradients of single samples do not
-            if not errors[place] <= relative * _largest([grads[names[place]]])[0] + bound:
-                failed.add(names[place])
-        return failed
+        errors = _largest(found[name] - expected[name] for name in names)
+        largest = _largest(expected[name] for name in names)
+        bound = negligible * largest.amax()
+        differing: set[str] = set()
+        for place in (~(errors <= self._gradient_tolerance * largest + bound)).nonzero().flatten().tolist():
+            size = _largest([(sizes or expected)[names[place]]])[0]
+            if not errors[place] <= self._gradient_tolerance * size + bound:
+                differing.add(names[place])
+        return differing
+
+
+def _replaced(outputs: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
+    """Returns outputs (B,) with other values for some samples."""
+    replaced = outputs.clone()
+    replaced[chosen.to(outputs.device)] = values
+    return replaced
 
 
 def _singles(batch: Sequence[Tensor]) -> Iterator[list[Tensor]]:

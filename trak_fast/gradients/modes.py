@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def unfused_attention() -> AbstractContextManager[Any]:
@@ -72,9 +73,25 @@ _NO_CUDNN = SharedMode(lambda: torch.backends.cudnn.flags(enabled=False))
 
 
 @contextmanager
+def no_caches() -> Iterator[None]:
+    """Keeps weights from being used that were cast or computed before: by autocast, or by `parametrize.cached`."""
+    autocast = torch.is_autocast_cache_enabled()
+    parametrized = getattr(parametrize, "_cache_enabled", 0)
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(autocast)
+        parametrize._cache_enabled = parametrized
+
+
+@contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Lets autograd record all operations, whatever mode the caller is in, and none of them fused."""
+    """Lets autograd record all operations, whatever mode the caller is in, none of them fused or from a cache."""
     with ExitStack() as modes:
+        modes.enter_context(no_caches())
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
         modes.enter_context(_UNFUSED_ATTENTION)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-ROUNDINGS = {torch.float64: 2.0**14, torch.float32: 2.0**14, torch.bfloat16: 2.0**5, torch.float16: 2.0**7}
+ROUNDINGS = {torch.float64: 2.0**9, torch.float32: 2.0**9, torch.bfloat16: 2.0**3, torch.float16: 2.0**5}
 """The difference of outputs that rounding explains, as a multiple of the dtype's precision and of the largest output.
 Sums of half-precision numbers are kept in float32, and grow with the number of summands in the other dtypes alone."""
 
@@ -19,6 +19,15 @@ Sums of half-precision numbers are kept in float32, and grow with the number of 
 def output_tolerance(dtypes: Iterable[torch.dtype]) -> float:
     """Returns the relative difference that rounding explains between outputs of a model with parameters of `dtypes`."""
     return max(ROUNDINGS.get(dtype, 1.0) * torch.finfo(dtype).eps for dtype in dtypes)
+
+
+GRADIENT_ROUNDINGS = {torch.float64: 2.0**10, torch.float32: 2.0**10, torch.bfloat16: 2.0**4, torch.float16: 2.0**5}
+"""The same for gradients, relative to the largest entry of a parameter's gradient."""
+
+
+def gradient_tolerance(dtypes: Iterable[torch.dtype]) -> float:
+    """Returns the relative difference that rounding explains between gradients, for parameters of `dtypes`."""
+    return max(GRADIENT_ROUNDINGS.get(dtype, 1.0) * torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def differ(first: Tensor, second: Tensor, tolerance: float) -> bool:
@@ -38,11 +47,21 @@ class RandomOutputsError(RuntimeError):
     """The outputs of a model are random, or depend on what it has computed before."""
 
 
-class RandomWatch:
-    """Tells if a random number was drawn since this object was made, by torch, NumPy or Python."""
+Generators = Sequence[random.Random | np.random.Generator | np.random.RandomState | torch.Generator]
 
-    def __init__(self, device: torch.device) -> None:
+
+def generators_of(model: nn.Module) -> Generators:
+    """Lists the generators of random numbers that a model's modules hold."""
+    kinds = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, kinds)]
+
+
+class RandomWatch:
+    """Tells if a random number was drawn since this object was made, by torch, NumPy, Python or a given generator."""
+
+    def __init__(self, device: torch.device, generators: Generators = ()) -> None:
         self._device = device
+        self._generators = generators
         self._before = self._states()
 
     def drawn(self) -> bool:
@@ -57,16 +76,23 @@ class RandomWatch:
         states: list[Any] = [torch.get_rng_state(), random.getstate(), pickle.dumps(numpy)]
         if self._device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self._device))
+        for generator in self._generators:
+            if isinstance(generator, random.Random):
+                states.append(generator.getstate())
+            elif isinstance(generator, np.random.Generator):
+                states.append(pickle.dumps(generator.bit_generator.state))
+            else:
+                states.append(pickle.dumps(generator.get_state()))
         return states
 
 
-def require_same(outputs: Tensor, evaluate: Callable[[], Tensor], tolerance: float) -> None:
-    """Checks that a model's outputs for some samples are the same when it is evaluated once more.
+def require_same(results: Tensor, again: Tensor, tolerance: float) -> None:
+    """Checks that a model's results for some samples were the same when it was evaluated once more.
 
     Raises:
         RandomOutputsError: They differ.
     """
-    if differ(outputs, evaluate(), tolerance):
+    if differ(results, again, tolerance):
         raise RandomOutputsError(RANDOM)
 
 

@@ -82,6 +82,8 @@ class Store:
                 scores.mkdir(exist_ok=True)
         if lines := differences(read_json(file), manifest):
             more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
+            if any(line.startswith("task_settings") for line in lines):
+                more.append("(names of what changes as a task runs should begin with an underscore)")
             raise ValueError(
                 f"{self.path} holds features made in another way, use another save_dir:\n  "
                 + "\n  ".join(lines[:8] + more)

@@ -1,21 +1,23 @@
 """A description of what a task is, so that folders of features tell two tasks of one name apart.
 
 Values are written out line by line: numbers, strings, arrays by their digest, the arguments of partial functions, and
-of functions the defaults, the variables that they close over and the global constants that they read. The code of
+of functions the defaults, the variables that they close over and the global ones that they read. The code of
 functions is digested beside: it depends on the version of Python, so only runs of the same version compare it. What
 cannot be described, an object of some other library for example, counts by its class.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import dis
 import enum
 import functools
 import hashlib
 import sys
+import sysconfig
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, range, torch.dtype, 
 """The types of values that their representation tells everything about."""
 
 KNOWN_PACKAGES = ("trak_fast", "trak", "torch", "numpy")
-"""Packages whose functions and classes are known by their names."""
+"""Packages whose functions and classes are known by their names, wherever they are installed."""
 
 
 class Description:
@@ -110,7 +112,7 @@ class Description:
             self.add(name, dict(value.named_parameters()) | dict(value.named_buffers()))
         elif dataclasses.is_dataclass(value):
             self.add(name, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-        elif callable(value) and not _is_known(type(value)):
+        elif isinstance(value, (argparse.Namespace, types.SimpleNamespace)) or not _is_known(type(value)):
             self.add_class(name, type(value))
             self.add(name, {k: v for k, v in vars(value).items() if not k.startswith("_")})
 
@@ -128,17 +130,28 @@ class Description:
         self._add_code(code, function.__doc__)
         self.add(f"{name}.defaults", function.__defaults__ or ())
         self.add(f"{name}.defaults", function.__kwdefaults__ or {})
+        counters = _read(code, "STORE_DEREF")
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if variable in counters:  # it changes as the function runs
+                continue
             try:
                 self.add(f"{name}.{variable}", cell.cell_contents)
             except ValueError:  # not assigned yet
                 continue
-        for variable in sorted(_globals_read(code)):
+        for variable in sorted(_read(code, "LOAD_GLOBAL", "LOAD_NAME") - _read(code, "STORE_GLOBAL")):
             value = function.__globals__.get(variable)
-            is_constant = isinstance(value, (*PLAIN, Tensor, np.ndarray, np.generic)) and value is not None
-            is_neighbour = isinstance(value, types.FunctionType) and value.__module__ == function.__module__
-            if is_constant or is_neighbour:
+            if isinstance(value, types.ModuleType):
+                self._add_module(variable, value, code.co_names)
+            elif value is not None and not isinstance(value, type) and not _is_known(value):
                 self.add(f"global {variable}", value)
+
+    def _add_module(self, name: str, module: types.ModuleType, attributes: Iterable[str]) -> None:
+        """Describes what a function may read of a module of the user's own."""
+        if _is_own(module):
+            for attribute in attributes:
+                value = getattr(module, attribute, None)
+                if value is not None and not isinstance(value, (type, types.ModuleType)) and not _is_known(value):
+                    self.add(f"{name}.{attribute}", value)
 
     def _add_code(self, code: types.CodeType, documentation: str | None = None) -> None:
         """Digests what code does, which its documentation has no part in."""
@@ -150,15 +163,33 @@ class Description:
                 self._code.update(repr(sorted(constant) if isinstance(constant, frozenset) else constant).encode())
 
 
-def _is_known(value: Callable[..., Any]) -> bool:
-    """Tells if a function or a class belongs to a package whose names say enough."""
-    return (getattr(value, "__module__", None) or "").partition(".")[0] in KNOWN_PACKAGES
+def _is_known(value: Any) -> bool:
+    """Tells if a function or a class belongs to a library, whose names say enough."""
+    if not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+        return False
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    return module is not None and not _is_own(module)
 
 
-def _globals_read(code: types.CodeType) -> set[str]:
-    """Collects the names of the global variables that code reads."""
-    names = {entry.argval for entry in dis.get_instructions(code) if entry.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    return tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def _is_own(module: types.ModuleType) -> bool:
+    """Tells if a module is the user's, and neither Python's nor that of an installed library or of this package."""
+    if module.__name__.partition(".")[0] in KNOWN_PACKAGES:
+        return False
+    path = getattr(module, "__file__", None)
+    if path is None:
+        return module.__name__ == "__main__"
+    return "site-packages" not in path and "dist-packages" not in path and not path.startswith(_library_folders())
+
+
+def _read(code: types.CodeType, *operations: str) -> set[str]:
+    """Collects the names that code, and functions made in it, use in some kinds of operations."""
+    names = {entry.argval for entry in dis.get_instructions(code) if entry.opname in operations}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names |= _globals_read(constant)
+            names |= _read(constant, *operations)
     return names

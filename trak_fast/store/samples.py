@@ -52,9 +52,9 @@ def other_samples_message(rows: NDArray[np.integer], path: Path) -> str:
     first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
     return (
         f"{len(rows)} samples are not those that the same rows of {path} were stored from: {first}. The loader gives "
-        "another order or other data than then: shuffle=False? no augmentation? Featurize again with "
-        "load_checkpoint(..., _allow_featurizing_already_registered=True) or another save_dir, or let "
-        "check_samples=False take samples as they come"
+        "another order or other data than then: shuffle=False? no augmentation, and the same dtypes and padding (see "
+        "PaddedBatches)? Featurize again with load_checkpoint(..., _allow_featurizing_already_registered=True) or "
+        "another save_dir, or let check_samples=False take samples as they come"
     )
 
 

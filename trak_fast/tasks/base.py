@@ -5,12 +5,13 @@ A task says which scalar f(z, θ) of a model is attributed, and how the loss dep
 names and signatures of traker's, so tasks written for traker work here as they are.
 
 A sample's f and Q depend on this sample alone. Each evaluation of the model therefore gets copies of the sample's
-tensors and of the buffers, which the model may change.
+tensors and of the buffers, which the model may change, and its modules' attributes are put back afterwards.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -81,7 +82,7 @@ class Task(ABC):
         """
         outputs = []
         for sample in zip(*batch, strict=True):
-            with torch.enable_grad():  # f may be made of derivatives
+            with torch.enable_grad(), restored(model):  # f may be made of derivatives
                 output = self.get_output(model, weights, copy_buffers(buffers), *copy_tensors(sample))
             outputs.append(output.detach().reshape(()))
         return self.get_weightings(torch.stack(outputs), batch)
@@ -132,14 +133,62 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     `training` is set and neither `eval` nor `train` called, as some models override these to change weights: layers of
     low rank (LoRA) that merge their factors, for example.
     """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+_OF_TORCH = vars(nn.Module()).keys() - {"_buffers"}
+"""Attributes that every module has, and that torch looks after."""
+
+_CONTAINERS = (dict, list, set, OrderedDict)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Puts the attributes of a model's modules back at the end: caches, counters, states, tables that have grown.
+
+    Containers are put back entry by entry. Tensors that are no buffers are replaced by copies meanwhile.
+    """
+    before = [(vars(module), vars(module).copy()) for module in model.modules()]
+    contents: list[tuple[Any, Any]] = []
+    copies: dict[int, Tensor] = {}
+    for now, attributes in before:
+        for name in attributes.keys() - _OF_TORCH:
+            value = attributes[name]
+            if type(value) in _CONTAINERS:
+                contents.append((value, value.copy()))
+            elif type(value) is Tensor:
+                if id(value) not in copies:
+                    copies[id(value)] = value.clone() if value.is_leaf else value
+                now[name] = copies[id(value)]
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for now, attributes in before:
+            if now.keys() != attributes.keys():
+                for name in now.keys() - attributes.keys():
+                    del now[name]
+            now.update(attributes)
+        for container, content in contents:
+            if isinstance(container, list):
+                if len(container) != len(content) or any(x is not y for x, y in zip(container, content, strict=True)):
+                    container[:] = content
+            elif not _same_entries(container, content):
+                container.clear()
+                container.update(content)
+
+
+def _same_entries(container: Any, content: Any) -> bool:
+    """Tells if a dict has the very objects, or a set the entries, that another has."""
+    if isinstance(container, set):
+        return bool(container == content)
+    return list(container) == list(content) and all(container[key] is content[key] for key in content)
 
 
 def bind(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Callable[..., Any]:
@@ -164,7 +213,7 @@ class PaddedBatches(Protocol):
     """A task whose samples are padded to the longest of a batch."""
 
     def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns a batch with 0 wherever it is padding: a sample stays the same however far it is padded."""
+        """Returns a batch with nothing but zeros at the end for padding: a sample is the same however it is padded."""
 
 
 class LossCurvature(Protocol):
@@ -191,7 +240,7 @@ class BatchTask(Task):
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), restored(model):
             outputs = self.get_outputs(model, weights, copy_buffers(buffers), copy_tensors(batch))
         return self.get_weightings(outputs, batch)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .base import BatchTask, bind, copy_buffers, copy_tensors, evaluation_mode
+from .base import BatchTask, bind, copy_buffers, copy_tensors, evaluation_mode, restored
 from .checks import described
 
 
@@ -131,7 +131,8 @@ class CLIP(BatchTask):
                 image = image if preprocess_fn_img is None else preprocess_fn_img(image)
                 text = text if preprocess_fn_txt is None else preprocess_fn_txt(text)
                 embed = bind(model, weights, copy_buffers(buffers))
-                returned = _Returned.read(embed(*copy_tensors([image, text])))
+                with restored(model):
+                    returned = _Returned.read(embed(*copy_tensors([image, text])))
                 images.append(returned.images)
                 texts.append(returned.texts)
                 count += len(returned.images)

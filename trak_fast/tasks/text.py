@@ -40,13 +40,15 @@ class TextClassification(Classification):
         return model(**dict(zip(self.inputs, inputs, strict=True)))
 
     def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns a batch with 0 wherever its attention_mask is."""
-        return clear_where_masked(batch, batch[self.inputs.index("attention_mask")])
+        """Returns a batch whose texts begin at the front, with 0 after them, as its attention_mask says."""
+        return without_padding(batch, batch[self.inputs.index("attention_mask")])
 
 
-def clear_where_masked(batch: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
-    """Sets to 0 what `mask` (B, T) leaves out, in each tensor of its shape."""
-    return [torch.where(mask.bool(), x, torch.zeros_like(x)) if x.shape == mask.shape else x for x in batch]
+def without_padding(batch: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
+    """Moves what `mask` (B, T) keeps to the front, and sets the rest to 0, in each tensor of its shape."""
+    kept = mask.bool()
+    order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
+    return [torch.where(kept, x, torch.zeros_like(x)).gather(1, order) if x.shape == mask.shape else x for x in batch]
 
 
 class LanguageModelling(BatchTask):
@@ -86,8 +88,8 @@ class LanguageModelling(BatchTask):
         return torch.sigmoid(-outputs)
 
     def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns a batch with 0 wherever its attention_mask is."""
-        return clear_where_masked(batch, batch[self.fields.index("attention_mask")])
+        """Returns a batch whose texts begin at the front, with 0 after them, as its attention_mask says."""
+        return without_padding(batch, batch[self.fields.index("attention_mask")])
 
 
 class CausalLM(LanguageModelling):
