@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import operator
@@ -257,6 +258,9 @@ class TRAKer:
         self._resume = load_from_save_dir
         self._check_samples = check_samples
         self._seen: set[int] = set()  # checkpoints loaded by this object
+        self._weights: list[tuple[int, int]] | None = (
+            None  # tensors of the loaded checkpoint, with their contents' numbers
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuses what would have no effect.
@@ -336,7 +340,7 @@ class TRAKer:
             OSError: The disk is full, for example; the samples stored before are safe.
             PermissionError: `save_dir` may be read but not written.
         """
-        self._recorder.record_training(batch, inds, num_samples)
+        self._record(self._recorder.record_training, batch, inds, num_samples)
 
     @plain_arithmetic()
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:
@@ -416,7 +420,7 @@ class TRAKer:
             ValueError: As in `featurize`.
             TypeError: As in `featurize`.
         """
-        self._recorder.record_targets(batch, inds, num_samples)
+        self._record(self._recorder.record_targets, batch, inds, num_samples)
 
     @plain_arithmetic()
     def finalize_scores(
@@ -608,12 +612,38 @@ class TRAKer:
             )
         return influence.float().numpy()
 
+    def _record(
+        self,
+        record: Callable[[Sequence[Tensor], Indices | None, int | None], None],
+        batch: Sequence[Tensor],
+        inds: Indices | None,
+        num_samples: int | None,
+    ) -> None:
+        """Records a batch, unless the model has other weights than those of the checkpoint."""
+        if self._weights is not None and self._weights != self._contents():
+            raise RuntimeError(
+                "the model's weights have changed since its checkpoint was loaded: load it again (two TRAKers need a "
+                "model each)"
+            )
+        try:
+            record(batch, inds, num_samples)
+        finally:
+            if self._weights is not None:
+                self._weights = self._contents()  # embeddings with max_norm change their own
+
+    def _contents(self) -> list[tuple[int, int]]:
+        """Lists the model's parameters and buffers with the numbers that autograd gives their contents."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        return [(id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
         model_id = integer("model_id", model_id, 0, 2**32 - 1)
         self._recorder.close()
+        self._weights = None
         load_checkpoint(self.model, checkpoint)
         self.gradient_computer.load_model_params(self.model)
+        self._weights = self._contents()
         return model_id
 
     def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:

@@ -193,7 +193,7 @@ def test_global_objects_that_a_function_reads_count(change: str, monkeypatch: py
     if change == "OPTIONS":
         monkeypatch.setattr(OPTIONS, "factor", 3.0)
     elif change == "TABLE":
-        monkeypatch.setitem(TABLE["factor"], 1, 3.0)  # type: ignore[call-overload]
+        monkeypatch.setitem(TABLE, "factor", [1.0, 3.0])
     elif change == "CRITERION":
         monkeypatch.setattr(CRITERION, "weight", torch.tensor([1.0, 3.0]))
     elif change == "CONFIG":
