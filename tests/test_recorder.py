@@ -178,6 +178,24 @@ def test_a_task_that_cannot_be_described_is_known_by_its_outputs(tmp_path: Path)
         other.score(TARGETS, num_samples=M)
 
 
+def test_a_model_whose_weights_have_changed_is_refused(tmp_path: Path) -> None:
+    shared = network()
+    first, second = (
+        TRAKer(shared, "image_classification", N, tmp_path / name, proj_dim=8, projector_seed=SEED) for name in "ab"
+    )
+    first.load_checkpoint(CHECKPOINTS[0], 0)
+    featurize(first, [x[:4] for x in TRAIN])
+    second.load_checkpoint(CHECKPOINTS[1], 1)
+    with pytest.raises(RuntimeError, match="weights have changed since its checkpoint was loaded: load it again"):
+        featurize(first, [x[4:] for x in TRAIN])
+    featurize(second, TRAIN)
+    first.load_checkpoint(CHECKPOINTS[0], 0)
+    featurize(first, TRAIN)
+    alone = opened(tmp_path / "alone")
+    featurize(alone, TRAIN)
+    assert np.array_equal(first.store.train(0).features, alone.store.train(0).features)
+
+
 def test_gradients_that_are_all_zero_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.ModuleDict({"head": nn.Linear(12, 3), "unused": nn.Linear(2, 2)}).double()
     task = FunctionTask(lambda model, x, y: model.get_submodule("head")(x)[y])

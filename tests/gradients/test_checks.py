@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,9 +209,78 @@ class Recurrent(nn.Module):
         return self.head(self.body(packed)[1][0])
 
 
+class GradientOfBatch(nn.Module):
+    """Divides gradients by the size of the batch, on their way back."""
+
+    class Mean(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad / len(grad)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.Mean.apply(self.body(x))))
+
+
+class Growing(nn.Module):
+    """Makes a table in a buffer, and says in an attribute how long it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.length = nn.Linear(6, LABELS), 2
+        self.register_buffer("table", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.length < 6:
+            self.length = 6
+            self.table = torch.linspace(0, 1, 6, dtype=x.dtype)
+        return self.head(x + self.table)
+
+
+class Stateful(nn.Module):
+    """Keeps what it has seen: a number, a mask, a list and a tensor, by which later outputs would change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.calls, self.seen = nn.Linear(6, LABELS), 1.0, []
+        self.mask: Tensor | None = None
+        self.sum = torch.ones(6, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls *= 2
+        self.seen.append(1)
+        self.mask = torch.ones(6, dtype=x.dtype) if self.mask is None else 2 * self.mask
+        self.sum.add_(1)
+        return self.head(x) * self.calls * len(self.seen) * self.mask.mean() * self.sum.mean()
+
+
+class Positions(nn.Module):
+    """Adds embeddings of positions that have no dimension for samples, or one of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Embedding(2, 3), nn.Embedding(2, 3), nn.Linear(3, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(2)
+        return self.head(torch.tanh(x.view(-1, 2, 3) + self.first(places) + self.second(places[None]))).mean(1)
+
+
 MODELS = [BatchStatistics, NormOfBatch, Permuted, Gate, Repeated, Flattened, ByKeyword, Checkpointed, InPlace, Counting]
-MODELS += [Words, Constant, Recurrent]
-ONLY_BY_HOOKS = [Checkpointed, Words, Recurrent]
+MODELS += [Words, Constant, Recurrent, GradientOfBatch, Growing, Stateful, Positions]
+ONLY_BY_HOOKS = [Checkpointed, Words, Recurrent, Stateful]
 """The models that torch.func cannot take."""
 
 
@@ -248,6 +318,8 @@ def test_gradients_and_weightings_are_those_of_samples_alone(
         torch.testing.assert_close(again, q, rtol=1e-9, atol=1e-12)
         assert all(torch.equal(x, y) for x, y in zip(batch, given, strict=True))
         assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    if build is Positions and isinstance(gradients, HookGradientComputer):
+        assert gradients.singly == set()  # positions need no batches of one
 
 
 class Noisy(nn.Module):
@@ -272,6 +344,17 @@ class Remembering:
         return x * self.calls
 
 
+class Rarely(nn.Module):
+    """A noise by a generator of its own that seldom has an effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.generator.random() < 0.1 else x
+
+
 @pytest.mark.parametrize("computer", BOTH)
 @pytest.mark.parametrize("noise", [F.dropout, lambda x: x * random.random(), Remembering()])
 @pytest.mark.parametrize("batched", [True, False])
@@ -283,6 +366,40 @@ def test_random_outputs_are_refused(
     with evaluation_mode(model), pytest.raises(RuntimeError, match="random") as caught:
         computer(model, task).compute_per_sample_grad(batch_of(8))
     assert "HookGradientComputer" not in str(caught.value)  # which refuses it too
+
+
+@pytest.mark.parametrize("computer", BOTH)
+def test_rare_noise_by_a_generator_of_the_model_is_refused(computer: type[ParameterGradients]) -> None:
+    gradients = computer(Noisy(Rarely()).double(), ImageClassification())
+
+    def compute_many() -> None:
+        for _ in range(100):
+            gradients.compute_per_sample_grad(batch_of(4))
+
+    with pytest.raises(RuntimeError, match="random"):
+        compute_many()
+
+
+class Large(BatchTask):
+    """f is large beside all that it depends on."""
+
+    def get_outputs(self, model: nn.Module, weights: Any, buffers: Any, batch: Any) -> Tensor:
+        return 1e5 + torch.func.functional_call(model, (weights, buffers), batch[0]).sum(1)
+
+
+def test_statistics_of_a_batch_beside_a_large_output_are_found() -> None:
+    torch.manual_seed(0)
+    model, batch = BatchStatistics(), [torch.randn(8, 6)]
+    grads = HookGradientComputer(model, Large()).compute_per_sample_grad(batch)
+    for i in range(8):
+        f = model(batch[0][i : i + 1]).sum()
+        expected = torch.autograd.grad(f, model.head.weight)[0]
+        torch.testing.assert_close(grads["head.weight"][i], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_beside_a_large_output_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="random"):
+        HookGradientComputer(Noisy(F.dropout), Large()).compute_per_sample_grad([torch.randn(8, 6)])
 
 
 def test_random_numbers_without_effect_are_no_obstacle() -> None:
@@ -548,6 +665,54 @@ def test_the_caller_s_modes_do_not_matter(computer: type[ParameterGradients]) ->
                 torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
             gradients.compute_loss_grad(inside)
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("computer", BOTH)
+def test_no_weights_are_taken_from_a_cache(computer: type[ParameterGradients]) -> None:
+    torch.manual_seed(0)
+    batch = [torch.randn(6, 6), torch.randint(LABELS, (6,))]
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, LABELS))
+    other = {name: x + 0.1 for name, x in model.state_dict().items()}
+    gradients = computer(model, ImageClassification())
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients.compute_per_sample_grad(batch)
+        model.load_state_dict(other)
+        gradients.load_model_params(model)
+        grads = gradients.compute_per_sample_grad(batch)
+    for name, value in loop(model, batch).items():
+        torch.testing.assert_close(grads[name], value, rtol=0.1, atol=0.03 * value.abs().max().item())
+
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, LABELS))).double()
+    batch = batch_of(4)
+    gradients = computer(model, ImageClassification())
+    with nn.utils.parametrize.cached():
+        with torch.no_grad():
+            model(batch[0])
+        grads = gradients.compute_per_sample_grad(batch)
+    for name, value in loop(model, batch).items():
+        torch.testing.assert_close(grads[name], value, rtol=1e-9, atol=1e-11)
+
+
+def test_samples_that_change_each_other_late_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    class Brightest(nn.Module):
+        """Divides by the largest number of the batch, which is 1 in most batches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, LABELS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x / x.amax())
+
+    torch.manual_seed(0)
+    model, computer = Brightest().double(), None
+    computer = HookGradientComputer(model, ImageClassification())
+    bright, dark = batch_of(8), batch_of(8)
+    bright[0] = bright[0].clamp(max=1).index_fill(1, torch.tensor([0]), 1.0)
+    for batch in (bright, dark):
+        for name, value in computer.compute_per_sample_grad(batch).items():
+            torch.testing.assert_close(value, loop(model, batch)[name], rtol=1e-9, atol=1e-11)
+    assert "The 8 samples that came before in batches may be wrong: featurize them again" in caplog.text
 
 
 def test_a_task_may_differentiate_by_itself() -> None:

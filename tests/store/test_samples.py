@@ -56,6 +56,11 @@ def test_padding_has_no_part_in_a_text(task: MaskedLM, fields: str) -> None:
     short, long = (digests(*task.clear_padding(batch(length, filling))) for length, filling in ((5, 1), (9, 2)))
     assert short == long
     assert short[0] != short[1]
+    moved = batch(7, 3)
+    for x in moved:  # padding on the left
+        x[0] = x[0].roll(4)
+        x[1] = x[1].roll(2)
+    assert digests(*task.clear_padding(moved)) == short
 
 
 def test_stored_samples_come_back(tmp_path: object) -> None:
