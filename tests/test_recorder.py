@@ -1,6 +1,7 @@
 """Rows know their samples: nothing of another order, another loop or another task mixes with what is stored."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from trak_fast import FunctionTask, TRAKer
 from trak_fast.recorder import Repeats
+from trak_fast.scoring.gram import GramAccumulator
 
 ORDER = [3, 1, 2, 0, *range(4, N)]
 
@@ -139,6 +141,101 @@ def test_targets_of_two_sets_do_not_mix(tmp_path: Path) -> None:
         traker.start_scoring_checkpoint("fresh", state, model_id, num_targets=M)
         traker.score(other, num_samples=M)
     assert np.array_equal(repeated, traker.finalize_scores("fresh"))
+
+
+def from_scratch(folder: Path) -> TRAKer:
+    """Featurizes all samples, undisturbed."""
+    traker = opened(folder)
+    featurize(traker, TRAIN)
+    traker.finalize_features()
+    return traker
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.cuda.OutOfMemoryError])
+def test_an_interruption_while_summing_adds_no_row_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    expected = from_scratch(tmp_path / "expected").store.gram(0)
+    traker = opened(tmp_path / "interrupted")
+    featurize(traker, [x[:4] for x in TRAIN])
+
+    def interrupted(self: GramAccumulator) -> None:
+        block = torch.cat(self._waiting)
+        self._sum.addmm_(block.mT, block)  # and before the rows are off the list
+        raise error
+
+    monkeypatch.setattr(GramAccumulator, "_flush", interrupted)
+    with pytest.raises(error):
+        traker._recorder.save_sum()
+    monkeypatch.undo()
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    featurize(traker, TRAIN)
+    traker.finalize_features()
+    np.testing.assert_allclose(traker.store.gram(0), expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+def test_rows_that_were_taken_back_are_summed_as_they_are_in_the_end(tmp_path: Path) -> None:
+    expected = from_scratch(tmp_path / "expected").store.gram(0)
+    traker = opened(tmp_path / "repeated")
+    featurize(traker, [x[:6] for x in TRAIN], 1)
+    with pytest.raises(RuntimeError, match="given before"):
+        featurize(traker, TRAIN, 1)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    featurize(traker, TRAIN, 1)
+    traker.finalize_features()
+    np.testing.assert_allclose(traker.store.gram(0), expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+def test_a_ridge_that_is_changed_between_batches_and_back_has_no_effect(tmp_path: Path) -> None:
+    expected = from_scratch(tmp_path / "expected").store.gram(0)
+    traker = opened(tmp_path / "changed")
+    for start, ridge in ((0, None), (4, 0.5), (8, None)):
+        traker.lambda_reg = ridge
+        traker.featurize([x[start : start + 4] for x in TRAIN], num_samples=4)
+    traker.finalize_features()
+    np.testing.assert_allclose(traker.store.gram(0), expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+def test_targets_of_a_batch_that_failed_do_not_stay(tmp_path: Path) -> None:
+    traker = build(tmp_path)
+    run(traker)
+    other = data(M, 9)
+    traker.start_scoring_checkpoint("test", CHECKPOINTS[0], 0, num_targets=M)
+    broken = [other[0].clone(), other[1]]
+    broken[0][:] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        traker.score([x[:2] for x in broken], inds=[0, 1])
+    traker.score([x[2:] for x in other], inds=[2, 3])
+    with pytest.raises(RuntimeError, match=r"2 of 4 targets .* are not scored for model_id 0: 0, 1"):
+        traker.finalize_scores("test", [0])
+
+
+def test_scores_in_the_middle_of_a_loop_do_not_disturb_it(tmp_path: Path) -> None:
+    traker = build(tmp_path, check_samples=False)
+    run(traker)
+    traker.load_checkpoint(CHECKPOINTS[0], 7)
+    featurize(traker, [x[:4] for x in TRAIN])
+    traker.finalize_scores("test", [0, 1])
+    featurize(traker, [x[4:] for x in TRAIN])
+    assert np.array_equal(traker.store.train(7).digests, traker.store.train(0).digests)
+
+
+def test_a_checkpoint_of_another_folder_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("two", 2)):
+        traker = build(tmp_path / name, projector_seed=seed)
+        traker.load_checkpoint(CHECKPOINTS[0], 0)
+    shutil.rmtree(tmp_path / "one" / "checkpoint_0")
+    shutil.copytree(tmp_path / "two" / "checkpoint_0", tmp_path / "one" / "checkpoint_0")
+    with pytest.raises(ValueError, match=r"checkpoint_0 was made in another folder, with another manifest\.json"):
+        build(tmp_path / "one", projector_seed=1).load_checkpoint(CHECKPOINTS[0], 0)
+
+
+def test_two_checkpoints_of_the_same_weights_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    traker = opened(tmp_path)
+    traker.load_checkpoint(CHECKPOINTS[1], 1)
+    assert not caplog.records
+    traker.load_checkpoint(CHECKPOINTS[0], 2)
+    assert "model_id 2 has the very weights of model_id 0" in caplog.text
 
 
 def linear(slope: float) -> FunctionTask:

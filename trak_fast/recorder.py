@@ -204,6 +204,7 @@ class Recorder:
                 rows[positions].min(),
                 rows[positions].max(),
             )
+        opened.given[rows] = True
         opened.following = following
 
     def _refuse_repeats(
@@ -229,6 +230,8 @@ class Recorder:
         """Has the last `count` rows that `num_samples` counted count as not written."""
         wrong = np.arange(opened.following - count, opened.following)
         opened.rows.undo(wrong[(wrong >= share.start) & (wrong < share.stop)])
+        if count and self._sum is not None:
+            self._sum.discard()
         opened.following -= count
         opened.repeats.matched = 0
 
@@ -243,7 +246,6 @@ class Recorder:
         """
         if not self._check_samples:
             return
-        opened.given[rows] = True
         if opened.is_training:
             for known in (opened.rows, *opened.others):
                 if len(other := known.other_samples(rows, digests)):
@@ -307,8 +309,8 @@ class Recorder:
             self._sum.save()
 
     def rewind(self) -> None:
-        """Lets `num_samples` continue from the first row."""
-        if self._opened is not None:
+        """Lets `num_samples` of targets continue from the first row."""
+        if self._opened is not None and not self._opened.is_training:
             self._opened.following = 0
             self._opened.repeats = Repeats()
 

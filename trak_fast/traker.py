@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -357,9 +356,10 @@ class TRAKer:
         self.projector.free_memory()
         with self._ranks.together():
             self._recorder.save_sum()
-        for model_id in self._progress(self._model_ids(model_ids), "finalizing features"):
-            if not self.store.is_finalized(model_id):
-                self._finalize(model_id)
+        ids = self._model_ids(model_ids)
+        missing = self._ranks.gather([i for i in ids if not self.store.is_finalized(i)])[0]
+        for model_id in self._progress(missing, "finalizing features"):
+            self._finalize(model_id)
         self._recorder.close()
 
     def _finalize(self, model_id: int) -> None:
@@ -659,8 +659,10 @@ class TRAKer:
         stored = self.store.model_ids()
         if model_ids is None:
             ids = stored if self._resume else [i for i in stored if i in self._seen]
+        elif isinstance(model_ids, str) or not isinstance(model_ids, Iterable):
+            raise TypeError(f"model_ids must be integers in a list or another iterable, not {model_ids!r}")
         else:
-            ids = list(dict.fromkeys(map(operator.index, model_ids)))
+            ids = list(dict.fromkeys(integer("model_ids", i, 0, 2**32 - 1) for i in model_ids))
         if not ids:
             raise ValueError(f"no checkpoints: none given, or none loaded with load_checkpoint in {self.store.path}")
         if unknown := [i for i in ids if i not in stored]:

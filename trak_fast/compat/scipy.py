@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
+from ..arguments import real
 from ..projection.projector import Projector
 from ..scales import beyond_float32, map_rows
 
@@ -48,7 +50,7 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
     ) -> None:
         self.projector = Projector(grad_dim, proj_dim, seed, proj_type, precision="highest")
         self.model_id = model_id
-        self.scale = scale
+        self.scale = real("scale", scale, -sys.float_info.max)
         super().__init__(np.dtype(np.float32), (self.projector.proj_dim, self.projector.grad_dim))
 
     def _matmat(self, X: NDArray[Any]) -> NDArray[np.float32]:

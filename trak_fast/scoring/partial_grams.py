@@ -68,13 +68,32 @@ class PartialGram:
         self.path = folder / (f"{self.slot}.npz" if locks.supported else f"{uuid.uuid4().hex}.npz")
         for left in folder.glob(f".{self.path.name}.*"):  # by a process that was killed while it saved
             left.unlink(missing_ok=True)
+        self._num_rows = num_rows
+        self._width = width
+        self._device = device
+        self._weighted = weighted
+        self._start_from(load(self.path, num_rows, (2 if weighted else 1, width, width)))
+
+    def _start_from(self, saved: tuple[NDArray[np.float64], NDArray[np.bool_]] | None) -> None:
+        """Goes on from a saved sum and its rows, or from nothing."""
         self._base: NDArray[np.float64] | None = None
-        self.rows = np.zeros(num_rows, np.bool_)
-        self._sums = [GramAccumulator(width, device) for _ in range(2 if weighted else 1)]
-        if (before := load(self.path, num_rows, (len(self._sums), width, width))) is not None:
-            self._base, self.rows = before
+        self.rows: NDArray[np.bool_] = np.zeros(self._num_rows, np.bool_)
+        if saved is not None:
+            self._base, self.rows = saved
+        self._sums = [GramAccumulator(self._width, self._device) for _ in range(2 if self._weighted else 1)]
         self._saved = time.monotonic()
         self._changed = False
+        self._doubtful = False  # True while rows are summed, and after an interruption of that
+
+    def _drop_what_is_doubtful(self) -> None:
+        """Goes back to the saved sum after an interruption: rows that are in no sum are read again in the end."""
+        if self._doubtful:
+            self._start_from(load(self.path, self._num_rows, (len(self._sums), self._width, self._width)))
+
+    def discard(self) -> None:
+        """Forgets the sum, once one of its rows is no longer what was added."""
+        self._start_from(None)
+        self.path.unlink(missing_ok=True)
 
     def add(self, inds: NDArray[np.integer], features: Features, curvature: NDArray[np.float64] | None = None) -> None:
         """Adds rows that are on disk with their flags set; saves the sum if it is time to.
@@ -82,12 +101,17 @@ class PartialGram:
         Args:
             inds: (B,) the rows' numbers.
             features: (B, k) as they are read from the disk.
-            curvature: (B,), where X'CX is summed.
+            curvature: (B,), where X'CX is summed; rows without it are left out there, and read again in the end.
         """
+        if self._weighted and curvature is None:
+            return
+        self._drop_what_is_doubtful()
         new = ~self.rows[inds]
+        self._doubtful = True
         for total, weights in zip(self._sums, (None, curvature), strict=False):
             total.add(features[new], None if weights is None else weights[new])
         self.rows[inds] = self._changed = True
+        self._doubtful = False
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
@@ -98,10 +122,14 @@ class PartialGram:
 
     def save(self) -> None:
         """Puts the sum on disk."""
+        self._drop_what_is_doubtful()
         # the folder goes when the checkpoint is finalized, and the lock file too when it is featurized anew
         if self._changed and self.folder.exists() and self._locks.in_place():
+            self._doubtful = True
+            value = self.value()
+            self._doubtful = False
             with atomic_file(self.path) as temporary, temporary.open("wb") as file:
-                np.savez(file, gram=self.value(), rows=np.packbits(self.rows))
+                np.savez(file, gram=value, rows=np.packbits(self.rows))
         self._saved = time.monotonic()
         self._changed = False
 

@@ -15,6 +15,8 @@ found after a crash is complete and right. Each checkpoint has its own files, an
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -43,8 +45,13 @@ from .rows import LOCK_FILE, Rows, claimed_for_deletion
 FORMAT = 4
 """The number of the folder's format, which each manifest has."""
 
+LONGEST_NAME = 150
+"""Bytes of an experiment's name: file systems take names of 255, and temporary names have more in them."""
+
 SCORE_ENDINGS = (".npy", ".highest.npz", ".lowest.npz")
 """Endings of the names of the files of an experiment's scores: all, and the best of each target."""
+
+logger = logging.getLogger("trak_fast")
 
 
 class Store:
@@ -112,7 +119,8 @@ class Store:
         if not path.exists():
             with advising_on_denied(self.path), atomic_folder(path) as folder:
                 Rows.create(folder / "train", self.num_rows, self._train_shapes, self._half)
-                write_json(folder / "checkpoint.json", {"digest": digest(weights)})
+                write_json(folder / "checkpoint.json", self._marks(weights))
+            self._warn_of_same_weights(model_id)
         train = self.train(model_id)  # before the check: others may replace the folder until rows are claimed
         self.check_weights(model_id, weights)
         return train
@@ -124,11 +132,34 @@ class Store:
             ValueError: The folder belongs to other weights.
         """
         stored = read_json(self.checkpoint(model_id) / "checkpoint.json")
-        if lines := differences(stored, {"digest": digest(weights)}):
+        marks = self._marks(weights)
+        if stored.get("manifest") != marks["manifest"]:
+            raise ValueError(
+                f"{self.checkpoint(model_id)} was made in another folder, with another manifest.json; delete it"
+            )
+        if lines := differences(stored, marks):
             raise ValueError(
                 f"the features of model_id {model_id} in {self.path} belong to other weights than the "
                 f"checkpoint given ({lines[0]}); use another model_id, or featurize again"
             )
+
+    def _marks(self, weights: Mapping[str, Any]) -> dict[str, str]:
+        """Makes what a checkpoint's folder is known by: the digests of its weights and of this folder's manifest."""
+        manifest = (self.path / "manifest.json").read_bytes()
+        return {"digest": digest(weights), "manifest": hashlib.sha256(manifest).hexdigest()[:16]}
+
+    def _warn_of_same_weights(self, model_id: int) -> None:
+        """Warns if another checkpoint has the very weights of this one."""
+        own = read_json(self.checkpoint(model_id) / "checkpoint.json")["digest"]
+        for other in self.model_ids():
+            if other != model_id and read_json(self.checkpoint(other) / "checkpoint.json")["digest"] == own:
+                logger.warning(
+                    "model_id %d has the very weights of model_id %d: a model's state_dict() changes with the model, "
+                    "copy.deepcopy(model.state_dict()) does not",
+                    model_id,
+                    other,
+                )
+                return
 
     def forget(self, model_id: int) -> None:
         """Deletes everything that is stored for a checkpoint.
@@ -264,8 +295,7 @@ class Store:
 
     def gram(self, model_id: int) -> NDArray[np.float64]:
         """Reads the Gram matrices of a finalized checkpoint: XX' (1, n, n), or X'X and perhaps X'CX (1 or 2, k, k)."""
-        gram: NDArray[np.float64] = np.load(self.checkpoint(model_id) / "gram.npy")
-        return gram
+        return np.array(read_array(self.checkpoint(model_id) / "gram.npy"), np.float64)
 
     def scores_file(self, exp_name: str, ending: str = ".npy") -> Path:
         """Returns the path of a file of an experiment's scores."""
@@ -286,5 +316,9 @@ def check_name(exp_name: str) -> None:
     """
     if not isinstance(exp_name, str):
         raise TypeError(f"exp_name must be a string, not {type(exp_name).__name__} ({exp_name!r})")
-    if not exp_name or exp_name.startswith(".") or any(c in exp_name for c in "/\\\0"):
-        raise ValueError(f"exp_name must be a file name, without separators or a leading dot, not {exp_name!r}")
+    strange = any(c in "/\\\0" or "\ud800" <= c <= "\udfff" for c in exp_name)
+    if not exp_name or exp_name.startswith(".") or strange or len(exp_name.encode(errors="replace")) > LONGEST_NAME:
+        raise ValueError(
+            f"exp_name must be a file name of at most {LONGEST_NAME} bytes, without separators or a leading dot, "
+            f"not {exp_name!r}"
+        )
