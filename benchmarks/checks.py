@@ -31,7 +31,7 @@ class Unchecked(trak_fast.HookGradientComputer):
     def _sum_by_autograd(self, outputs: Tensor, factors: Tensor, names: list[str]) -> dict[str, Tensor]:
         return {}
 
-    def _are_their_own(self, outputs: Tensor, batch: Any) -> bool:
+    def _are_their_own(self, batch: Any, outputs: Tensor, grads: dict[str, Tensor]) -> bool:
         return True
 
     def _compare(self, grads: dict[str, Tensor], factors: Tensor, sums: dict[str, Tensor]) -> set[str]:

@@ -73,9 +73,8 @@ class Description:
                 for attribute, value in vars(base).items():
                     if isinstance(value, (staticmethod, classmethod, property)):
                         value = value.fget if isinstance(value, property) else value.__func__
-                    if isinstance(value, types.FunctionType) or (
-                        isinstance(value, PLAIN) and not attribute.startswith("__")
-                    ):
+                    is_constant = isinstance(value, (*PLAIN, list, dict, tuple, set, Tensor)) and attribute[0] != "_"
+                    if is_constant or isinstance(value, types.FunctionType):
                         self.add(f"{name}.{attribute}", value)
 
     def _add_composite(self, name: str, value: Any) -> None:
