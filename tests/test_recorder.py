@@ -220,6 +220,20 @@ def test_scores_in_the_middle_of_a_loop_do_not_disturb_it(tmp_path: Path) -> Non
     assert np.array_equal(traker.store.train(7).digests, traker.store.train(0).digests)
 
 
+def test_a_folder_without_a_row_may_be_deleted(tmp_path: Path) -> None:
+    """The first run of a task that has a mistake fails before it stores anything."""
+
+    def wrong(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return model(x[None])[0]
+
+    traker = TRAKer(network(), wrong, N, tmp_path, proj_dim=8, projector_seed=SEED)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    with pytest.raises(ValueError, match="must return a tensor of one element"):
+        featurize(traker, TRAIN)
+    with pytest.raises(ValueError, match="no row is stored there yet: delete the folder"):
+        build(tmp_path)
+
+
 def test_a_checkpoint_of_another_folder_is_refused(tmp_path: Path) -> None:
     for name, seed in (("one", 1), ("two", 2)):
         traker = build(tmp_path / name, projector_seed=seed)

@@ -200,7 +200,7 @@ class Recorder:
             opened.warned = True
             logger.warning(
                 "all gradients of samples %d to %d are exactly 0: does the output depend on the parameters that are "
-                "attributed (grad_wrt)?",
+                "attributed (grad_wrt), by the weights that the task is given, and without detach or no_grad?",
                 rows[positions].min(),
                 rows[positions].max(),
             )

@@ -129,8 +129,8 @@ class TRAKer:
         """Opens `save_dir`, or makes it.
 
         Args:
-            model: The model. Checkpoints are loaded into it. It is run in evaluation mode; between calls its modules
-                are in the mode that they were in.
+            model: The model. Checkpoints are loaded into it, in place of the weights that it has. It is run in
+                evaluation mode; between calls its modules are in the mode that they were in.
             task: A name (see `tasks.TASKS`), a `Task`, or a function `f(model, *sample)` whose value is attributed and
                 that is minus the training loss (`FunctionTask` takes another loss).
             train_set_size: Training samples, n.
@@ -299,7 +299,7 @@ class TRAKer:
         """Loads a checkpoint into the model, and opens or makes its features for `featurize`.
 
         Args:
-            checkpoint: A state dict.
+            checkpoint: A state dict. The model's own, `model.state_dict()`, changes as other checkpoints are loaded.
             model_id: The checkpoint's number, in [0, 2^32); it selects the projection matrix.
             _allow_featurizing_already_registered: Deletes what is stored for `model_id`, to featurize it again.
 

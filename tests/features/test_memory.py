@@ -98,7 +98,7 @@ def too_large(allocate: Callable[[], object]) -> Exception:
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
         ),
         RuntimeError("[enforce fail at alloc_cpu.cpp:85] data. DefaultCPUAllocator: not enough memory: you tried to"),
-        RuntimeError("torch.func cannot differentiate this model: DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("torch.func cannot differentiate this model or task: DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("std::bad_alloc"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("unable to mmap 8 bytes from file </dev/shm/1>: Cannot allocate memory (12)"),

@@ -64,9 +64,12 @@ class FunctionalGradientComputer(ParameterGradients):
                 raise
             if watch.drawn() or "randomness" in str(error):
                 raise RandomOutputsError(f"{RANDOM} ({error})") from error
+            indexed = (
+                "; logits[y] with a tensor y is logits.gather(0, y[None]) for it" if ".item()" in str(error) else ""
+            )
             raise RuntimeError(
-                f"torch.func cannot differentiate this model: {error}\n"
-                "gradient_computer=trak_fast.HookGradientComputer does without it"
+                f"torch.func cannot differentiate this model or task: {error}\n"
+                f"gradient_computer=trak_fast.HookGradientComputer does without it{indexed}"
             ) from error
 
     def _differentiate_plainly(self, batch: Sequence[Tensor]) -> None:

@@ -69,6 +69,8 @@ def _requiring_gradients(parameters: Parameters) -> list[str]:
 
 def _fitting(parameters: Parameters, patterns: list[str]) -> list[str]:
     """Lists the parameters that names and patterns choose."""
+    if other := [type(pattern).__name__ for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f"grad_wrt must hold names or patterns of parameters, not {other[0]}")
     if not patterns:
         raise ValueError("grad_wrt must name at least one parameter, not none")
     if unknown := sorted(

@@ -91,10 +91,16 @@ class Store:
             more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
             if any(line.startswith("task_settings") for line in lines):
                 more.append("(names of what changes as a task runs should begin with an underscore)")
+            if self._is_unused():
+                more.append("(no row is stored there yet: delete the folder if no other run is about to use it)")
             raise ValueError(
                 f"{self.path} holds features made in another way, use another save_dir:\n  "
                 + "\n  ".join(lines[:8] + more)
             )
+
+    def _is_unused(self) -> bool:
+        """Tells if no row of a training sample is stored."""
+        return not any(read_array(self.checkpoint(i) / "train" / "done.npy").any() for i in self.model_ids())
 
     def model_ids(self) -> list[int]:
         """Lists the checkpoints that the folder has, in increasing order."""
@@ -137,10 +143,11 @@ class Store:
             raise ValueError(
                 f"{self.checkpoint(model_id)} was made in another folder, with another manifest.json; delete it"
             )
-        if lines := differences(stored, marks):
+        if differences(stored, marks):
             raise ValueError(
-                f"the features of model_id {model_id} in {self.path} belong to other weights than the "
-                f"checkpoint given ({lines[0]}); use another model_id, or featurize again"
+                f"the features of model_id {model_id} in {self.path} belong to other weights than the checkpoint "
+                "given; use another model_id, or featurize again (a model's own state_dict() changes as other "
+                "checkpoints are loaded into it: copy.deepcopy it, or give TRAKer a model of its own)"
             )
 
     def _marks(self, weights: Mapping[str, Any]) -> dict[str, str]:

@@ -104,6 +104,8 @@ class Task(ABC):
             with torch.enable_grad():
                 output = output.detach().requires_grad_()
                 loss = self.loss(output, *copy_tensors(sample))
+                if not isinstance(loss, Tensor):
+                    raise TypeError(f"loss must return a tensor of one element, not {type(loss).__name__}")
                 derivatives.append(-torch.autograd.grad(loss, output)[0])
         return torch.stack(derivatives)
 

@@ -6,6 +6,7 @@ that has them.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ class TextClassification(Classification):
 
     def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns a batch whose texts begin at the front, with 0 after them, as its attention_mask says."""
-        return without_padding(batch, batch[self.inputs.index("attention_mask")])
+        place = self.inputs.index("attention_mask")
+        return without_padding(batch, batch[place]) if len(batch) > place else batch
 
 
 def without_padding(batch: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
@@ -84,12 +86,14 @@ class LanguageModelling(BatchTask):
         return -losses - torch.log(-torch.expm1(-losses))
 
     def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
-        """Computes Q = 1 − p = σ(−f) of each sequence, (B,)."""
-        return torch.sigmoid(-outputs)
+        """Computes Q = 1 − p = σ(−f) of each sequence, (B,); 0 for one without predicted tokens, whose f is largest."""
+        largest = -math.log(torch.finfo(outputs.dtype).tiny)
+        return torch.where(outputs < largest * (1 - 1e-6), torch.sigmoid(-outputs), 0)
 
     def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns a batch whose texts begin at the front, with 0 after them, as its attention_mask says."""
-        return without_padding(batch, batch[self.fields.index("attention_mask")])
+        place = self.fields.index("attention_mask")
+        return without_padding(batch, batch[place]) if len(batch) > place else batch
 
 
 class CausalLM(LanguageModelling):
