@@ -230,7 +230,7 @@ def test_a_folder_without_a_row_may_be_deleted(tmp_path: Path) -> None:
     traker.load_checkpoint(CHECKPOINTS[0], 0)
     with pytest.raises(ValueError, match="must return a tensor of one element"):
         featurize(traker, TRAIN)
-    with pytest.raises(ValueError, match="no row is stored there yet: delete the folder"):
+    with pytest.raises(ValueError, match="no row has been written there yet: delete the folder"):
         build(tmp_path)
 
 

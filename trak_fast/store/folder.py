@@ -92,7 +92,7 @@ class Store:
             if any(line.startswith("task_settings") for line in lines):
                 more.append("(names of what changes as a task runs should begin with an underscore)")
             if self._is_unused():
-                more.append("(no row is stored there yet: delete the folder if no other run is about to use it)")
+                more.append("(no row has been written there yet: delete the folder if no other run is about to use it)")
             raise ValueError(
                 f"{self.path} holds features made in another way, use another save_dir:\n  "
                 + "\n  ".join(lines[:8] + more)
