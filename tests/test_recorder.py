@@ -76,8 +76,10 @@ def test_a_loop_that_is_run_again_needs_the_checkpoint_loaded_again(tmp_path: Pa
         with pytest.raises((RuntimeError, ValueError), match=told):
             featurize(traker, TRAIN, size)
         assert traker.store.train(0).done.tolist() == [True] * 6 + [False] * 6  # nothing wrong is kept
-        with pytest.raises((RuntimeError, ValueError), match=told):
+        with pytest.raises(RuntimeError, match="call load_checkpoint first"):
             featurize(traker, TRAIN, size)
+        with pytest.raises(RuntimeError, match="call load_checkpoint first"):  # and with samples that come later
+            traker.featurize([x[6:8] for x in TRAIN], num_samples=2)
         traker.load_checkpoint(CHECKPOINTS[0], 0)
         featurize(traker, TRAIN, size)
         assert np.array_equal(traker.store.train(0).features, expected.store.train(0).features)
@@ -90,6 +92,19 @@ def test_targets_of_a_loop_that_is_run_again_are_refused(tmp_path: Path) -> None
     traker.score([x[:2] for x in TARGETS], num_samples=2)
     with pytest.raises(RuntimeError, match=r"given before, from row 0 on: .* call start_scoring_checkpoint first"):
         traker.score([x[:2] for x in TARGETS], num_samples=2)
+
+
+def test_a_wrong_number_of_samples_moves_no_row(tmp_path: Path) -> None:
+    """A sample that equals the first one came just before."""
+    twice = [x[[0, 1, 2, 0, *range(4, N)]] for x in TRAIN]
+    expected = opened(tmp_path / "expected")
+    featurize(expected, twice, 1)
+    traker = opened(tmp_path / "wrong")
+    featurize(traker, [x[:4] for x in twice], 1)
+    with pytest.raises(ValueError, match="num_samples says 3"):
+        traker.featurize([x[4:6] for x in twice], num_samples=3)
+    featurize(traker, [x[4:] for x in twice], 1)
+    assert np.array_equal(traker.store.train(0).digests, expected.store.train(0).digests)
 
 
 def test_samples_that_are_in_the_set_twice_are_no_repetition() -> None:

@@ -83,6 +83,7 @@ class _Opened:
         given: (n,) bool, the rows that this process has been given since.
         repeats: Notices a loop that is run again.
         following: The row that `num_samples` continues from.
+        is_lost: True once a loop was run again, so that `num_samples` says nothing until rows are opened again.
         is_task_known: True once the task has been compared with the stored samples.
         warned: True once it was said that gradients are 0.
     """
@@ -94,8 +95,14 @@ class _Opened:
     given: NDArray[np.bool_]
     repeats: Repeats = field(default_factory=Repeats)
     following: int = 0
+    is_lost: bool = False
     is_task_known: bool = False
     warned: bool = False
+
+    @property
+    def opener(self) -> str:
+        """The call that opens such rows."""
+        return "load_checkpoint" if self.is_training else "start_scoring_checkpoint"
 
 
 class Recorder:
@@ -164,10 +171,13 @@ class Recorder:
     def _record(self, opened: _Opened, batch: Sequence[Tensor], inds: Indices | None, num_samples: int | None) -> None:
         stored = opened.rows
         share = self._ranks.rows(len(stored.done))
+        if num_samples is not None and opened.is_lost:
+            raise RuntimeError(f"a loop was run again before: call {opened.opener} first, or give inds")
         try:
             rows, following = row_numbers(batch, inds, num_samples, opened.following, len(stored.done))
         except ValueError:
-            self._take_back(opened, opened.repeats.matched, share)  # the end of a loop that was run again, perhaps
+            if num_samples is not None and opened.following + int(num_samples) > len(stored.done):
+                self._take_back(opened, opened.repeats.matched, share)  # the end of a loop that was run again, perhaps
             raise
         positions = np.flatnonzero((rows >= share.start) & (rows < share.stop))
         stored.claim(rows[positions])
@@ -219,21 +229,21 @@ class Recorder:
         if before is None:
             return
         self._take_back(opened, before, share)
-        first = "load_checkpoint" if opened.is_training else "start_scoring_checkpoint"
+        opened.is_lost = True
         raise RuntimeError(
             f"the samples for rows {rows[0] - before} to {rows[0] + len(digests) - 1} were given before, from row 0 "
-            f"on: num_samples goes on from the last row; to run a loop again, call {first} first (if the set really "
-            "repeats its first samples, give inds)"
+            f"on: num_samples goes on from the last row; to run a loop again, call {opened.opener} first (if the set "
+            "really repeats its first samples, give inds)"
         )
 
     def _take_back(self, opened: _Opened, count: int, share: slice) -> None:
         """Has the last `count` rows that `num_samples` counted count as not written."""
         wrong = np.arange(opened.following - count, opened.following)
         opened.rows.undo(wrong[(wrong >= share.start) & (wrong < share.stop)])
-        if count and self._sum is not None:
-            self._sum.discard()
-        opened.following -= count
-        opened.repeats.matched = 0
+        if count:
+            opened.is_lost = True
+            if self._sum is not None:
+                self._sum.discard()
 
     def _compare_samples(self, opened: _Opened, rows: NDArray[np.intp], digests: NDArray[np.uint32]) -> None:
         """Compares samples with those that rows were stored from.
@@ -269,7 +279,7 @@ class Recorder:
         if known is not None:
             now = self._featurizer.evaluate(known.batch)
             for name, before, after in (("f", known.outputs, now.outputs), ("Q", known.weightings, now.weightings)):
-                if differ(before, after, SAME_TASK[self._featurizer.dtype]):
+                if differ(before, after, SAME_TASK.get(self._featurizer.dtype, 0.1)):
                     raise ValueError(
                         f"the task or the model computes something else than when features were stored in "
                         f"{opened.samples_file.parent}: {name} of stored samples was {before.tolist()}, and is "
@@ -312,6 +322,7 @@ class Recorder:
         """Lets `num_samples` of targets continue from the first row."""
         if self._opened is not None and not self._opened.is_training:
             self._opened.following = 0
+            self._opened.is_lost = False
             self._opened.repeats = Repeats()
 
     def close(self) -> None:
