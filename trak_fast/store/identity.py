@@ -8,7 +8,6 @@ cannot be described, an object of some other library for example, counts by its 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import dis
 import enum
@@ -29,6 +28,10 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, range, torch.dtype, 
 
 KNOWN_PACKAGES = ("trak_fast", "trak", "torch", "numpy")
 """Packages whose functions and classes are known by their names, wherever they are installed."""
+
+
+NAMESPACES = ("Namespace", "SimpleNamespace")
+"""Classes of Python (argparse, types) whose objects are nothing but what they hold."""
 
 
 class Description:
@@ -111,7 +114,7 @@ class Description:
             self.add(name, dict(value.named_parameters()) | dict(value.named_buffers()))
         elif dataclasses.is_dataclass(value):
             self.add(name, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-        elif isinstance(value, (argparse.Namespace, types.SimpleNamespace)) or not _is_known(type(value)):
+        elif type(value).__name__ in NAMESPACES or not _is_known(type(value)):
             self.add_class(name, type(value))
             self.add(name, {k: v for k, v in vars(value).items() if not k.startswith("_")})
 
