@@ -10,8 +10,8 @@ Each batch is checked. A second backward pass gives autograd's gradient of Σ c_
 be Σ c_i g_i; this catches weights that are used in a second place, inputs whose first dimension is not the batch,
 samples that are sorted inside the model, and anything else that breaks a rule. And samples drawn at random, one of 32,
 are differentiated alone by the unaltered model; this catches samples that change each other, by statistics of the batch
-for example. In the first batch of a checkpoint, f of each sample is compared too. Parameters that fail, and those of
-layers without a rule (layers.py), are differentiated in true batches of one.
+for example. In the first batch, f of each sample is compared too. Parameters that fail, and those of layers without a
+rule (layers.py), are differentiated in true batches of one.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class HookGradientComputer(ParameterGradients):
 
     _fallen: frozenset[str] = frozenset()  # parameters that failed the check of a batch
     _alone = False  # True once a batch gave other outputs than its samples alone, or failed
+    _compared_all = False  # True once all samples of a batch were compared with their outputs alone
 
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
@@ -197,7 +198,7 @@ class HookGradientComputer(ParameterGradients):
         Raises:
             RandomOutputsError: Results are random.
         """
-        if self._is_first_batch:
+        if not self._compared_all:
             with requiring_grad(self.parameters.values(), ()):
                 if differ(outputs, self._outputs_alone(batch), self._output_tolerance):
                     return self._are_random([x[:1] for x in batch], list(grads))
@@ -210,6 +211,7 @@ class HookGradientComputer(ParameterGradients):
         if self._differing(rows, expected):
             return self._are_random(some, list(grads))
         self._is_first_batch = False
+        self._compared_all = True
         return True
 
     def _are_random(self, some: Sequence[Tensor], names: list[str]) -> bool:
