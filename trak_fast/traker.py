@@ -317,9 +317,11 @@ class TRAKer:
             self._ranks.first(self.store.forget, model_id)
         with self._ranks.together():
             train = self.store.register(model_id, self.model.state_dict())
+            known = self.store.model_ids() if self._resume else self._seen
+            others = [self.store.train(i) for i in known if i != model_id]
         self._seen.add(model_id)
-        known = self.store.model_ids() if self._resume else self._seen
-        others = [self.store.train(i) for i in known if i != model_id]
+        if self._ranks.rank == 0 and (stored := int(train.done.sum())):
+            self.logger.info("model_id %d: %d of %d samples are stored already", model_id, stored, len(train.done))
         self._recorder.open_training(model_id, train, others)
         self._saver.load_current_store(model_id)
 
