@@ -44,6 +44,7 @@ from trak_fast import retraining
 from trak_fast.demo.digits import build_net, margins
 from trak_fast.gradients import FunctionalGradientComputer
 from trak_fast.retraining import Recipe
+from trak_fast.scales import joined
 from trak_fast.scoring.gram import gram_matrix
 from trak_fast.scoring.ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
 from trak_fast.scoring.solver import Solver
@@ -249,7 +250,7 @@ def features_of(
 
 def dense(solver: Solver, train: NDArray[np.float32], targets: NDArray[np.float32]) -> NDArray[np.float32]:
     """Computes the score matrix (n, m)."""
-    solved = solver.solve(targets).numpy()
+    solved = joined(solver.solve(targets)).float().numpy()
     return train @ solved if solver.primal else solved
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 import trak_fast
 from trak_fast.projection import reference
+from trak_fast.scales import joined
 from trak_fast.scoring import solver
 from trak_fast.scoring.gram import gram_matrix
 
@@ -139,9 +140,9 @@ def test_solve(benchmark: Any, samples: int, width: int) -> None:
 
     def solve() -> torch.Tensor:
         gram = gram_matrix(features, torch.device("cpu"))
-        return solver.Solver(features, gram, ridge).solve(targets)
+        return joined(solver.Solver(features, gram, ridge).solve(targets))
 
-    result = benchmark(solve).double().numpy()
+    result = benchmark(solve).numpy()
     wanted = np.linalg.solve(x.T @ x + ridge * np.eye(width), targets.astype(np.float64).T)
     np.testing.assert_allclose(result, wanted if samples >= width else x @ wanted, atol=1e-4 * np.abs(wanted).max())
 
