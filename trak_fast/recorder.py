@@ -182,10 +182,13 @@ class Recorder:
         positions = np.flatnonzero((rows >= share.start) & (rows < share.stop))
         stored.claim(rows[positions])
         marked = self._task.clear_padding(batch) if hasattr(self._task, "clear_padding") else batch
-        if num_samples is not None and len(rows):
-            self._refuse_repeats(opened, rows, digest_samples(marked, np.arange(min(len(rows), REMEMBERED))), share)
-        digests = dict(zip(rows[positions].tolist(), digest_samples(marked, positions), strict=True))
-        self._compare_samples(opened, rows[positions], np.array(list(digests.values()), np.uint32))
+        heads = np.arange(0 if num_samples is None else min(len(rows), REMEMBERED))  # of other processes too
+        places = np.union1d(heads, positions)
+        digests = dict(zip(rows[places].tolist(), digest_samples(marked, places), strict=True))
+        if len(heads):
+            self._refuse_repeats(opened, rows, np.array([digests[row] for row in rows[heads].tolist()]), share)
+        own = [digests[row] for row in rows[positions].tolist()]
+        self._compare_samples(opened, rows[positions], np.array(own, np.uint32))
         if len(positions):
             self._compare_task(opened, [x[torch.from_numpy(positions[:KEPT]).to(x.device)] for x in batch])
         if opened.is_training:

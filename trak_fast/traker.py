@@ -22,6 +22,7 @@ from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.featurizer import Featurizer, ProjectedGradients
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
+from .gradients.base import Contents
 from .projection.projector import NoProjection, Projector, ProjectorLike
 from .recorder import Recorder
 from .scales import beyond_float32
@@ -257,9 +258,7 @@ class TRAKer:
         self._resume = load_from_save_dir
         self._check_samples = check_samples
         self._seen: set[int] = set()  # checkpoints loaded by this object
-        self._weights: list[tuple[int, int]] | None = (
-            None  # tensors of the loaded checkpoint, with their contents' numbers
-        )
+        self._weights: Contents | None = None  # of the loaded checkpoint
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuses what would have no effect.
@@ -622,7 +621,7 @@ class TRAKer:
         num_samples: int | None,
     ) -> None:
         """Records a batch, unless the model has other weights than those of the checkpoint."""
-        if self._weights is not None and self._weights != self._contents():
+        if self._weights is not None and not self._weights.same_as(self._contents()):
             raise RuntimeError(
                 "the model's weights have changed since its checkpoint was loaded: load it again (two TRAKers need a "
                 "model each)"
@@ -633,10 +632,9 @@ class TRAKer:
             if self._weights is not None:
                 self._weights = self._contents()  # embeddings with max_norm change their own
 
-    def _contents(self) -> list[tuple[int, int]]:
-        """Lists the model's parameters and buffers with the numbers that autograd gives their contents."""
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        return [(id(tensor), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    def _contents(self) -> Contents:
+        """Notes the contents of the model's parameters and buffers."""
+        return Contents(itertools.chain(self.model.parameters(), self.model.buffers()))
 
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""

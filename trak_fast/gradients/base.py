@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..tasks.base import Task, copy_buffers, copy_tensors, restored, weighs_by_outputs
 from .modes import autocast_dtype, differentiable
 from .parameters import select_parameters
-from .repeatable import RandomWatch, generators_of, gradient_tolerance, output_tolerance, require_same
+from .repeatable import GRADIENT_ROUNDINGS, OUTPUT_ROUNDINGS, RandomWatch, generators_of, require_same, tolerance_of
 
 logger = logging.getLogger("trak_fast")
 
@@ -63,24 +63,32 @@ class GradientComputer(Protocol):
         """Computes the weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
 
 
+class Contents:
+    """Tensors, with the numbers that autograd gave their contents: a number grows with each change in place."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """Notes the numbers as they are now; inference tensors have none."""
+        self._numbered = [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    def same_as(self, other: Contents) -> bool:
+        """Tells if the other ones are the very tensors, and had the same contents."""
+        return len(self._numbered) == len(other._numbered) and all(
+            own is another and number == others_number
+            for (own, number), (another, others_number) in zip(self._numbered, other._numbered, strict=True)
+        )
+
+
 @dataclass(frozen=True)
 class _Evaluation:
     """The outputs of the last batch, from which its weightings follow.
 
     Attributes:
         outputs: f of each sample, (B,), detached.
-        made_from: The batch's tensors and the parameters, each with the number that autograd gave its contents then.
-            The number grows with each change in place.
+        made_from: The batch's tensors and the parameters.
     """
 
     outputs: Tensor
-    made_from: list[tuple[Tensor, int]]
-
-    def is_of(self, tensors: list[tuple[Tensor, int]]) -> bool:
-        """Tells if the outputs were made from these tensors with these contents."""
-        return len(tensors) == len(self.made_from) and all(
-            old is new and before == now for (old, before), (new, now) in zip(self.made_from, tensors, strict=True)
-        )
+    made_from: Contents
 
 
 class ParameterGradients(ABC):
@@ -158,7 +166,7 @@ class ParameterGradients(ABC):
             elif self._is_first_batch:
                 require_same(outputs, self._evaluate(batch), self._output_tolerance)
         self._is_first_batch = False
-        self._evaluation = _Evaluation(outputs, self._versions(batch))
+        self._evaluation = _Evaluation(outputs, self._contents(batch))
         return grads
 
     @abstractmethod
@@ -179,7 +187,7 @@ class ParameterGradients(ABC):
         with differentiable(self.model):
             if not weighs_by_outputs(self.task):
                 return self._own_weightings(batch)
-            if evaluation is not None and evaluation.is_of(self._versions(batch)):
+            if evaluation is not None and evaluation.made_from.same_as(self._contents(batch)):
                 outputs = evaluation.outputs
             else:
                 outputs = self._evaluate(batch)
@@ -214,10 +222,9 @@ class ParameterGradients(ABC):
         with restored(self.model):
             return self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(self.buffers), batch).detach()
 
-    def _versions(self, batch: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
-        """Lists the batch's tensors and the parameters, with their contents' numbers (of inference tensors: -1)."""
-        tensors = [*batch, *self.parameters.values()]
-        return [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    def _contents(self, batch: Sequence[Tensor]) -> Contents:
+        """Notes the contents that outputs are made from."""
+        return Contents([*batch, *self.parameters.values()])
 
     @property
     def _device(self) -> torch.device:
@@ -232,8 +239,8 @@ class ParameterGradients(ABC):
 
     @property
     def _output_tolerance(self) -> float:
-        return output_tolerance(self._dtypes)
+        return tolerance_of(OUTPUT_ROUNDINGS, self._dtypes)
 
     @property
     def _gradient_tolerance(self) -> float:
-        return gradient_tolerance(self._dtypes)
+        return tolerance_of(GRADIENT_ROUNDINGS, self._dtypes)

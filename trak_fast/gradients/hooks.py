@@ -30,7 +30,7 @@ from .base import ParameterGradients
 from .errors import is_out_of_memory
 from .layers import Rule, rule_of
 from .modes import requiring_grad
-from .repeatable import RANDOM, RandomOutputsError, differ
+from .repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
 
 logger = logging.getLogger("trak_fast")
 
@@ -441,7 +441,7 @@ class HookGradientComputer(ParameterGradients):
         if not found:
             return set()
         names = list(found)
-        negligible = max(NEGLIGIBLE_ROUNDINGS.get(dtype, 1) * torch.finfo(dtype).eps for dtype in self._dtypes)
+        negligible = tolerance_of(NEGLIGIBLE_ROUNDINGS, self._dtypes)
         errors = _largest(found[name] - expected[name] for name in names)
         largest = _largest(expected[name] for name in names)
         bound = negligible * largest.amax()

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-ROUNDINGS = {torch.float64: 2.0**9, torch.float32: 2.0**9, torch.bfloat16: 2.0**3, torch.float16: 2.0**5}
+OUTPUT_ROUNDINGS = {torch.float64: 2.0**9, torch.float32: 2.0**9, torch.bfloat16: 2.0**3, torch.float16: 2.0**5}
 """The difference of outputs that rounding explains, as a multiple of the dtype's precision and of the largest output.
 Sums of half-precision numbers are kept in float32, and grow with the number of summands in the other dtypes alone."""
-
-
-def output_tolerance(dtypes: Iterable[torch.dtype]) -> float:
-    """Returns the relative difference that rounding explains between outputs of a model with parameters of `dtypes`."""
-    return max(ROUNDINGS.get(dtype, 1.0) * torch.finfo(dtype).eps for dtype in dtypes)
-
 
 GRADIENT_ROUNDINGS = {torch.float64: 2.0**10, torch.float32: 2.0**10, torch.bfloat16: 2.0**4, torch.float16: 2.0**5}
 """The same for gradients, relative to the largest entry of a parameter's gradient."""
 
 
-def gradient_tolerance(dtypes: Iterable[torch.dtype]) -> float:
-    """Returns the relative difference that rounding explains between gradients, for parameters of `dtypes`."""
-    return max(GRADIENT_ROUNDINGS.get(dtype, 1.0) * torch.finfo(dtype).eps for dtype in dtypes)
+def tolerance_of(roundings: Mapping[torch.dtype, float], dtypes: Iterable[torch.dtype]) -> float:
+    """Returns the relative difference that so many roundings explain in a model with parameters of `dtypes`."""
+    return max(roundings.get(dtype, 1.0) * torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def differ(first: Tensor, second: Tensor, tolerance: float) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..scales import exponents_of
 from .files import advising_on_denied, advising_on_full_disk, create_array, open_array, sync, write_at
 from .locks import WHOLE, LockFile, lock_file
+from .samples import first_of
 
 LOCK_FILE = "writers.lock"
 """The file in a folder of rows in which they are locked."""
@@ -391,8 +392,7 @@ class Rows:
             RuntimeError: Some rows are not written.
         """
         if len(missing := np.flatnonzero(~self.done)):
-            numbers = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            raise RuntimeError(f"{len(missing)} of {len(self.done)} {complaint}: {numbers}")
+            raise RuntimeError(f"{len(missing)} of {len(self.done)} {complaint}: {first_of(missing)}")
 
 
 def require_same_samples(rows: Mapping[int, Rows], things: str) -> None:
@@ -408,9 +408,9 @@ def require_same_samples(rows: Mapping[int, Rows], things: str) -> None:
     first, *others = rows
     for other in others:
         if len(differing := np.flatnonzero(rows[first].digests != rows[other].digests)):
-            numbers = ", ".join(map(str, differing[:5])) + (", ..." if len(differing) > 5 else "")
             raise ValueError(
-                f"{len(differing)} {things} are other ones for model_id {other} than for model_id {first}: {numbers}; "
+                f"{len(differing)} {things} are other ones for model_id {other} than for model_id {first}: "
+                f"{first_of(differing)}; "
                 "give the same samples, in the same order, at each checkpoint"
             )
 

@@ -47,14 +47,19 @@ def digest_samples(batch: Sequence[Tensor], positions: NDArray[np.intp]) -> NDAr
     return digests
 
 
+def first_of(numbers: NDArray[np.integer]) -> str:
+    """Lists the first five numbers."""
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+
+
 def other_samples_message(rows: NDArray[np.integer], path: Path) -> str:
     """Says that samples at `rows` are not those that the rows in a folder were stored from."""
-    first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
     return (
-        f"{len(rows)} samples are not those that the same rows of {path} were stored from: {first}. The loader gives "
-        "another order or other data than then: shuffle=False? no augmentation, and the same dtypes and padding (see "
-        "PaddedBatches)? Featurize again with load_checkpoint(..., _allow_featurizing_already_registered=True) or "
-        "another save_dir, or let check_samples=False take samples as they come"
+        f"{len(rows)} samples are not those that the same rows of {path} were stored from: {first_of(rows)}. The "
+        "loader gives another order or other data than then: shuffle=False? no augmentation, and the same dtypes and "
+        "padding (see PaddedBatches)? Featurize again with "
+        "load_checkpoint(..., _allow_featurizing_already_registered=True) or another save_dir, or let "
+        "check_samples=False take samples as they come"
     )
 
 
