@@ -60,39 +60,42 @@ void define_structs(py::module_& m) {
            }),
            py::kw_only(), "data"_a, "dtype"_a, "columns"_a, "batch_stride"_a, "sizes"_a, "strides"_a);
   py::class_<Projection>(m, "Projection", py::module_local())
-      .def(
-          py::init([](int kind, uint64_t seed, uint32_t stream, int64_t rows, int64_t batch, uint64_t offset, int terms,
-                      std::vector<Part> parts, uintptr_t out, int64_t out_batch_stride, int64_t out_row_stride) {
-            return Projection{.kind = static_cast<Kind>(kind),
-                              .seed = seed,
-                              .stream = stream,
-                              .rows = rows,
-                              .batch = batch,
-                              .offset = offset,
-                              .terms = terms,
-                              .parts = std::move(parts),
-                              .out = reinterpret_cast<float*>(out),
-                              .out_batch_stride = out_batch_stride,
-                              .out_row_stride = out_row_stride};
-          }),
-          py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "rows"_a, "batch"_a, "offset"_a, "terms"_a, "parts"_a, "out"_a,
-          "out_batch_stride"_a, "out_row_stride"_a);
-  py::class_<Adjoint>(m, "Adjoint", py::module_local())
-      .def(py::init([](int kind, uint64_t seed, uint32_t stream, int64_t columns, int64_t batch, uint64_t offset,
-                       const Part& y, uintptr_t out, int64_t out_batch_stride, int64_t out_column_stride) {
-             return Adjoint{.kind = static_cast<Kind>(kind),
-                            .seed = seed,
-                            .stream = stream,
-                            .columns = columns,
-                            .batch = batch,
-                            .offset = offset,
-                            .y = y,
-                            .out = reinterpret_cast<float*>(out),
-                            .out_batch_stride = out_batch_stride,
-                            .out_column_stride = out_column_stride};
+      .def(py::init([](int kind, uint64_t seed, uint32_t stream, int64_t rows, int64_t batch, uint64_t offset,
+                       int terms, int nonzeros, std::vector<Part> parts, uintptr_t out, int64_t out_batch_stride,
+                       int64_t out_row_stride) {
+             return Projection{.kind = static_cast<Kind>(kind),
+                               .seed = seed,
+                               .stream = stream,
+                               .rows = rows,
+                               .batch = batch,
+                               .offset = offset,
+                               .terms = terms,
+                               .nonzeros = nonzeros,
+                               .parts = std::move(parts),
+                               .out = reinterpret_cast<float*>(out),
+                               .out_batch_stride = out_batch_stride,
+                               .out_row_stride = out_row_stride};
            }),
-           py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "columns"_a, "batch"_a, "offset"_a, "y"_a, "out"_a,
-           "out_batch_stride"_a, "out_column_stride"_a);
+           py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "rows"_a, "batch"_a, "offset"_a, "terms"_a, "nonzeros"_a,
+           "parts"_a, "out"_a, "out_batch_stride"_a, "out_row_stride"_a);
+  py::class_<Adjoint>(m, "Adjoint", py::module_local())
+      .def(
+          py::init([](int kind, uint64_t seed, uint32_t stream, int64_t columns, int64_t batch, uint64_t offset,
+                      int nonzeros, const Part& y, uintptr_t out, int64_t out_batch_stride, int64_t out_column_stride) {
+            return Adjoint{.kind = static_cast<Kind>(kind),
+                           .seed = seed,
+                           .stream = stream,
+                           .columns = columns,
+                           .batch = batch,
+                           .offset = offset,
+                           .nonzeros = nonzeros,
+                           .y = y,
+                           .out = reinterpret_cast<float*>(out),
+                           .out_batch_stride = out_batch_stride,
+                           .out_column_stride = out_column_stride};
+          }),
+          py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "columns"_a, "batch"_a, "offset"_a, "nonzeros"_a, "y"_a,
+          "out"_a, "out_batch_stride"_a, "out_column_stride"_a);
 }
 
 }  // namespace
@@ -105,13 +108,15 @@ PYBIND11_MODULE(TRAK_FAST_MODULE, m) {
   m.def("project_adjoint", &project_adjoint);
   m.def(
       "matrix",
-      [](int kind, uint64_t seed, uint32_t stream, uintptr_t rows, int64_t row_count, uintptr_t columns,
-         int64_t column_count, uintptr_t out) {
+      [](int kind, uint64_t seed, uint32_t stream, uint32_t block_rows, uintptr_t rows, int64_t row_count,
+         uintptr_t columns, int64_t column_count, uintptr_t out) {
         const py::gil_scoped_release no_gil;
-        matrix_entries(static_cast<Kind>(kind), seed, stream, reinterpret_cast<const uint32_t*>(rows), row_count,
-                       reinterpret_cast<const uint64_t*>(columns), column_count, reinterpret_cast<float*>(out));
+        matrix_entries(static_cast<Kind>(kind), seed, stream, block_rows, reinterpret_cast<const uint32_t*>(rows),
+                       row_count, reinterpret_cast<const uint64_t*>(columns), column_count,
+                       reinterpret_cast<float*>(out));
       },
-      py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "rows"_a, "row_count"_a, "columns"_a, "column_count"_a, "out"_a);
+      py::kw_only(), "kind"_a, "seed"_a, "stream"_a, "block_rows"_a, "rows"_a, "row_count"_a, "columns"_a,
+      "column_count"_a, "out"_a);
   m.def("normal_half_table", [] { return reinterpret_cast<uintptr_t>(normal_half_table()); });
   m.def("project_cuda", [](const Projection& projection, bool add, uintptr_t half_table, const py::function& scratch,
                            int device, uintptr_t cuda_stream, const std::string& kernel) {

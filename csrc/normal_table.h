@@ -22,7 +22,7 @@ TRAK_FAST_DEFINE uint16_t normal_bits(const uint16_t* half, uint32_t u) {
 
 // Returns the table if the kind needs one, else null.
 static inline const uint16_t* half_table_for(Kind kind) {
-  return with_kind(kind, [](auto k) { return KindTraits<k>::needs_table ? normal_half_table() : nullptr; });
+  return with_dense_kind(kind, [](auto k) { return KindTraits<k>::needs_table ? normal_half_table() : nullptr; });
 }
 
 }  // namespace trak_fast

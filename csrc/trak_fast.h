@@ -30,7 +30,8 @@ struct Projection {
   int64_t rows;
   int64_t batch;
   uint64_t offset;
-  int terms;  // bf16 terms that carry a float where the kernel multiplies bf16: 1, 2 or 3
+  int terms;     // bf16 terms that carry a float where the kernel multiplies bf16: 1, 2 or 3
+  int nonzeros;  // c of the sparse kind: rows = c K
   std::vector<Part> parts;
   float* out;
   int64_t out_batch_stride, out_row_stride;
@@ -49,6 +50,7 @@ struct Adjoint {
   int64_t columns;
   int64_t batch;
   uint64_t offset;
+  int nonzeros;  // as in Projection; y has all rows
   Part y;
   float* out;
   int64_t out_batch_stride, out_column_stride;
@@ -61,9 +63,9 @@ bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_
 std::vector<std::string> instruction_sets();
 std::vector<std::string> built_instruction_sets();
 
-// out[r, c] = P[rows[r], columns[c]], row-major.
-void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, const uint32_t* rows, int64_t row_count,
-                    const uint64_t* columns, int64_t column_count, float* out);
+// out[r, c] = P[rows[r], columns[c]], row-major. block_rows: K of the sparse kind; unused for the dense ones.
+void matrix_entries(Kind kind, uint64_t seed, uint32_t stream, uint32_t block_rows, const uint32_t* rows,
+                    int64_t row_count, const uint64_t* columns, int64_t column_count, float* out);
 
 // The upper half of the normal table: kNormalHalf bf16 bit patterns.
 const uint16_t* normal_half_table();

@@ -10,6 +10,7 @@
 #include "../trak_fast.h"
 #include "choose.h"
 #include "columns.h"
+#include "sparse.h"
 #include "team.h"
 
 namespace trak_fast {
@@ -115,10 +116,12 @@ class AdjointPass {
 bool project_adjoint_cpu(const Adjoint& adjoint, const std::string& instruction_set, int threads,
                          bool (*keep_going)()) {
   const DefaultFloats floats;
-  const AdjointKernel& kernel = kernel_for(adjoint.kind, choose_backend(instruction_set).adjoint);
+  const Backend& backend = choose_backend(instruction_set);
   const std::vector<Part> parts{adjoint.y};
   const Columns y(parts);
   if (adjoint.columns == 0 || adjoint.batch == 0) return true;
+  if (adjoint.kind == Kind::sjlt) return project_adjoint_sparse(adjoint, y, backend.sparse, threads, keep_going);
+  const AdjointKernel& kernel = kernel_for(adjoint.kind, backend.adjoint);
   half_table_for(adjoint.kind);  // builds the table before threads ask for it
   const int64_t samples_per_pass = std::min({kAccSize / kernel.group_columns, kMaxSamples, adjoint.batch});
   const int64_t rows_per_pass = kPanelSize / samples_per_pass / kUnit * kUnit;

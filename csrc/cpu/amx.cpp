@@ -397,6 +397,7 @@ extern const Backend amx_backend;
 constexpr Backend amx_backend = {.name = "amx",
                                  .kernels = kernels,
                                  .kernels_of_one_term = kernels,
-                                 .adjoint = float_adjoints<Avx512, TableKernel<Avx512>>()};
+                                 .adjoint = float_adjoints<Avx512, TableKernel<Avx512>>(),
+                                 .sparse = float_sparse<Avx512>()};
 
 }  // namespace trak_fast

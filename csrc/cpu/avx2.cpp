@@ -39,6 +39,10 @@ struct Avx2 {
   static TRAK_FAST_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static TRAK_FAST_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
+  static TRAK_FAST_INLINE Floats gather(const float* table, uint32_t __attribute__((vector_size(32))) places) {
+    return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(places), 4);
+  }
+
   // Tables hold the signed sums of three columns: entry n subtracts column c where bit c of n is set, else adds it.
   static constexpr int kTableBits = 3;
   static TRAK_FAST_INLINE Floats table(const float* x) {

@@ -79,11 +79,69 @@ struct AdjointKernels {
   AdjointKernel rademacher, normal;
 };
 
+// One staging call of the sparse kind: kUnit columns, signed.
+struct SparseStage {
+  const void* const* samples;  // kUnit floats, or kUnit bf16 if raw, of each of the kernel's samples
+  bool raw_bf16;
+  const uint32_t* signs;  // kUnit bits
+  float* staged;          // [kUnit][lanes]
+};
+
+// Adds staged chunks to the sums of all rows of P.
+struct SparseAdd {
+  const float* staged;  // [chunks][block_rows][lanes]
+  int64_t chunks, nonzeros;
+  uint32_t block_rows;
+  const Progression* places;  // [chunks][nonzeros]: the place in the chunk that each row of a block meets
+  bool fresh;                 // the sums count as zeros
+  float* sums;                // [nonzeros * block_rows][lanes]
+};
+
+// Makes columns of the adjoint within one chunk: values[i][c] = sign * sum over blocks of y.
+struct SparseCollect {
+  const float* y;  // [nonzeros * block_rows][lanes]
+  int64_t nonzeros;
+  uint32_t block_rows;
+  const Progression* rows;  // [nonzeros]: the row in each block that a place of the chunk meets
+  uint32_t first_place;
+  int64_t columns;        // a multiple of 16
+  const uint32_t* signs;  // bits, from a column that is a multiple of kUnit on
+  int64_t first_sign;     // the bit of the first column, a multiple of 16
+  float* values;          // [lanes][stride]
+  int64_t stride;
+};
+
+// Makes the words of `count` calls of Philox, which differ in the first word of the counter and share its upper bits.
+struct SparseWords {
+  uint64_t seed;
+  uint32_t stream, tag;
+  uint64_t first;   // chunk, or group of 128 columns
+  uint32_t second;  // the counter's second word
+  int64_t count;
+  Words* words;
+};
+
+// The sparse kind for some samples side by side.
+struct SparseKernel {
+  int64_t lanes;
+  void (*stage)(const SparseStage&);
+  void (*add)(const SparseAdd&);
+  void (*collect)(const SparseCollect&);
+};
+
+constexpr int kMaxSparseKernels = 4, kMostLanes = 16;
+
+struct SparseBackend {
+  SparseKernel kernels[kMaxSparseKernels];  // the widest first; the rest may be empty
+  void (*words)(const SparseWords&);
+};
+
 struct Backend {
   const char* name;
   Kernels kernels;
   Kernels kernels_of_one_term;  // for gradients that one bf16 term holds, as bf16 itself
   AdjointKernels adjoint;
+  SparseBackend sparse;
 };
 
 }  // namespace trak_fast

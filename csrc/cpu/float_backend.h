@@ -2,6 +2,7 @@
 // portable have; avx512_bf16 and amx use them where they have nothing better.
 #pragma once
 #include "adjoint_kernel.h"
+#include "sparse_kernel.h"
 
 namespace trak_fast {
 namespace {
@@ -48,13 +49,25 @@ constexpr AdjointKernels float_adjoints() {
           .normal = float_adjoint<L, Kind::normal>(adjoint_by_fma<L, Kind::normal>)};
 }
 
+template <class L>
+constexpr SparseBackend float_sparse() {
+  if constexpr (L::kLanes == 16) {
+    return sparse_backend<L, 16, 8, 4, 1>();
+  } else if constexpr (L::kLanes == 8) {
+    return sparse_backend<L, 8, 4, 1>();
+  } else {
+    return sparse_backend<L, 4, 1>();
+  }
+}
+
 // Rademacher: the kernel for that kind.
 template <class L, class Rademacher>
 constexpr Backend float_backend(const char* name) {
   return {.name = name,
           .kernels = float_kernels<L, Rademacher>(),
           .kernels_of_one_term = float_kernels<L, Rademacher>(),
-          .adjoint = float_adjoints<L, Rademacher>()};
+          .adjoint = float_adjoints<L, Rademacher>(),
+          .sparse = float_sparse<L>()};
 }
 
 }  // namespace

@@ -42,6 +42,11 @@ struct Avx512 {
   static TRAK_FAST_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static TRAK_FAST_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
+  static TRAK_FAST_INLINE Floats gather(const float* table, uint32_t __attribute__((vector_size(64))) places) {
+    // The masked form: the plain one reads an undefined register.
+    return _mm512_mask_i32gather_ps(zero(), 0xFFFF, reinterpret_cast<__m512i>(places), table, 4);
+  }
+
   // Tables hold the signed sums of four columns: entry n subtracts column c where bit c of n is set, else adds it.
   static constexpr int kTableBits = 4;
   static TRAK_FAST_INLINE Floats table(const float* x) {

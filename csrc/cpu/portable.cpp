@@ -44,6 +44,10 @@ struct Portable {
   static TRAK_FAST_INLINE Floats add(Floats a, Floats b) { return a + b; }
   static TRAK_FAST_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 
+  static TRAK_FAST_INLINE Floats gather(const float* table, Words places) {
+    return Floats{table[places[0]], table[places[1]], table[places[2]], table[places[3]]};
+  }
+
   static TRAK_FAST_INLINE Floats sign_of_bit(Words words, int bit) {
     return reinterpret_cast<Floats>((words << (31 - bit) & 0x80000000) ^ 0x3F800000);
   }

@@ -10,6 +10,7 @@
 #include "../trak_fast.h"
 #include "choose.h"
 #include "columns.h"
+#include "sparse.h"
 #include "team.h"
 
 namespace trak_fast {
@@ -163,6 +164,7 @@ bool project_cpu(const Projection& projection, const std::string& instruction_se
   const Backend& backend = choose_backend(instruction_set);
   const Columns columns(projection.parts);
   if (columns.count() == 0 || projection.batch == 0) return true;
+  if (projection.kind == Kind::sjlt) return project_sparse(projection, columns, backend.sparse, threads, keep_going);
   const int input_terms = columns.all_bf16() ? 1 : projection.terms;
   const Kernel& kernel = kernel_for(projection.kind, input_terms == 1 ? backend.kernels_of_one_term : backend.kernels);
   const int terms = kernel.bf16 ? input_terms : 1;

@@ -68,15 +68,13 @@ class Team {
   // number of the thread that runs it; the caller's is 0. Returns false if keep_going said no.
   template <class Task>
   bool run(int threads, int64_t phases, int64_t tasks, bool (*keep_going)(), const Task& task) {
+    keep_going_ = keep_going;
+    asked_ = std::chrono::steady_clock::now();
     const auto work = [&](int worker) {
-      auto asked = std::chrono::steady_clock::now();
       for (int64_t phase = 0; phase < phases && !halted_.load(); ++phase) {
         for (int64_t i; (i = next_.fetch_add(1)) < tasks;) {
           if (!stop_.load(std::memory_order_relaxed)) task(phase, i, worker);
-          if (worker == 0 && std::chrono::steady_clock::now() - asked > std::chrono::milliseconds(50)) {
-            if (!keep_going()) stop_.store(true);
-            asked = std::chrono::steady_clock::now();
-          }
+          goes_on(worker);
         }
         meet();
       }
@@ -98,6 +96,16 @@ class Team {
     return !stop_.load();
   }
 
+  // Says if the work goes on. Long tasks ask now and then, and return early if not. The caller's thread asks keep_going
+  // every 50 ms.
+  bool goes_on(int worker) {
+    if (worker == 0 && std::chrono::steady_clock::now() - asked_ > std::chrono::milliseconds(50)) {
+      if (!keep_going_()) stop_.store(true);
+      asked_ = std::chrono::steady_clock::now();
+    }
+    return !stop_.load(std::memory_order_relaxed);
+  }
+
  private:
   // Waits for all threads. The last one to arrive opens the next phase, or ends the work for all: if each thread looked
   // at stop_ for itself, some might begin a phase that others never join.
@@ -116,6 +124,8 @@ class Team {
   std::atomic<int> size_{0}, arrived_{0};
   std::atomic<int64_t> next_{0}, phase_{0};
   std::atomic<bool> stop_{false}, halted_{false};
+  bool (*keep_going_)() = nullptr;
+  std::chrono::steady_clock::time_point asked_;
 };
 
 }  // namespace

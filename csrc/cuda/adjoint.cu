@@ -237,7 +237,7 @@ void project_adjoint_cuda(const Adjoint& a, const void* half_table, const Alloca
                    .offset = 0,
                    .panel = panel},
                   {a.y}, stream);
-      with_kind(a.kind, [&](auto kind) {
+      with_dense_kind(a.kind, [&](auto kind) {
         if (job.batch <= 8) {
           launch_terms<kind, 8>(terms, job, stream);
         } else {

@@ -113,7 +113,7 @@ void with_width(int width, const Use& use) {
 // Calls `use` with the kind, the element type (true: bf16, false: fp16) and the width as constants.
 template <class Use>
 void with_constants(Kind kind, bool bf16, int width, const Use& use) {
-  with_kind(kind, [&](auto k) {
+  with_dense_kind(kind, [&](auto k) {
     with_width(width, [&](auto w) {
       if (bf16) {
         use(k, std::true_type(), w);

@@ -181,7 +181,7 @@ TileShape shape() {
 
 TileShape tile_shape_sm80(Kind kind, int64_t panel_rows) {
   TileShape found = {};
-  with_kind(kind, [&](auto k) {
+  with_dense_kind(kind, [&](auto k) {
     int width = 8;
     while (width < panel_rows && width < kWidest<k>) width *= 2;
     with_width(width, [&](auto w) {

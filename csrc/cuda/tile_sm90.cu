@@ -302,7 +302,7 @@ int count_rows(Kind kind, int width) {
 TileShape tile_shape_sm90(Kind kind, int64_t panel_rows, bool wide) {
   int width = 8;
   // Looking entries up costs more than reading the panel twice as often, so they always serve 256 rows at once.
-  const bool costly = with_kind(kind, [](auto k) { return KindTraits<k>::needs_table; });
+  const bool costly = with_dense_kind(kind, [](auto k) { return KindTraits<k>::needs_table; });
   const int widest = wide || costly ? 256 : 128;
   while (width < panel_rows && width < widest) width *= 2;
   return {.width = width, .rows = count_rows(kind, width), .blocks_per_multiprocessor = 1};

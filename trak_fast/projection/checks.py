@@ -23,8 +23,20 @@ MAX_COLUMNS = 2**48
 MAX_ROWS = 2**32
 """Rows that a matrix has; the largest k."""
 
-KINDS = {"rademacher": 0, "normal": 1}
+KINDS = {"rademacher": 0, "normal": 1, "sjlt": 2}
 """Kinds of matrix with the numbers that the compiled module has for them."""
+
+SPARSE = "sjlt"
+"""The sparse kind, whose matrix depends on `proj_dim` and `nonzeros` too."""
+
+NONZEROS = (1, 2, 4, 8)
+"""Entries that a column of the sparse kind may have."""
+
+DEFAULT_NONZEROS = 4
+"""Entries that a column of the sparse kind has unless a number is given."""
+
+BLOCK_ROWS = (16, 2**20)
+"""The smallest and the largest k / nonzeros of the sparse kind, a power of two."""
 
 TERMS = {"medium": 1, "high": 2, "highest": 3}
 """Precisions with the number of bfloat16 terms that a float32 enters as."""
@@ -37,12 +49,16 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 
 class MatrixPart(NamedTuple):
-    """Names a matrix P and the first of its columns that a call multiplies by."""
+    """Names a matrix P and the first of its columns that a call multiplies by.
+
+    `nonzeros` is 0 for a dense kind.
+    """
 
     kind: int
     seed: int
     model_id: int
     offset: int
+    nonzeros: int
 
 
 class Projection(NamedTuple):
@@ -72,10 +88,11 @@ def check_projection(
     model_id: SupportsIndex,
     offset: SupportsIndex,
     precision: str | None,
+    nonzeros: SupportsIndex | None,
 ) -> Projection:
     """Checks the arguments of a projection of tensors that `gradient_tensors` has checked, with so many columns."""
     rows = integer("proj_dim", proj_dim, 1, MAX_ROWS)
-    part = matrix_part(proj_type, seed, model_id, offset, columns)
+    part = matrix_part(proj_type, seed, model_id, offset, columns, rows, nonzeros)
     check_precision(precision)
     return Projection(tensors, columns, rows, part, precision)
 
@@ -87,6 +104,7 @@ def check_adjoint(
     seed: SupportsIndex,
     model_id: SupportsIndex,
     offset: SupportsIndex,
+    nonzeros: SupportsIndex | None,
     memory: bool = True,
 ) -> Adjoint:
     """Checks the arguments of an adjoint."""
@@ -95,9 +113,9 @@ def check_adjoint(
         y = y.resolve_neg()
     if y.ndim != 2 or y.shape[1] < 1:
         raise ValueError(f"y must have two dimensions (B, proj_dim), proj_dim at least 1, not shape {tuple(y.shape)}")
-    integer("proj_dim", y.shape[1], 1, MAX_ROWS)
+    rows = integer("proj_dim", y.shape[1], 1, MAX_ROWS)
     columns = integer("grad_dim", grad_dim, 0, MAX_COLUMNS)
-    part = matrix_part(proj_type, seed, model_id, offset, columns)
+    part = matrix_part(proj_type, seed, model_id, offset, columns, rows, nonzeros)
     return Adjoint(y, columns, part)
 
 
@@ -105,6 +123,35 @@ def kind_of(proj_type: str | enum.Enum) -> int:
     """Returns the number of a kind of matrix."""
     name = proj_type.value if isinstance(proj_type, enum.Enum) else proj_type
     return KINDS[choice("proj_type", name, KINDS)]
+
+
+def nonzeros_of(kind: int, proj_dim: int, nonzeros: SupportsIndex | None) -> int:
+    """Checks the entries of a column of the sparse kind, and that k fits them; returns their number.
+
+    Returns:
+        `nonzeros`, or its default for None; 0 for a dense kind.
+
+    Raises:
+        ValueError: `nonzeros` is no such number or is given for a dense kind, or k does not fit it.
+        TypeError: `nonzeros` is no integer.
+    """
+    if kind != KINDS[SPARSE]:
+        if nonzeros is not None:
+            raise ValueError(f"nonzeros belongs to proj_type={SPARSE!r}: leave it out for a dense kind")
+        return 0
+    number = DEFAULT_NONZEROS if nonzeros is None else integer("nonzeros", nonzeros, NONZEROS[0], NONZEROS[-1])
+    if number not in NONZEROS:
+        raise ValueError(f"nonzeros must be one of {', '.join(map(str, NONZEROS))}, not {number}")
+    low, high = BLOCK_ROWS
+    rows, rest = divmod(proj_dim, number)
+    if rest or rows & (rows - 1) or not low <= rows <= high:
+        below = 1 << max(rows.bit_length() - 1, 0)
+        nearest = sorted({number * min(max(size, low), high) for size in (below, 2 * below)})
+        raise ValueError(
+            f"proj_dim must be nonzeros times a power of two in [{low}, 2**20] for proj_type={SPARSE!r}, not {proj_dim}; "
+            f"with nonzeros={number}, {' and '.join(map(str, nearest))} {'is' if len(nearest) == 1 else 'are'} nearest"
+        )
+    return number
 
 
 def check_precision(precision: str | None) -> None:
@@ -122,14 +169,22 @@ def terms_of(precision: str | None, tensors: Sequence[Tensor]) -> int:
 
 
 def matrix_part(
-    proj_type: str | enum.Enum, seed: SupportsIndex, model_id: SupportsIndex, offset: SupportsIndex, columns: int
+    proj_type: str | enum.Enum,
+    seed: SupportsIndex,
+    model_id: SupportsIndex,
+    offset: SupportsIndex,
+    columns: int,
+    proj_dim: int,
+    nonzeros: SupportsIndex | None,
 ) -> MatrixPart:
-    """Checks what names a matrix, and that it has `columns` columns from `offset` on."""
+    """Checks what names a matrix of `proj_dim` rows, and that it has `columns` columns from `offset` on."""
+    kind = kind_of(proj_type)
     part = MatrixPart(
-        kind=kind_of(proj_type),
+        kind=kind,
         seed=integer("seed", seed, 0, 2**64 - 1),
         model_id=integer("model_id", model_id, 0, 2**32 - 1),
         offset=integer("offset", offset, 0, MAX_COLUMNS),
+        nonzeros=nonzeros_of(kind, proj_dim, nonzeros),
     )
     if part.offset + columns > MAX_COLUMNS:
         raise ValueError(f"offset + D must be at most 2**48, not {part.offset + columns}")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..arguments import indexes
+from ..arguments import indexes, integer
 from . import checks, kernels, operators
 from .checks import Gradients
 
@@ -29,22 +29,25 @@ def project(
     model_id: int = 0,
     offset: int = 0,
     precision: str | None = None,
+    nonzeros: int | None = None,
     out: Tensor | None = None,
     differentiable: bool = False,
 ) -> Tensor:
     """Projects a batch of gradients: ``result[b, i] = Σ_j P[i, offset + j] · grads[b, j]``, unscaled, summed in fp32.
 
-    Every entry of P depends on ``(proj_type, seed, model_id, i, j)`` only, so results from any machine, split or batch
-    belong together. The same call gives the same bits every time, with any number of threads. (Park et al. 2023,
-    section 3, step 2, asks for a Gaussian P; ±1 keeps norms and angles as well.)
+    Every entry of P depends on ``(proj_type, seed, model_id, i, j)`` only (that of ``"sjlt"`` also on ``proj_dim`` and
+    ``nonzeros``), so results from any machine, split or batch belong together. The same call gives the same bits every
+    time, with any number of threads. (Park et al. 2023, section 3, step 2, asks for a Gaussian P; ±1 keeps norms and
+    angles as well.)
 
     Args:
         grads: Gradients (B, D), or a mapping or sequence of tensors (B, ...) that are taken in order as if flattened
             and concatenated; nothing is concatenated. float32, bfloat16, float16 or float64; any strides; on one
             device.
         proj_dim: k, at least 1.
-        proj_type: ``"rademacher"`` (entries ±1) or ``"normal"`` (standard normal, rounded to bfloat16), or an enum
-            member with such a value.
+        proj_type: ``"rademacher"`` (entries ±1), ``"normal"`` (standard normal, rounded to bfloat16) or ``"sjlt"``
+            (sparse: ``nonzeros`` entries ±1 in each column, the rest 0), or an enum member with such a value. Dense
+            kinds have E‖Pg‖² = k ‖g‖², ``"sjlt"`` has nonzeros · ‖g‖².
         seed: 0 to 2**64 - 1.
         model_id: 0 to 2**32 - 1. Each has its own independent P.
         offset: Column of P that belongs to the first column of ``grads``, for gradients that come in slices: the
@@ -56,6 +59,9 @@ def project(
             Default: ``"high"`` for float32 (some 2.5e-6 of the result, where the projection itself distorts by 1/√k),
             and ``"highest"`` for float64. bfloat16 and float16 are always exact. On CUDA, tensor cores round sums
             toward zero besides: a result shrinks by up to 1e-5 of itself at any precision (8.4e-6 measured on an H100).
+        nonzeros: c, the entries in each column of ``"sjlt"``: 1, 2, 4 (the default) or 8. k / c must be a power of two,
+            16 to 2**20. The work is c additions for each element of the gradients, whatever k is. (Kane and Nelson,
+            "Sparser Johnson-Lindenstrauss transforms", JACM 2014, block construction.)
         out: Float32 tensor (B, k) on the gradients' device that the projection is added to, in place.
         differentiable: Records the projection for autograd (torch 2.4 or newer; P'y is its derivative, see
             :func:`project_adjoint`; torch.func transforms are not supported). By default nothing is recorded, even if
@@ -81,6 +87,7 @@ def project(
         model_id=model_id,
         offset=offset,
         precision=precision,
+        nonzeros=nonzeros,
     )
     if out is not None:
         _refuse_recording(differentiable)
@@ -98,13 +105,14 @@ def project_adjoint(
     seed: int = 0,
     model_id: int = 0,
     offset: int = 0,
+    nonzeros: int | None = None,
     out: Tensor | None = None,
     differentiable: bool = False,
 ) -> Tensor:
     """Computes the adjoint (transpose) of :func:`project`: ``result[b, j] = Σ_i P[i, offset + j] · y[b, i]``, unscaled.
 
-    The adjoint carries derivatives back through a projection, and 1/k times it is an unbiased estimate of the gradient
-    that was projected. Products and sums are in fp32, and the same call gives the same bits every time.
+    The adjoint carries derivatives back through a projection, and 1/k times it (``"sjlt"``: 1/nonzeros times) is an
+    unbiased estimate of the gradient that was projected. Products and sums are in fp32, and the same call gives the same bits every time.
 
     Args:
         y: Projected gradients (B, k), float32, bfloat16, float16 or float64 (rounded to float32), any strides.
@@ -113,6 +121,7 @@ def project_adjoint(
         seed: 0 to 2**64 - 1.
         model_id: 0 to 2**32 - 1.
         offset: Column of P that belongs to the result's first column.
+        nonzeros: See :func:`project`.
         out: Float32 tensor (B, D) on the device of ``y`` that the result is added to, in place.
         differentiable: Records the call for autograd, see :func:`project`.
 
@@ -131,6 +140,7 @@ def project_adjoint(
         seed=seed,
         model_id=model_id,
         offset=offset,
+        nonzeros=nonzeros,
         memory=memory,
     )
     if out is not None:
@@ -147,26 +157,34 @@ def matrix(
     model_id: int,
     rows: Sequence[int] | npt.NDArray[Any] | Tensor,
     cols: Sequence[int] | npt.NDArray[Any] | Tensor,
+    *,
+    proj_dim: int | None = None,
+    nonzeros: int | None = None,
 ) -> Tensor:
     """Computes entries of P, one by one as the definition has them.
 
     Args:
-        proj_type: ``"rademacher"`` or ``"normal"``.
+        proj_type: ``"rademacher"``, ``"normal"`` or ``"sjlt"``.
         seed: 0 to 2**64 - 1.
         model_id: 0 to 2**32 - 1.
-        rows: Row numbers, 0 to 2**32 - 1.
+        rows: Row numbers, 0 to proj_dim - 1.
         cols: Column numbers, 0 to 2**48 - 1.
+        proj_dim: k, the rows of P; needed for ``"sjlt"``, whose entries depend on it. Default: 2**32.
+        nonzeros: See :func:`project`.
 
     Returns:
         Float32 tensor (len(rows), len(cols)) on the CPU: ``P[rows[r], cols[c]]``.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or ``proj_dim`` is missing for ``"sjlt"``.
         TypeError: Something is not an integer.
     """
-    part = checks.matrix_part(proj_type, seed, model_id, 0, 0)
-    row_numbers = indexes("rows", rows, checks.MAX_ROWS).astype(np.uint32)
-    return kernels.matrix(part, row_numbers, indexes("cols", cols, checks.MAX_COLUMNS))
+    if proj_dim is None and checks.kind_of(proj_type) == checks.KINDS[checks.SPARSE]:
+        raise ValueError(f"proj_dim must be given for proj_type={checks.SPARSE!r}, whose entries depend on it")
+    size = checks.MAX_ROWS if proj_dim is None else integer("proj_dim", proj_dim, 1, checks.MAX_ROWS)
+    part = checks.matrix_part(proj_type, seed, model_id, offset=0, columns=0, proj_dim=size, nonzeros=nonzeros)
+    row_numbers = indexes("rows", rows, size).astype(np.uint32)
+    return kernels.matrix(part, size, row_numbers, indexes("cols", cols, checks.MAX_COLUMNS))
 
 
 def _refuse_recording(differentiable: bool) -> None:

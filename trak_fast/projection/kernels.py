@@ -55,6 +55,7 @@ def project(projection: checks.Projection, out: Tensor | None = None) -> Tensor:
         batch=batch,
         offset=part.offset,
         terms=checks.terms_of(projection.precision, tensors),
+        nonzeros=part.nonzeros,
         parts=[part_of(tensor) for tensor in tensors if tensor.numel()],
         out=out.data_ptr(),
         out_batch_stride=out.stride(0),
@@ -83,6 +84,7 @@ def project_adjoint(adjoint: checks.Adjoint, out: Tensor | None = None) -> Tenso
         columns=adjoint.grad_dim,
         batch=y.shape[0],
         offset=part.offset,
+        nonzeros=part.nonzeros,
         y=part_of(y),
         out=out.data_ptr(),
         out_batch_stride=out.stride(0),
@@ -96,13 +98,16 @@ def project_adjoint(adjoint: checks.Adjoint, out: Tensor | None = None) -> Tenso
     return out
 
 
-def matrix(part: checks.MatrixPart, rows: npt.NDArray[np.uint32], columns: npt.NDArray[np.uint64]) -> Tensor:
-    """Returns entries of a matrix, (len(rows), len(columns)) float32."""
+def matrix(
+    part: checks.MatrixPart, proj_dim: int, rows: npt.NDArray[np.uint32], columns: npt.NDArray[np.uint64]
+) -> Tensor:
+    """Returns entries of a matrix of `proj_dim` rows, (len(rows), len(columns)) float32."""
     out = torch.empty(len(rows), len(columns), dtype=torch.float32, device="cpu")
     _C.matrix(
         kind=part.kind,
         seed=part.seed,
         stream=part.model_id,
+        block_rows=proj_dim // part.nonzeros if part.nonzeros else 0,
         rows=rows.ctypes.data,
         row_count=len(rows),
         columns=columns.ctypes.data,
@@ -129,6 +134,7 @@ def info() -> dict[str, Any]:
     return {
         "version": _C.VERSION,
         "matrix_definition": _C.DEFINITION,
+        "proj_types": list(checks.KINDS),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "instruction_sets": _C.instruction_sets(),

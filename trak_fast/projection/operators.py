@@ -19,6 +19,9 @@ from . import checks, kernels
 _MATRIX = "str proj_type, SymInt seed, SymInt model_id, SymInt offset"
 """Arguments that name a matrix, in each schema. An operator takes the 64 bits of the seed as a signed number."""
 
+_NONZEROS = "SymInt? nonzeros=None"
+"""The last argument of each schema, which names a matrix of the sparse kind."""
+
 _KIND_NAMES = tuple(checks.KINDS)
 _library: Any = torch.library.Library("trak_fast", "DEF")  # type: ignore[no-untyped-call]
 
@@ -27,14 +30,17 @@ def project(projection: checks.Projection, out: Tensor | None, differentiable: b
     """Projects by way of the dispatcher."""
     tensors, part = projection.tensors, projection.part
     matrix = (_KIND_NAMES[part.kind], _signed(part.seed), part.model_id, part.offset)
+    nonzeros = part.nonzeros or None
     if differentiable:
         _require_autograd()
     else:
         tensors = [tensor.detach() for tensor in tensors]
     if out is None:
-        result: Tensor = torch.ops.trak_fast.project(tensors, projection.proj_dim, *matrix, projection.precision)
+        result: Tensor = torch.ops.trak_fast.project(
+            tensors, projection.proj_dim, *matrix, projection.precision, nonzeros
+        )
         return result
-    torch.ops.trak_fast.project_into(out, tensors, *matrix, projection.precision)
+    torch.ops.trak_fast.project_into(out, tensors, *matrix, projection.precision, nonzeros)
     return out
 
 
@@ -42,14 +48,15 @@ def project_adjoint(adjoint: checks.Adjoint, out: Tensor | None, differentiable:
     """Computes the adjoint by way of the dispatcher."""
     y, part = adjoint.y, adjoint.part
     matrix = (_KIND_NAMES[part.kind], _signed(part.seed), part.model_id, part.offset)
+    nonzeros = part.nonzeros or None
     if differentiable:
         _require_autograd()
     else:
         y = y.detach()
     if out is None:
-        result: Tensor = torch.ops.trak_fast.project_adjoint(y, adjoint.grad_dim, *matrix)
+        result: Tensor = torch.ops.trak_fast.project_adjoint(y, adjoint.grad_dim, *matrix, nonzeros)
         return result
-    torch.ops.trak_fast.project_adjoint_into(out, y, *matrix)
+    torch.ops.trak_fast.project_adjoint_into(out, y, *matrix, nonzeros)
     return out
 
 
@@ -61,6 +68,7 @@ def _project(
     model_id: int,
     offset: int,
     precision: str | None,
+    nonzeros: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Checks and projects real tensors: the operator `project`."""
@@ -74,6 +82,7 @@ def _project(
         model_id=model_id,
         offset=offset,
         precision=precision,
+        nonzeros=nonzeros,
     )
     if out is not None:
         checks.check_projection_out(out, projection)
@@ -81,27 +90,49 @@ def _project(
 
 
 def _project_into(
-    out: Tensor, grads: Sequence[Tensor], proj_type: str, seed: int, model_id: int, offset: int, precision: str | None
+    out: Tensor,
+    grads: Sequence[Tensor],
+    proj_type: str,
+    seed: int,
+    model_id: int,
+    offset: int,
+    precision: str | None,
+    nonzeros: int | None = None,
 ) -> None:
     """Adds a projection of real tensors to `out`: the operator `project_into`."""
-    _project(grads, out.shape[1], proj_type, seed, model_id, offset, precision, out)
+    _project(grads, out.shape[1], proj_type, seed, model_id, offset, precision, nonzeros, out)
 
 
 def _project_adjoint(
-    y: Tensor, grad_dim: int, proj_type: str, seed: int, model_id: int, offset: int, out: Tensor | None = None
+    y: Tensor,
+    grad_dim: int,
+    proj_type: str,
+    seed: int,
+    model_id: int,
+    offset: int,
+    nonzeros: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Checks a real tensor and computes its adjoint: the operator `project_adjoint`."""
     adjoint = checks.check_adjoint(
-        y.detach(), grad_dim, proj_type=proj_type, seed=seed % 2**64, model_id=model_id, offset=offset
+        y.detach(),
+        grad_dim,
+        proj_type=proj_type,
+        seed=seed % 2**64,
+        model_id=model_id,
+        offset=offset,
+        nonzeros=nonzeros,
     )
     if out is not None:
         checks.check_adjoint_out(out, adjoint)
     return kernels.project_adjoint(adjoint, out)
 
 
-def _project_adjoint_into(out: Tensor, y: Tensor, proj_type: str, seed: int, model_id: int, offset: int) -> None:
+def _project_adjoint_into(
+    out: Tensor, y: Tensor, proj_type: str, seed: int, model_id: int, offset: int, nonzeros: int | None = None
+) -> None:
     """Adds the adjoint of a real tensor to `out`: the operator `project_adjoint_into`."""
-    _project_adjoint(y, out.shape[1], proj_type, seed, model_id, offset, out)
+    _project_adjoint(y, out.shape[1], proj_type, seed, model_id, offset, nonzeros, out)
 
 
 def _empty_projection(grads: Sequence[Tensor], proj_dim: int, *settings: Any) -> Tensor:
@@ -130,29 +161,31 @@ def _require_autograd() -> None:
 
 
 def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grads, _, proj_type, seed, model_id, offset, _ = inputs
+    grads, _, proj_type, seed, model_id, offset, _, nonzeros = inputs
     ctx.parts = [(tuple(grad.shape), grad.dtype) for grad in grads]
     ctx.matrix = (proj_type, seed, model_id, offset)
+    ctx.nonzeros = nonzeros
 
 
 def _project_backward(ctx: Any, y: Tensor) -> tuple[Any, ...]:
     widths = [math.prod(shape[1:]) for shape, _ in ctx.parts]
-    whole = torch.ops.trak_fast.project_adjoint(y, sum(widths), *ctx.matrix)
+    whole = torch.ops.trak_fast.project_adjoint(y, sum(widths), *ctx.matrix, ctx.nonzeros)
     pieces = whole.split(widths, dim=1)
     grads = [piece.reshape(shape).to(dtype) for piece, (shape, dtype) in zip(pieces, ctx.parts, strict=True)]
-    return grads, None, None, None, None, None, None
+    return grads, None, None, None, None, None, None, None
 
 
 def _keep_adjoint(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, _, proj_type, seed, model_id, offset = inputs
+    y, _, proj_type, seed, model_id, offset, nonzeros = inputs
+    ctx.nonzeros = nonzeros
     ctx.proj_dim = y.shape[1]
     ctx.dtype = y.dtype
     ctx.matrix = (proj_type, seed, model_id, offset)
 
 
 def _adjoint_backward(ctx: Any, grads: Tensor) -> tuple[Any, ...]:
-    y = torch.ops.trak_fast.project([grads], ctx.proj_dim, *ctx.matrix, "highest")
-    return y.to(ctx.dtype), None, None, None, None, None
+    y = torch.ops.trak_fast.project([grads], ctx.proj_dim, *ctx.matrix, "highest", ctx.nonzeros)
+    return y.to(ctx.dtype), None, None, None, None, None, None
 
 
 def _define(schema: str, kernel: Callable[..., Tensor | None], fake: Callable[..., Tensor | None]) -> None:
@@ -166,22 +199,22 @@ def _define(schema: str, kernel: Callable[..., Tensor | None], fake: Callable[..
 
 
 _define(
-    f"project(Tensor[] grads, SymInt proj_dim, {_MATRIX}, str? precision) -> Tensor",
+    f"project(Tensor[] grads, SymInt proj_dim, {_MATRIX}, str? precision, {_NONZEROS}) -> Tensor",
     kernel=_project,
     fake=_empty_projection,
 )
 _define(
-    f"project_into(Tensor(a!) out, Tensor[] grads, {_MATRIX}, str? precision) -> ()",
+    f"project_into(Tensor(a!) out, Tensor[] grads, {_MATRIX}, str? precision, {_NONZEROS}) -> ()",
     kernel=_project_into,
     fake=_do_nothing,
 )
 _define(
-    f"project_adjoint(Tensor y, SymInt grad_dim, {_MATRIX}) -> Tensor",
+    f"project_adjoint(Tensor y, SymInt grad_dim, {_MATRIX}, {_NONZEROS}) -> Tensor",
     kernel=_project_adjoint,
     fake=_empty_adjoint,
 )
 _define(
-    f"project_adjoint_into(Tensor(a!) out, Tensor y, {_MATRIX}) -> ()",
+    f"project_adjoint_into(Tensor(a!) out, Tensor y, {_MATRIX}, {_NONZEROS}) -> ()",
     kernel=_project_adjoint_into,
     fake=_do_nothing,
 )

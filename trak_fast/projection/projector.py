@@ -60,9 +60,10 @@ class Projector:
         proj_type: See :func:`project`.
         device: The device that the gradients must be on; None: any.
         precision: See :func:`project`.
+        nonzeros: See :func:`project`.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or `proj_dim` does not fit `nonzeros`.
         TypeError: Something has the wrong type.
     """
 
@@ -75,6 +76,7 @@ class Projector:
         device: torch.device | str | None = None,
         *,
         precision: str | None = None,
+        nonzeros: int | None = None,
     ) -> None:
         self.grad_dim = integer("grad_dim", grad_dim, 0, checks.MAX_COLUMNS)
         self.proj_dim = integer("proj_dim", proj_dim, 1, checks.MAX_ROWS)
@@ -86,6 +88,7 @@ class Projector:
         if self.device is not None and self.device.type == "cuda" and torch.cuda.is_available():
             kernels.prepare(kind, self.device)  # before anyone captures a graph
         self.precision = precision
+        self.nonzeros = checks.nonzeros_of(kind, self.proj_dim, nonzeros) or None
         self.definition = kernels.definition()
 
     def project(self, grads: Gradients, model_id: int = 0) -> Tensor:
@@ -112,7 +115,14 @@ class Projector:
         """
         if isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] != self.proj_dim:
             raise ValueError(f"y has {y.shape[1]} columns, but proj_dim is {self.proj_dim}")
-        return project_adjoint(y, self.grad_dim, proj_type=self.proj_type, seed=self.seed, model_id=model_id)
+        return project_adjoint(
+            y,
+            self.grad_dim,
+            proj_type=self.proj_type,
+            seed=self.seed,
+            model_id=model_id,
+            nonzeros=self.nonzeros,
+        )
 
     def accumulator(self, batch_size: int, model_id: int = 0) -> Accumulator:
         """Makes a sum over slices of gradients of ``batch_size`` samples, for gradients that are never whole."""
@@ -142,12 +152,14 @@ class Projector:
             model_id=model_id,
             offset=offset,
             precision=self.precision,
+            nonzeros=self.nonzeros,
         )
 
     def __repr__(self) -> str:
+        nonzeros = "" if self.nonzeros is None else f", nonzeros={self.nonzeros}"
         return (
             f"Projector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, seed={self.seed}, "
-            f"proj_type={self.proj_type!r}, device={self.device}, precision={self.precision!r})"
+            f"proj_type={self.proj_type!r}, device={self.device}, precision={self.precision!r}{nonzeros})"
         )
 
 

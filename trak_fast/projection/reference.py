@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 LOW_32_BITS = np.uint64(0xFFFFFFFF)
 
-TAGS = {"rademacher": 0, "normal": 1}
-"""Number of each kind of matrix in Philox's counter, so that no two kinds share a call."""
+TAGS = {"rademacher": 0, "normal": 1, "places": 2, "signs": 3}
+"""Number of each kind of matrix in Philox's counter, so that no two kinds share a call; the sparse kind has two."""
 
 COLUMNS_PER_BLOCK = {"rademacher": 512, "normal": 32}
 """Columns of one row that the four calls of Philox with the same block number serve."""
@@ -71,21 +71,38 @@ def normal_table() -> NDArray[np.float32]:
     return table
 
 
-def matrix(proj_type: str, seed: int, stream: int, rows: ArrayLike, cols: ArrayLike) -> NDArray[np.float32]:
+def matrix(
+    proj_type: str,
+    seed: int,
+    stream: int,
+    rows: ArrayLike,
+    cols: ArrayLike,
+    proj_dim: int | None = None,
+    nonzeros: int = 4,
+) -> NDArray[np.float32]:
     """Returns the entries `P[i, j]` for all `i` of `rows` and all `j` of `cols`.
 
     Args:
-        proj_type: "rademacher" (entries ±1) or "normal" (entries of `normal_table`).
+        proj_type: "rademacher" (entries ±1), "normal" (entries of `normal_table`) or "sjlt" (`nonzeros` entries ±1 in
+            each column, the rest 0).
         seed: 0 to 2^64 - 1.
         stream: 0 to 2^32 - 1.
         rows: (r,) row numbers, 0 to 2^32 - 1, in any order.
         cols: (c,) column numbers, 0 to 2^53 - 1, in any order.
+        proj_dim: The number of rows of P, on which "sjlt" depends.
+        nonzeros: Entries in each column of "sjlt".
 
     Returns:
         (r, c) float32.
     """
     i = np.asarray(rows, dtype=np.uint64)
     j = np.asarray(cols, dtype=np.uint64)
+    if proj_type == "sjlt":
+        assert proj_dim is not None
+        places = sparse_rows(seed, stream, j, proj_dim, nonzeros)
+        signs = sparse_signs(seed, stream, j)
+        sparse: NDArray[np.float32] = (signs * (i[:, None, None] == places).any(axis=1)).astype(np.float32)
+        return sparse
 
     # One call of Philox serves one row, one block of columns and one t. Make each call once.
     t = j % np.uint64(8) // np.uint64(2)
@@ -119,6 +136,41 @@ def matrix(proj_type: str, seed: int, stream: int, rows: ArrayLike, cols: ArrayL
     return entries
 
 
+def sparse_rows(seed: int, stream: int, cols: NDArray[np.uint64], proj_dim: int, nonzeros: int) -> NDArray[np.uint64]:
+    """Returns the rows of the entries of the sparse kind, one in each block of K = proj_dim / nonzeros rows.
+
+    Source: Kane and Nelson, "Sparser Johnson-Lindenstrauss transforms", JACM 2014, the block construction; here the
+    K columns of a chunk meet the K rows of a block by a permutation.
+
+    Returns:
+        (nonzeros, len(cols)) uint64.
+    """
+    K = proj_dim // nonzeros
+    chunk, x = np.divmod(cols, np.uint64(K))
+    rows = np.empty((nonzeros, cols.size), dtype=np.uint64)
+    for q in range(nonzeros):
+        counter = np.zeros((cols.size, 4), dtype=np.uint64)
+        counter[:, 0] = chunk & LOW_32_BITS
+        counter[:, 1] = q
+        counter[:, 2] = np.uint64(TAGS["places"] << 8) | (chunk >> np.uint64(32)) << np.uint64(16)
+        counter[:, 3] = stream
+        words = philox4x32(counter, (seed % 2**32, seed >> 32)).astype(np.uint64)
+        rows[q] = np.uint64(q * K) + ((words[:, 0] | np.uint64(1)) * x + words[:, 1]) % np.uint64(K)
+    return rows
+
+
+def sparse_signs(seed: int, stream: int, cols: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Returns the sign of each column of the sparse kind, the same in all blocks: (len(cols),), +1 or -1."""
+    n = cols // np.uint64(128)
+    counter = np.zeros((cols.size, 4), dtype=np.uint64)
+    counter[:, 0] = n & LOW_32_BITS
+    counter[:, 2] = np.uint64(TAGS["signs"] << 8) | (n >> np.uint64(32)) << np.uint64(16)
+    counter[:, 3] = stream
+    words = philox4x32(counter, (seed % 2**32, seed >> 32))
+    word = np.take_along_axis(words, (cols % np.uint64(128) // np.uint64(32)).astype(np.intp)[:, None], axis=1)[:, 0]
+    return 1 - 2 * ((word >> (cols % np.uint64(32)).astype(np.uint32)) & np.uint32(1)).astype(np.int64)
+
+
 def project(
     grads: NDArray[Any],
     proj_dim: int,
@@ -126,6 +178,7 @@ def project(
     seed: int = 0,
     stream: int = 0,
     offset: int = 0,
+    nonzeros: int = 4,
 ) -> NDArray[np.float64]:
     """Computes `y = P g` for each row `g` of `grads`, in double precision.
 
@@ -136,6 +189,7 @@ def project(
         seed: As in `matrix`.
         stream: As in `matrix`.
         offset: The column of P that the first column of `grads` meets.
+        nonzeros: As in `matrix`.
 
     Returns:
         (B, k) float64.
@@ -146,6 +200,6 @@ def project(
     for start in range(0, grad_dim, step):
         stop = min(start + step, grad_dim)
         columns = np.arange(offset + start, offset + stop, dtype=np.uint64)
-        entries = matrix(proj_type, seed, stream, np.arange(proj_dim), columns)
+        entries = matrix(proj_type, seed, stream, np.arange(proj_dim), columns, proj_dim, nonzeros)
         result += grads[:, start:stop].astype(np.float64) @ entries.astype(np.float64).T
     return result
