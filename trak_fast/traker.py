@@ -157,8 +157,8 @@ class TRAKer:
                 those of the others differ (`scoring.ridge.auto_ridge`). 0: plain TRAK, with the least-norm solution
                 where X'X is singular. With these, scores do not depend on the scale of P. Another number means what it
                 means in traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
-            proj_type: "rademacher", "normal" or "sjlt", a sparse matrix, whose projection takes no longer than reading the
-                gradients. Features of "sjlt" are multiplied by √(k / nonzeros), to the scale of the others.
+            proj_type: "rademacher", "normal" or "sjlt", a sparse matrix, by which projecting takes about as long as
+                reading the gradients. Features of "sjlt" are multiplied by √(k / nonzeros), to the scale of the others.
             nonzeros: Entries in each column of "sjlt": 1, 2, 4 (the default) or 8; proj_dim / nonzeros must be a power
                 of two from 16 on.
             chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
