@@ -201,6 +201,7 @@ def test_layers_import_no_library_before_they_are_asked_to(tmp_path: Path) -> No
         "No module named 'trak'",
         "No module named 'dattri'",
         "No module named 'bergson'",
+        "No module named 'sjlt'",
     ]
 
 
