@@ -1,8 +1,8 @@
 """The module of the package sjlt 0.1.7 (`sjlt.SJLTProjection`), for CUDA and the CPU.
 
 Write `from trak_fast.compat.sjlt import SJLTProjection` in the place of `from sjlt import SJLTProjection` (sjlt then
-need not be installed), or call `patch()` to put it into an installed sjlt. It holds a seed in the place of D · c indexes
-with signs, sums in float32 without atomics, and gives the same bits every time.
+need not be installed), or call `patch()` to put it into an installed sjlt. It holds a seed in the place of D · c
+indexes with signs, sums in float32 without atomics, and gives the same bits every time.
 """
 
 from __future__ import annotations
