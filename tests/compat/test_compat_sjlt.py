@@ -132,3 +132,11 @@ def test_inputs_that_are_refused() -> None:
     for name in ("rand_indices", "rand_signs"):
         with pytest.raises(AttributeError, match=rf"has no {name}: it stores no matrix\. .*compat\.dattri\.patch"):
             getattr(module, name)
+
+
+def test_modules_are_compiled_whole() -> None:
+    module = SJLTProjection(300, 64, 4, seed=1)
+    x, y = torch.randn(5, 300), torch.randn(5, 64)
+    for apply, given in ((module, x), (module.transpose, y)):
+        compiled = torch.compile(apply, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(given), apply(given))

@@ -91,7 +91,7 @@ class SJLTProjection(nn.Module):
             ValueError: x has another shape.
             TypeError: x is no tensor, or has another dtype.
         """
-        check_tensor("x", x)
+        check_tensor("x", x, memory=False)
         return self._scaled(self._projector.project(x.to(self.device)), x)
 
     def transpose(self, y: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class SJLTProjection(nn.Module):
             ValueError: y has another shape.
             TypeError: y is no tensor, or has another dtype.
         """
-        check_tensor("y", y)
+        check_tensor("y", y, memory=False)
         return self._scaled(self._projector.adjoint(y.to(self.device)), y)
 
     def get_compression_ratio(self) -> float:
