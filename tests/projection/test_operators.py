@@ -10,7 +10,9 @@ from torch import Tensor
 import trak_fast
 from trak_fast import project, project_adjoint
 
-KINDS = ["rademacher", "normal"]
+EVERY_KIND = [("rademacher", None, 40), ("normal", None, 40), ("sjlt", None, 64), ("sjlt", 2, 64)]
+"""Kinds with their nonzeros and a k that fits."""
+
 SEEDS = [0, 1, 2**63 - 1, 2**63, 2**64 - 1]
 
 
@@ -45,6 +47,14 @@ def of_projector(g: Tensor) -> Tensor:
     return projector.adjoint(projector.project(g * 3, model_id=2))
 
 
+def sparse(g: Tensor) -> Tensor:
+    projector = trak_fast.Projector(100, 128, seed=3, proj_type="sjlt", nonzeros=8)
+    accumulator = projector.accumulator(len(g))
+    accumulator.add(g, 50)
+    y = project([g, g.half()], 64, proj_type="sjlt", offset=5) + accumulator.result()[:, :64]
+    return projector.adjoint(projector.project(torch.cat([g, g], 1))) + project_adjoint(y, 100, proj_type="sjlt")
+
+
 def adjoint_into_out(y: Tensor) -> Tensor:
     out = torch.ones(len(y), 20)
     assert project_adjoint(y, 20, proj_type="normal", seed=2**63, out=out) is out
@@ -53,7 +63,7 @@ def adjoint_into_out(y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", [of_tensor, of_parts, into_out, of_projector, adjoint_into_out])
+@pytest.mark.parametrize("function", [of_tensor, of_parts, into_out, of_projector, sparse, adjoint_into_out])
 def test_compiled_whole(function: Callable[[Tensor], Tensor], backend: str, dynamic: bool) -> None:
     compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
     for batch in (3, 2):
@@ -85,36 +95,39 @@ def test_operators_check_the_tensors_that_they_are_given() -> None:
         ops.project([torch.ones(3, 5, dtype=torch.int64)], 7, *matrix, None)
 
 
-@pytest.mark.parametrize("proj_type", KINDS)
-def test_operators_keep_torch_s_rules(proj_type: str) -> None:
+@pytest.mark.parametrize(("proj_type", "nonzeros", "k"), EVERY_KIND)
+def test_operators_keep_torch_s_rules(proj_type: str, nonzeros: int | None, k: int) -> None:
     """opcheck: schema, mutation, fake shapes, autograd and AOT dispatch, with static and with dynamic shapes."""
     ops, matrix = torch.ops.trak_fast, (proj_type, -3, 2**32 - 1, 2**40)
     grads = [random(3, 5, 4), random(3).double()]
     recording = [g.clone().requires_grad_() for g in grads]
     for given in (grads, recording):
-        torch.library.opcheck(ops.project.default, (given, 7, *matrix, "highest"))
-    torch.library.opcheck(ops.project_into.default, (torch.ones(3, 7), grads, *matrix, None))
-    for y in (random(3, 7), random(3, 7).requires_grad_()):
-        torch.library.opcheck(ops.project_adjoint.default, (y, 21, *matrix))
-    torch.library.opcheck(ops.project_adjoint_into.default, (torch.ones(3, 21), random(3, 7), *matrix))
+        torch.library.opcheck(ops.project.default, (given, k, *matrix, "highest", nonzeros))
+    torch.library.opcheck(ops.project_into.default, (torch.ones(3, k), grads, *matrix, None, nonzeros))
+    for y in (random(3, k), random(3, k).requires_grad_()):
+        torch.library.opcheck(ops.project_adjoint.default, (y, 21, *matrix, nonzeros))
+    torch.library.opcheck(ops.project_adjoint_into.default, (torch.ones(3, 21), random(3, k), *matrix, nonzeros))
 
 
 @pytest.mark.parametrize("compile_with", [None, "aot_eager"])
-@pytest.mark.parametrize("proj_type", KINDS)
-def test_derivatives_are_the_adjoint_and_the_projection(proj_type: str, compile_with: str | None) -> None:
+@pytest.mark.parametrize(("proj_type", "nonzeros", "k"), EVERY_KIND)
+def test_derivatives_are_the_adjoint_and_the_projection(
+    proj_type: str, nonzeros: int | None, k: int, compile_with: str | None
+) -> None:
     shapes = {"w": ((3, 7, 9), torch.float32), "b": ((3,), torch.bfloat16), "v": ((3, 11), torch.float64)}
     grads = {name: random(*shape, dtype=dtype).requires_grad_() for name, (shape, dtype) in shapes.items()}
-    options: dict[str, Any] = {"proj_type": proj_type, "seed": 5, "model_id": 6, "offset": 700, "differentiable": True}
+    options: dict[str, Any] = {"proj_type": proj_type, "seed": 5, "model_id": 6, "offset": 700, "nonzeros": nonzeros}
 
     def forward(grads: dict[str, Tensor]) -> Tensor:
-        return project(grads, 40, **options)
+        return project(grads, k, differentiable=True, **options)
 
     run = forward if compile_with is None else torch.compile(forward, fullgraph=True, backend=compile_with)
     y = run(grads)
-    assert torch.equal(y, project({name: g.detach() for name, g in grads.items()}, 40, **options))
-    upstream = random(3, 40, seed=1)
+    assert torch.equal(y, project({name: g.detach() for name, g in grads.items()}, k, **options))
+    upstream = random(3, k, seed=1)
     y.backward(upstream)
-    P = trak_fast.matrix(proj_type, 5, 6, range(40), range(700, 700 + 63 + 1 + 11)).double()
+    columns = range(700, 700 + 63 + 1 + 11)
+    P = trak_fast.matrix(proj_type, 5, 6, range(k), columns, proj_dim=k, nonzeros=nonzeros).double()
     expected = (upstream.double() @ P).split([63, 1, 11], dim=1)
     for (name, (shape, dtype)), part in zip(shapes.items(), expected, strict=True):
         assert grads[name].grad.dtype == dtype
@@ -122,7 +135,7 @@ def test_derivatives_are_the_adjoint_and_the_projection(proj_type: str, compile_
         torch.testing.assert_close(grads[name].grad.double(), part.reshape(shape), rtol=tolerance, atol=1e-4)
 
     back = upstream.clone().requires_grad_()
-    project_adjoint(back, 75, **options).backward(random(3, 75, seed=2))
+    project_adjoint(back, 75, differentiable=True, **options).backward(random(3, 75, seed=2))
     torch.testing.assert_close(back.grad.double(), random(3, 75, seed=2).double() @ P.T, rtol=1e-5, atol=1e-4)
 
 

@@ -52,14 +52,16 @@ def test_same_bits_from_several_python_threads(isa: str) -> None:
 def test_same_bits_if_the_caller_flushes_subnormal_numbers(isa: str) -> None:
     """The threads that help the caller may or may not inherit its mode: the bits are the same."""
     grads = random(33, 3000) * 1e-39
-    expected = trak_fast.project(grads, 100, proj_type="normal")
+    sizes = [("normal", 100), ("sjlt", 128)]
+    expected = [trak_fast.project(grads, k, proj_type=proj_type) for proj_type, k in sizes]
     if not torch.set_flush_denormal(True):
         pytest.skip("torch has no such mode on this processor")
     try:
-        y = trak_fast.project(grads, 100, proj_type="normal")
+        results = [trak_fast.project(grads, k, proj_type=proj_type) for proj_type, k in sizes]
     finally:
         torch.set_flush_denormal(False)
-    assert torch.equal(y, expected)
+    assert all(torch.equal(y, other) for y, other in zip(results, expected, strict=True))
+    assert all(y.any() for y in results)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 on fork
@@ -83,14 +85,17 @@ def test_forked_child_projects_too() -> None:
 
 INTERRUPTED = """
 import torch, trak_fast
-grads = torch.ones(1, 1).expand(32, 2**36)
+grads = torch.ones(1, 1).expand({batch}, 2**36)
 print("working", flush=True)
 try:
-    trak_fast.project(grads, 512)
+    trak_fast.project(grads, 512, proj_type="{proj_type}")
 except KeyboardInterrupt:
     print("interrupted", float(trak_fast.project(torch.ones(2, 1), 1).abs().sum()))
 """
 
 
-def test_control_c_stops_a_long_projection(tmp_path: Path) -> None:
-    assert interrupt(INTERRUPTED, tmp_path) == ("interrupted 2.0\n", 0)
+# In the sparse kind, threads have whole groups of samples of their own, or share one and wait for each other.
+@pytest.mark.parametrize(("proj_type", "batch"), [("rademacher", 32), ("sjlt", 32), ("sjlt", 16)])
+def test_control_c_stops_a_long_projection(tmp_path: Path, proj_type: str, batch: int) -> None:
+    program = INTERRUPTED.format(proj_type=proj_type, batch=batch)
+    assert interrupt(program, tmp_path) == ("interrupted 2.0\n", 0)
