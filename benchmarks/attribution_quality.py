@@ -37,7 +37,6 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
-from trak.score_computers import BasicScoreComputer
 
 import trak_fast
 from trak_fast import retraining
@@ -256,6 +255,8 @@ def dense(solver: Solver, train: NDArray[np.float32], targets: NDArray[np.float3
 
 def traker_scores(train: NDArray[np.float32], targets: NDArray[np.float32], grad_dim: int) -> NDArray[np.float32]:
     """Computes one checkpoint's scores by traker's own code at its defaults; NaN if traker finds X'X singular."""
+    from trak.score_computers import BasicScoreComputer
+
     computer = BasicScoreComputer(torch.float16, torch.device("cpu"))
     halves = [(torch.from_numpy(np.array(x)) / grad_dim**0.5).half() for x in (train, targets)]
     scores = torch.zeros(len(train), len(targets))

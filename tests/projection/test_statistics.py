@@ -134,3 +134,76 @@ def test_norms_and_inner_products_are_distorted_as_theory_says(proj_type: str, g
     # An estimate is a mean of 256 independent terms whose own kurtosis is at most 15 - 3, that of a squared normal, so
     # the error's kurtosis is below 3 + 12/256 and a mean of squared errors deviates by sqrt(2.05 / matrices).
     assert np.abs((error**2).mean(0) - 1).max() <= limit(values) * math.sqrt(2.05 / matrices)
+
+
+def test_signs_of_sparse_columns_are_independent() -> None:
+    """A column has one sign in all its blocks; those of different columns are uncorrelated, balanced and change."""
+    matrices = 4096
+    parts = [
+        trak_fast.matrix("sjlt", 0, m, range(16), range(512), proj_dim=16, nonzeros=1).sum(0) for m in range(matrices)
+    ]
+    signs = torch.stack(parts).numpy().astype(np.float64)  # (matrices, 512)
+    assert_uncorrelated(signs.sum(0), matrices)
+    assert_uncorrelated((signs.T @ signs)[np.triu_indices(512, 1)], matrices)
+    assert_uncorrelated((signs[1:] * signs[:-1]).sum(0), matrices - 1)
+
+
+@pytest.mark.parametrize(("k", "nonzeros"), [(16, 1), (32, 2), (64, 4), (128, 8), (256, 4)])
+def test_sparse_inner_products_are_distorted_as_theory_says(k: int, nonzeros: int) -> None:
+    """<Pa, Pb>/c has mean <a, b> and, with K = k/c and a_m the part of a in the m-th chunk of K columns, the variance
+
+        (1 + (c - 1)/K) (‖a‖² ‖b‖² + <a, b>² - Σ_m (‖a_m‖² ‖b_m‖² + <a_m, b_m>²)) / k
+
+    The estimate is Σ_{j, l} s_j s_l a_j b_l M_jl / c, where M_jl counts the blocks in which columns j and l meet. With
+    independent signs s, no two pairs of columns are correlated, so the variance is Σ_{j < l} (a_j b_l + a_l b_j)²
+    E[M_jl²] / c². Columns of one chunk never meet. Those of two chunks meet in each block with probability 1/K, so M_jl
+    is binomial with E[M_jl²] = (c/K) (1 + (c - 1)/K).
+    """
+    matrices, grad_dim = 4000, 600
+    width = k // nonzeros
+    j = torch.arange(grad_dim)
+    generator = torch.Generator().manual_seed(k)
+    vectors = torch.stack(
+        [
+            torch.ones(grad_dim),
+            torch.where(j % 2 == 0, 1.0, -0.5),
+            (j % width == 5).float(),  # one place in every chunk
+            ((j == 3) | (j == width + 9)).float(),  # two parameters matter, in two chunks
+            ((j % 4 == 1) & (j < 2 * width)).float(),  # an affine hash takes all of these to one place modulo 4
+            (1 + j) ** -0.5,
+            torch.randn(grad_dim, generator=generator),
+            ((j >= width) & (j < 2 * width)) * torch.randn(grad_dim, generator=generator),  # one chunk
+            ((j >= width) & (j < 2 * width)) * torch.randn(grad_dim, generator=generator),
+        ]
+    )
+    G = vectors.double().numpy()
+    inner = G @ G.T
+    variance = np.outer(np.diag(inner), np.diag(inner)) + inner**2
+    for start in range(0, grad_dim, width):
+        part = G[:, start : start + width]
+        products = part @ part.T
+        variance -= np.outer(np.diag(products), np.diag(products)) + products**2
+    variance *= (1 + (nonzeros - 1) / width) / k
+
+    y = torch.stack(
+        [
+            trak_fast.project(vectors, k, proj_type="sjlt", seed=2, model_id=m, nonzeros=nonzeros, precision="highest")
+            for m in range(matrices)
+        ]
+    )
+    estimates = (y.double() @ y.double().mT).numpy() / nonzeros  # (matrices, 9, 9)
+    pairs = np.triu_indices(len(G))
+    error = (estimates - inner)[:, pairs[0], pairs[1]]  # (matrices, 45)
+    theory = variance[pairs]
+
+    exact = theory <= 1e-9 * np.outer(np.diag(inner), np.diag(inner))[pairs]
+    assert exact.sum() == 3  # the two vectors of one chunk
+    np.testing.assert_allclose(error[:, exact], 0, atol=1e-4)
+    error = error[:, ~exact] / np.sqrt(theory[~exact])
+    values = error.shape[1]
+    assert np.abs(error.mean(0)).max() <= limit(values) / math.sqrt(matrices)
+    # Few meetings make few large errors, so the deviation of their squares is taken from the sample. It is small enough
+    # that a variance that is half as large again would be found.
+    deviation = (error**2).std(0, ddof=1) / math.sqrt(matrices)
+    assert limit(values) * deviation.max() < 0.5
+    assert (np.abs((error**2).mean(0) - 1) / deviation).max() <= limit(values)
