@@ -21,6 +21,7 @@ class Projection:
         batch: int,
         offset: int,
         terms: int,
+        nonzeros: int,
         parts: list[Part],
         out: int,
         out_batch_stride: int,
@@ -37,6 +38,7 @@ class Adjoint:
         columns: int,
         batch: int,
         offset: int,
+        nonzeros: int,
         y: Part,
         out: int,
         out_batch_stride: int,
@@ -55,7 +57,16 @@ def project_adjoint_cuda(
     adjoint: Adjoint, half_table: int, scratch: Allocate, device: int, cuda_stream: int, /
 ) -> None: ...
 def matrix(
-    *, kind: int, seed: int, stream: int, rows: int, row_count: int, columns: int, column_count: int, out: int
+    *,
+    kind: int,
+    seed: int,
+    stream: int,
+    block_rows: int,
+    rows: int,
+    row_count: int,
+    columns: int,
+    column_count: int,
+    out: int,
 ) -> None: ...
 def normal_half_table() -> int: ...
 def instruction_sets() -> list[str]: ...

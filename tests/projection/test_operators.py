@@ -85,14 +85,14 @@ def test_operators_check_the_tensors_that_they_are_given() -> None:
     """Operators can be called by hand, and a trace may have seen less of a tensor than matters."""
     ops, matrix = torch.ops.trak_fast, ("rademacher", 0, 0, 0)
     with pytest.raises(ValueError, match="out has elements that share memory"):
-        ops.project_into(torch.zeros(3, 1).expand(3, 7), [random(3, 5)], *matrix, None)
+        ops.project_into(torch.zeros(3, 1).expand(3, 7), [random(3, 5)], *matrix, None, None)
     memory = torch.ones(50)
     with pytest.raises(ValueError, match="out shares its storage with grads"):
-        ops.project_into(memory[20:41].view(3, 7), [memory[:15].view(3, 5)], *matrix, None)
+        ops.project_into(memory[20:41].view(3, 7), [memory[:15].view(3, 5)], *matrix, None, None)
     with pytest.raises(ValueError, match="out shares its storage with y"):
-        ops.project_adjoint_into(memory[20:41].view(3, 7), memory[:15].view(3, 5), *matrix)
+        ops.project_adjoint_into(memory[20:41].view(3, 7), memory[:15].view(3, 5), *matrix, None)
     with pytest.raises(TypeError, match=r"grads\[0\] must have one of the dtypes .*, not torch.int64"):
-        ops.project([torch.ones(3, 5, dtype=torch.int64)], 7, *matrix, None)
+        ops.project([torch.ones(3, 5, dtype=torch.int64)], 7, *matrix, None, None)
 
 
 @pytest.mark.parametrize(("proj_type", "nonzeros", "k"), EVERY_KIND)

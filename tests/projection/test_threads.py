@@ -61,7 +61,7 @@ def test_same_bits_if_the_caller_flushes_subnormal_numbers(isa: str) -> None:
     finally:
         torch.set_flush_denormal(False)
     assert all(torch.equal(y, other) for y, other in zip(results, expected, strict=True))
-    assert all(y.any() for y in results)
+    assert results[1].any()  # bfloat16 products of the other kind may end at 0
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 on fork

@@ -19,8 +19,8 @@ from . import checks, kernels
 _MATRIX = "str proj_type, SymInt seed, SymInt model_id, SymInt offset"
 """Arguments that name a matrix, in each schema. An operator takes the 64 bits of the seed as a signed number."""
 
-_NONZEROS = "SymInt? nonzeros=None"
-"""The last argument of each schema, which names a matrix of the sparse kind."""
+_NONZEROS = "SymInt? nonzeros"
+"""The last argument of each schema, None for a dense kind. It has no default: autograd would not see it then."""
 
 _KIND_NAMES = tuple(checks.KINDS)
 _library: Any = torch.library.Library("trak_fast", "DEF")  # type: ignore[no-untyped-call]
@@ -68,7 +68,7 @@ def _project(
     model_id: int,
     offset: int,
     precision: str | None,
-    nonzeros: int | None = None,
+    nonzeros: int | None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Checks and projects real tensors: the operator `project`."""
@@ -97,7 +97,7 @@ def _project_into(
     model_id: int,
     offset: int,
     precision: str | None,
-    nonzeros: int | None = None,
+    nonzeros: int | None,
 ) -> None:
     """Adds a projection of real tensors to `out`: the operator `project_into`."""
     _project(grads, out.shape[1], proj_type, seed, model_id, offset, precision, nonzeros, out)
@@ -110,7 +110,7 @@ def _project_adjoint(
     seed: int,
     model_id: int,
     offset: int,
-    nonzeros: int | None = None,
+    nonzeros: int | None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Checks a real tensor and computes its adjoint: the operator `project_adjoint`."""
@@ -129,7 +129,7 @@ def _project_adjoint(
 
 
 def _project_adjoint_into(
-    out: Tensor, y: Tensor, proj_type: str, seed: int, model_id: int, offset: int, nonzeros: int | None = None
+    out: Tensor, y: Tensor, proj_type: str, seed: int, model_id: int, offset: int, nonzeros: int | None
 ) -> None:
     """Adds the adjoint of a real tensor to `out`: the operator `project_adjoint_into`."""
     _project_adjoint(y, out.shape[1], proj_type, seed, model_id, offset, nonzeros, out)

@@ -168,7 +168,10 @@ def sparse_signs(seed: int, stream: int, cols: NDArray[np.uint64]) -> NDArray[np
     counter[:, 3] = stream
     words = philox4x32(counter, (seed % 2**32, seed >> 32))
     word = np.take_along_axis(words, (cols % np.uint64(128) // np.uint64(32)).astype(np.intp)[:, None], axis=1)[:, 0]
-    return 1 - 2 * ((word >> (cols % np.uint64(32)).astype(np.uint32)) & np.uint32(1)).astype(np.int64)
+    signs: NDArray[np.int64] = 1 - 2 * ((word >> (cols % np.uint64(32)).astype(np.uint32)) & np.uint32(1)).astype(
+        np.int64
+    )
+    return signs
 
 
 def project(
