@@ -22,6 +22,7 @@ from attribution import (
     from_gradients,
     network,
     projected,
+    projected_sparsely,
     run,
 )
 from torch import Tensor, nn
@@ -154,6 +155,28 @@ def test_stored_features_are_projected_gradients(tmp_path: Path) -> None:
         np.testing.assert_allclose(rows.weights, weights, rtol=2 * EPS)
         expected, bound = projected(by_hand(state, TARGETS)[0], 8, model_id)
         assert (np.abs(traker.store.targets(model_id, "test").features - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("nonzeros", [1, 2, None])
+@pytest.mark.parametrize("lambda_reg", ["auto", 0, 0.3])
+def test_sparse_features_have_the_scale_of_dense_ones(
+    tmp_path: Path, lambda_reg: float | str, nonzeros: int | None
+) -> None:
+    """A ridge that is given as a number means the same for every kind."""
+    traker = build(tmp_path, proj_type="sjlt", proj_dim=64, nonzeros=nonzeros, lambda_reg=lambda_reg)
+    scores = run(traker)
+    parts = []
+    for model_id, state in enumerate(CHECKPOINTS):
+        gradients, weights = by_hand(state, TRAIN)
+        x, x_error = projected_sparsely(gradients, 64, model_id, nonzeros or 4)
+        targets, targets_error = projected_sparsely(by_hand(state, TARGETS)[0], 64, model_id, nonzeros or 4)
+        assert (np.abs(traker.store.train(model_id).features - x) <= x_error).all()
+        assert (np.abs(traker.store.targets(model_id, "test").features - targets) <= targets_error).all()
+        parts.append((weights, x, targets, float(np.linalg.norm(x_error)), float(np.linalg.norm(targets_error))))
+    expected = ClosedForm(131, 64, lambda_reg, [part[1] for part in parts])
+    for part in parts:
+        expected.add(*part)
+    expected.check(scores)
 
 
 @pytest.mark.parametrize("options", [{"proj_dim": 0}, {"proj_dim": 0, "grad_wrt": ["4.bias", "4.weight"]}])
@@ -364,6 +387,19 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
             TRAKer(**{**options, **change}, load_from_save_dir=resume)
 
 
+def test_a_folder_of_another_sparse_matrix_is_refused(tmp_path: Path) -> None:
+    options = {"model": network(), "task": "image_classification", "train_set_size": N, "save_dir": tmp_path,
+               "proj_dim": 64, "proj_type": "sjlt"}  # fmt: skip
+    TRAKer(**options)
+    TRAKer(**options, nonzeros=4)  # the default
+    with pytest.raises(ValueError, match="nonzeros: stored 4, given 2"):
+        TRAKer(**options, nonzeros=2)
+    with pytest.raises(
+        ValueError, match=r"proj_type: stored 'sjlt', given 'rademacher'\n.*nonzeros: stored 4, given None"
+    ):
+        TRAKer(**{**options, "proj_type": "rademacher"})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -376,6 +412,10 @@ def test_a_folder_of_other_features_is_refused(tmp_path: Path, change: dict[str,
         ({"saver": object}, "saver and score_computer are not supported"),
         ({"score_computer": object}, "saver and score_computer are not supported"),
         ({"grad_wrt": ["head"]}, "no parameter head"),
+        ({"nonzeros": 4}, "nonzeros belongs to proj_type='sjlt'"),
+        ({"proj_type": "sjlt", "proj_dim": 1000}, "proj_dim must be nonzeros times a power of two .*: 512 and 1024"),
+        ({"proj_type": "sjlt", "proj_dim": 0, "nonzeros": 1}, "nonzeros must be None with a projector or proj_dim=0"),
+        ({"projector": Projector(131, 64, proj_type="sjlt"), "nonzeros": 1}, "nonzeros must be None with a projector"),
         (
             {"projector": type("P", (), {"grad_dim": 130, "proj_dim": 8})()},
             "projector.grad_dim must be 131, .*, not 130",

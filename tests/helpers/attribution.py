@@ -97,6 +97,17 @@ def projected(gradients: NDArray[np.float64], proj_dim: int, model_id: int) -> t
     return gradients @ entries.T, np.broadcast_to(bound, (len(gradients), proj_dim))
 
 
+def projected_sparsely(
+    gradients: NDArray[np.float64], proj_dim: int, model_id: int, nonzeros: int
+) -> tuple[NDArray, NDArray]:
+    """Computes √(k/c) P g of the sparse kind, which has the dense kinds' scale, and the error of its features."""
+    columns = np.arange(gradients.shape[1])
+    P = reference.matrix("sjlt", SEED, model_id, np.arange(proj_dim), columns, proj_dim, nonzeros)
+    scale = np.sqrt(proj_dim / nonzeros)
+    bound = (gradients.shape[1] + 4) * EPS * scale * np.abs(gradients) @ np.abs(P).T
+    return scale * gradients @ P.T.astype(np.float64), bound
+
+
 def apart(features: list[NDArray]) -> float:
     """Computes ρ, the disagreement of two checkpoints' features, each (N, k)."""
     first, second = (x @ x.T * (N / (x * x).sum()) for x in features)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from trak_fast.projection import project, reference
 from trak_fast.scoring import gram as gram_module
 from trak_fast.scoring.gram import GramAccumulator, gram_matrix, normalized
 from trak_fast.scoring.ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
@@ -104,6 +105,21 @@ def test_normalized_scores_are_those_of_features_of_length_1(n: int, k: int, wei
     gram = gram_matrix(scaled, CPU, weights, normalize=True)
     solved = Solver(scaled, gram, 0.5, weights, normalize=True)
     check(solved, unit, unit_targets, 0.5, weights)
+
+
+@pytest.mark.parametrize("nonzeros", [2, 4, 8])
+def test_sparse_features_without_a_ridge_get_the_least_norm_solution(nonzeros: int) -> None:
+    """The blocks of rows of a sparse matrix have the same sum, so X'X has nonzeros - 1 eigenvalues of 0."""
+    g = torch.randn(300, 900, generator=torch.Generator().manual_seed(0))
+    x = project(g, 128, proj_type="sjlt", nonzeros=nonzeros).numpy()
+    exact = reference.project(g.numpy(), 128, "sjlt", nonzeros=nonzeros)
+    assert np.linalg.matrix_rank(exact) == 128 - nonzeros + 1
+    solved = Solver(x, gram_matrix(x, torch.device("cpu")), 0.0)
+    assert solved.inverse.method == "eigh"
+    expected = exact @ np.linalg.pinv(exact.T @ exact, rcond=1e-10, hermitian=True) @ exact[:5].T
+    # The condition of X'X is that of a random matrix of 300 × 128, about ((√300 + √128) / (√300 - √128))² < 40.
+    assert solved.inverse.condition < 100
+    np.testing.assert_allclose(assemble(solved, x, x[:5]), expected, atol=100 * 900 * 2.0**-24)
 
 
 def test_weights_without_a_ridge_are_refused_where_they_need_one() -> None:

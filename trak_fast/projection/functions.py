@@ -47,7 +47,11 @@ def project(
         proj_dim: k, at least 1.
         proj_type: ``"rademacher"`` (entries ±1), ``"normal"`` (standard normal, rounded to bfloat16) or ``"sjlt"``
             (sparse: ``nonzeros`` entries ±1 in each column, the rest 0), or an enum member with such a value. Dense
-            kinds have E‖Pg‖² = k ‖g‖², ``"sjlt"`` has nonzeros · ‖g‖².
+            kinds have E‖Pg‖² = k ‖g‖², ``"sjlt"`` has nonzeros · ‖g‖². Inner products from ``"sjlt"`` are unbiased,
+            with at most 1 + c (c - 1) / k times the mean squared error of dense ±1 (c: nonzeros), but large errors are
+            more frequent where a few dozen coordinates carry the gradients: two coordinates meet with probability
+            c²/k, and their product is then off by 1/c of itself (docs/choosing.md). Its c blocks of rows have the same
+            sum, so that the rank of P is at most k - c + 1.
         seed: 0 to 2**64 - 1.
         model_id: 0 to 2**32 - 1. Each has its own independent P.
         offset: Column of P that belongs to the first column of ``grads``, for gradients that come in slices: the
