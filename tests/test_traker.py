@@ -27,6 +27,7 @@ from attribution import (
 )
 from torch import Tensor, nn
 
+from trak_fast.compat.traker import BasicProjector
 from trak_fast.gradients import FunctionalGradientComputer
 from trak_fast.metrics import mislabel_detection
 from trak_fast.projection import Projector
@@ -177,6 +178,16 @@ def test_sparse_features_have_the_scale_of_dense_ones(
     for part in parts:
         expected.add(*part)
     expected.check(scores)
+
+
+def test_sparse_projectors_of_either_scale_give_the_same_features(tmp_path: Path) -> None:
+    rows = []
+    for kind in (Projector, BasicProjector):
+        traker = build(tmp_path, projector=kind(131, 64, SEED, "sjlt"), load_from_save_dir=not rows)
+        traker.load_checkpoint(CHECKPOINTS[0], 0)
+        traker.featurize(TRAIN, num_samples=N)
+        rows.append(np.array(traker.store.train(0).features))
+    assert (rows[0] == rows[1]).all()
 
 
 @pytest.mark.parametrize("options", [{"proj_dim": 0}, {"proj_dim": 0, "grad_wrt": ["4.bias", "4.weight"]}])

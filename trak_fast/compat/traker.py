@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import enum
 import importlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -68,8 +67,13 @@ class BasicProjector(Projector):
         sparse = getattr(proj_type, "value", proj_type) == SPARSE
         nonzeros = fitting_nonzeros(proj_dim) if sparse else None
         super().__init__(grad_dim, proj_dim, bits("seed", seed, 64), proj_type, nonzeros=nonzeros)
-        self._factor = math.sqrt(self.proj_dim / self.nonzeros) if self.nonzeros else 1.0
+        self._factor = super().dense_scale
         self.home = None if device is None else torch.device(device)
+
+    @property
+    def dense_scale(self) -> float:
+        """1: results have the scale of the dense kinds."""
+        return 1.0
 
     def project(self, grads: Tensor | Mapping[str, Tensor] | Sequence[Tensor], model_id: SupportsIndex = 0) -> Tensor:
         """Projects (B, D), or a mapping of (B, ...), to a new float32 tensor (B, k)."""
