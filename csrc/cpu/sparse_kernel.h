@@ -44,6 +44,7 @@ struct Vectors {
   }
 };
 
+// The numbers 0 .. n - 1 as arguments of a template, without the standard library's (see floats.h).
 template <int... i>
 struct Indexes {};
 template <int n, int... i>
@@ -66,6 +67,7 @@ TRAK_FAST_INLINE typename Vectors<n>::Floats exchange(typename Vectors<n>::Float
 #endif
 }
 
+// Transposes an n x n matrix, by exchanges of ever smaller blocks.
 template <int n, int h = n / 2>
 TRAK_FAST_INLINE void transpose(typename Vectors<n>::Floats (&rows)[n]) {
   if constexpr (h > 0) {
@@ -101,9 +103,7 @@ class SparseKernels {
     const uint32_t mask = m.block_rows - 1;
     for (int64_t column = 0; column < kUnit; column += kStageStep) {
       alignas(64) float staged[kStageStep * n];
-      SparseStage part = m.stage;
-      part.staged = staged - column * n;
-      stage_columns<n>(part, column);
+      stage_columns<n>(m.stage, column, staged);
       const int64_t first = column < m.begin ? m.begin : column;
       const int64_t end = column + kStageStep < m.end ? column + kStageStep : m.end;
       if (first >= end) continue;
@@ -199,24 +199,25 @@ class SparseKernels {
     int64_t row = add == nullptr ? 0 : add->first_row, block = 0;
     if (stage != nullptr) {
       for (int64_t column = 0; column < kUnit; column += kStageStep) {
-        stage_columns<n>(*stage, column);
+        stage_columns<n>(*stage, column, stage->staged + column * n);
         for (; block < row_blocks * (column + kStageStep) / kUnit; ++block, row += rows) add_rows<n, rows>(*add, row);
       }
     }
     for (; block < row_blocks; ++block, row += rows) add_rows<n, rows>(*add, row);
   }
 
+  // Stages kStageStep columns.
   template <int n>
-  static TRAK_FAST_INLINE void stage_columns(const SparseStage& s, int64_t column) {
+  static TRAK_FAST_INLINE void stage_columns(const SparseStage& s, int64_t column, float* staged) {
     if (s.raw_bf16) {
-      stage_columns_as<n, true>(s, column);
+      stage_columns_as<n, true>(s, column, staged);
     } else {
-      stage_columns_as<n, false>(s, column);
+      stage_columns_as<n, false>(s, column, staged);
     }
   }
 
   template <int n, bool raw>
-  static TRAK_FAST_INLINE void stage_columns_as(const SparseStage& s, int64_t first) {
+  static TRAK_FAST_INLINE void stage_columns_as(const SparseStage& s, int64_t first, float* staged) {
     constexpr int width = n == 1 ? L::kLanes : n;
     using V = Vectors<width>;
     for (int64_t column = first; column < first + kStageStep; column += width) {
@@ -226,7 +227,7 @@ class SparseKernels {
         rows[i] = reinterpret_cast<typename V::Floats>(load_bits<width, raw>(s.samples[i], column) ^ signs);
       }
       if constexpr (n > 1) transpose<n>(rows);
-      for (int i = 0; i < n; ++i) V::store(s.staged + column * n + i * width, rows[i]);
+      for (int i = 0; i < n; ++i) V::store(staged + (column - first) * n + i * width, rows[i]);
     }
   }
 
