@@ -41,6 +41,19 @@ def integer(name: str, value: SupportsIndex, low: int, high: int | None = None) 
     return number
 
 
+def one_of(name: str, value: SupportsIndex, allowed: Sequence[int]) -> int:
+    """Checks an integer that must be one of a few, and returns it as a Python integer.
+
+    Raises:
+        TypeError: `value` is no integer.
+        ValueError: `value` is none of `allowed`.
+    """
+    number = integer(name, value, -(2**63))
+    if number not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {number}")
+    return number
+
+
 def real(name: str, value: SupportsFloat, low: float, high: float = math.inf, *, above: bool = False) -> float:
     """Checks a finite number, and returns it as a float.
 

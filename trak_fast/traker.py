@@ -229,7 +229,7 @@ class TRAKer:
             grad_wrt=None if grad_wrt is None and len(parameters) == len(every) else list(parameters),
         )
         if nonzeros is not None and (projector is not None or proj_dim == 0):
-            raise ValueError("nonzeros must be None with a projector or proj_dim=0, which it has no influence on")
+            raise ValueError("nonzeros has no influence beside projector or proj_dim=0: leave it out")
         if projector is None and proj_dim == 0:
             projector = NoProjection()
         elif projector is None:

@@ -147,6 +147,8 @@ import sys
 assert not any(name == "torch" or name.startswith("trak_fast.projection") for name in sys.modules), "imported too early"
 import fast_jl, torch
 y = fast_jl.project_rademacher_32(torch.ones(2, 10, dtype=torch.bfloat16), 7, -1, 108)
+from sjlt import SJLTProjection  # which is not installed
+assert torch.allclose(SJLTProjection(10, 16, seed=1, device="cpu")(y[:, :1].expand(2, 10)).norm(), y[:, :1].norm() * 10**0.5)
 print(sys.argv[1:], __name__, tuple(y.shape), fast_jl.__name__)
 import subprocess
 if "child" not in sys.argv:

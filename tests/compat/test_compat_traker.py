@@ -136,10 +136,11 @@ def test_projectors_keep_traker_s_signature() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sjlt", layer.ProjectionType.sjlt])
-@pytest.mark.parametrize(("k", "nonzeros"), [(16, 1), (128, 4)])
+@pytest.mark.parametrize(("k", "nonzeros"), [(16, 1), (128, 1), (128, 4)])
 def test_sjlt_is_as_large_as_the_dense_kinds(kind: str, k: int, nonzeros: int) -> None:
     """So that a ridge that is a number keeps its meaning: E‖Pg‖² = k ‖g‖²."""
-    projector = layer.BasicProjector(grad_dim=300, proj_dim=k, seed=-3, proj_type=kind, device="cpu")
+    given = {} if nonzeros == 1 else {"nonzeros": nonzeros}
+    projector = layer.BasicProjector(grad_dim=300, proj_dim=k, seed=-3, proj_type=kind, device="cpu", **given)
     P = reference.matrix("sjlt", 2**64 - 3, 7, range(k), range(300), k, nonzeros) * np.sqrt(k / nonzeros)
     grads, y = torch.randn(5, 300), torch.randn(4, k)
     close = {"rtol": 1e-5, "atol": 1e-4}
@@ -149,7 +150,7 @@ def test_sjlt_is_as_large_as_the_dense_kinds(kind: str, k: int, nonzeros: int) -
     for first in (0, 100, 200):
         total.add(grads[:, first : first + 100], offset=first)
     np.testing.assert_allclose(total.result(), grads.double().numpy() @ P.T, **close)
-    chunks = [layer.BasicProjector(150, k, seed, kind, "cpu") for seed in (1, 2)]
+    chunks = [layer.BasicProjector(150, k, seed, kind, "cpu", **given) for seed in (1, 2)]
     chunked = layer.ChunkedCudaProjector(chunks, 150, [150, 150], 5, "cpu", torch.float32)
     seed = 0x9E3779B97F4A7C15 + 2
     P = reference.matrix("sjlt", seed, 0, range(k), range(300), k, nonzeros) * np.sqrt(k / nonzeros)

@@ -320,13 +320,13 @@ def test_largest_blocks_of_rows() -> None:
     ("proj_dim", "nonzeros", "message"),
     [
         (1000, 4, r"proj_dim must be nonzeros times a power of two in \[16, 2\*\*20\] .* not 1000; .*: 512 and 1024"),
-        (1001, None, r"not 1001; near it with nonzeros=4: 512 and 1024"),
-        (32, 4, r"not 32; near it with nonzeros=4: 64"),
+        (1001, None, r"not 1001; near it with nonzeros=4: 512 and 1024; the dense kinds take any"),
+        (32, 4, r"not 32; near it with nonzeros=4: 64; nonzeros=1 or 2 takes it"),
         (2**24, 8, r"near it with nonzeros=8: 8388608"),
         (48, 1, r"near it with nonzeros=1: 32 and 64"),
         (512, 3, r"nonzeros must be one of 1, 2, 4, 8, not 3"),
-        (512, 0, r"nonzeros must be in \[1, 8\], not 0"),
-        (512, 16, r"nonzeros must be in \[1, 8\], not 16"),
+        (512, 0, r"nonzeros must be one of 1, 2, 4, 8, not 0"),
+        (512, 16, r"nonzeros must be one of 1, 2, 4, 8, not 16"),
     ],
 )
 def test_sizes_that_do_not_fit(proj_dim: int, nonzeros: int | None, message: str) -> None:

@@ -81,7 +81,7 @@ class Candidate:
             ("dtype", case.dtype, self.dtypes),
         ):
             if value not in allowed:
-                return f"{name} {value}: it has {', '.join(allowed)}"
+                return f"it does not have {name} {value}, but {', '.join(allowed)}"
         if case.proj_dim % self.proj_dim_step:
             return f"k = {case.proj_dim}: it needs a multiple of {self.proj_dim_step}"
         if self.ours and (reason := case.misfit()) is not None:

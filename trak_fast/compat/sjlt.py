@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ..arguments import integer
+from ..arguments import integer, one_of
 from ..projection.checks import MAX_COLUMNS, MAX_ROWS, NONZEROS, SPARSE, check_tensor
 from ..projection.projector import Projector
 from .patching import Patch
@@ -59,9 +59,7 @@ class SJLTProjection(nn.Module):
         super().__init__()
         self.original_dim = integer("original_dim", original_dim, 1, MAX_COLUMNS)
         self.proj_dim = integer("proj_dim", proj_dim, 1, MAX_ROWS)
-        self.c = integer("c", c, NONZEROS[0], NONZEROS[-1])
-        if self.c not in NONZEROS:
-            raise ValueError(f"c must be one of {', '.join(map(str, NONZEROS))}, not {self.c}")
+        self.c = one_of("c", c, NONZEROS)
         self.threads = threads
         self.fixed_blocks = fixed_blocks
         if device is None:
@@ -169,5 +167,11 @@ def patch() -> Patch:
     """
     global _patch
     if _patch is None or not _patch.active:
-        _patch = Patch(importlib.import_module("sjlt"), {"SJLTProjection": SJLTProjection})
+        try:
+            module = importlib.import_module("sjlt")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "sjlt is not installed: write `from trak_fast.compat.sjlt import SJLTProjection` in its place"
+            ) from error
+        _patch = Patch(module, {"SJLTProjection": SJLTProjection})
     return _patch

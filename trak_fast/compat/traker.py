@@ -23,7 +23,7 @@ from torch import Tensor
 from ..projection.checks import SPARSE
 from ..projection.projector import Accumulator, Projector
 from . import install_fast_jl
-from .patching import Patch, bits, fitting_nonzeros
+from .patching import Patch, bits
 
 __all__ = ["BasicProjector", "ChunkedCudaProjector", "CudaProjector", "ProjectionType", "patch"]
 
@@ -47,6 +47,7 @@ class BasicProjector(Projector):
         proj_type: str | enum.Enum,
         device: torch.device | str | None,
         *args: Any,
+        nonzeros: SupportsIndex | None = None,
         **kwargs: Any,
     ) -> None:
         """Takes traker's arguments.
@@ -58,14 +59,16 @@ class BasicProjector(Projector):
             proj_type: "normal", "rademacher" or "sjlt", as a string or an enum member.
             device: The device that mappings of gradients are moved to; a tensor stays on its own device.
             *args: Accepted without influence.
+            nonzeros: Entries in each column of "sjlt": 1, 2, 4 or 8; by default 1, since traker's default λ = 0 needs a
+                matrix of full rank.
             **kwargs: Accepted without influence.
 
         Raises:
-            ValueError: A number or `proj_type` is out of range, or `proj_dim` is no power of two for "sjlt".
+            ValueError: A number or `proj_type` is out of range, or `proj_dim` does not fit `nonzeros`.
             TypeError: Something has the wrong type.
         """
-        sparse = getattr(proj_type, "value", proj_type) == SPARSE
-        nonzeros = fitting_nonzeros(proj_dim) if sparse else None
+        if nonzeros is None and getattr(proj_type, "value", proj_type) == SPARSE:
+            nonzeros = 1
         super().__init__(grad_dim, proj_dim, bits("seed", seed, 64), proj_type, nonzeros=nonzeros)
         self._factor = super().dense_scale
         self.home = None if device is None else torch.device(device)
@@ -127,7 +130,10 @@ class ChunkedCudaProjector(BasicProjector):
         seed = 0
         for projector in projector_per_chunk:
             seed = seed * 0x9E3779B97F4A7C15 + int(projector.seed)
-        super().__init__(sum(map(int, params_per_chunk)), first.proj_dim, seed, first.proj_type, device)
+        nonzeros = getattr(first, "nonzeros", None)
+        super().__init__(
+            sum(map(int, params_per_chunk)), first.proj_dim, seed, first.proj_type, device, nonzeros=nonzeros
+        )
         self.params_per_chunk = params_per_chunk
 
 

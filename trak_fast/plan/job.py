@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..arguments import choice, integer, real
 from ..bench.case import DEVICES, DTYPES, MOST_GRADIENTS, PROJ_TYPES
-from ..projection.checks import KINDS, MAX_COLUMNS, NONZEROS, nonzeros_of
+from ..projection.checks import KINDS, MAX_COLUMNS, nonzeros_of
 
 MOST_SECONDS = 1e9
 """Seconds that one sample's gradient may be said to take."""
@@ -70,8 +70,6 @@ class Job:
         choice("dtype", self.dtype, DTYPES)
         choice("proj_type", self.proj_type, PROJ_TYPES)
         choice("device", self.device, DEVICES)
-        if self.nonzeros is not None:
-            integer("nonzeros", self.nonzeros, NONZEROS[0], NONZEROS[-1])
         nonzeros_of(KINDS[self.proj_type], self.proj_dim, self.nonzeros)
 
     @property

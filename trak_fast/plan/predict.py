@@ -245,12 +245,14 @@ def text(job: Job, prediction: Prediction) -> str:
         notes["gradients"] = "measured with " + ("the layer of an MLP" if job.tokens == 1 else "a transformer block")
     epsilon = distortion.every_distance
     sparse = job.proj_type == SPARSE
-    missing = f"for {SPARSE}" if sparse else "below 100 %"
-    kind = f"{job.proj_type}, {job.column_entries} entries a column" if sparse else job.proj_type
+    missing = "it is proved for dense matrices alone" if sparse else "no bound below 100 %"
+    rate = f"{rates.projection / 1e9:,.0f} GFLOP/s"
+    if sparse:
+        rate = f"{SPARSE}, nonzeros = {job.column_entries}, {rates.projection / 2 / job.column_entries:.2e} entries/s"
     lines = [
         f"{job.samples:,} training samples, {job.targets:,} targets, {job.checkpoints} checkpoints, "
         f"{job.params:,} parameters to k = {job.proj_dim:,}, {job.processes} × {job.device}",
-        f"rates: {rates.source}; projection ({kind}) {rates.projection / 1e9:,.0f} GFLOP/s",
+        f"rates: {rates.source}; projection {rate}",
         "time",
         *(
             line(name, "–" if value is None else duration(value), notes.get(name, ""))
@@ -267,7 +269,7 @@ def text(job: Job, prediction: Prediction) -> str:
             "every distance",
             "–" if epsilon is None else f"± {epsilon:.1%}",
             "squared, of all pairs of samples and targets (Dasgupta and Gupta 2003)"
-            + ("" if epsilon is not None else f": no bound {missing}"),
+            + ("" if epsilon is not None else f": {missing}"),
         ),
     ]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..arguments import choice, integer
+from ..arguments import choice, integer, one_of
 
 Gradients = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -139,17 +139,17 @@ def nonzeros_of(kind: int, proj_dim: int, nonzeros: SupportsIndex | None) -> int
         if nonzeros is not None:
             raise ValueError(f"nonzeros belongs to proj_type={SPARSE!r}: leave it out for a dense kind")
         return 0
-    number = DEFAULT_NONZEROS if nonzeros is None else integer("nonzeros", nonzeros, NONZEROS[0], NONZEROS[-1])
-    if number not in NONZEROS:
-        raise ValueError(f"nonzeros must be one of {', '.join(map(str, NONZEROS))}, not {number}")
+    number = DEFAULT_NONZEROS if nonzeros is None else one_of("nonzeros", nonzeros, NONZEROS)
     low, high = BLOCK_ROWS
     rows, rest = divmod(proj_dim, number)
     if rest or rows & (rows - 1) or not low <= rows <= high:
         below = 1 << max(rows.bit_length() - 1, 0)
         nearest = sorted({number * min(max(size, low), high) for size in (below, 2 * below)})
+        others = [n for n in NONZEROS if proj_dim in [n << bits for bits in range(4, 21)]]
         raise ValueError(
             f"proj_dim must be nonzeros times a power of two in [{low}, 2**20] for proj_type={SPARSE!r}, "
             f"not {proj_dim}; near it with nonzeros={number}: {' and '.join(map(str, nearest))}"
+            + (f"; nonzeros={' or '.join(map(str, others))} takes it" if others else "; the dense kinds take any")
         )
     return number
 

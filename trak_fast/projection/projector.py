@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Projector:
         device: torch.device | str | None = None,
         *,
         precision: str | None = None,
-        nonzeros: int | None = None,
+        nonzeros: SupportsIndex | None = None,
     ) -> None:
         self.grad_dim = integer("grad_dim", grad_dim, 0, checks.MAX_COLUMNS)
         self.proj_dim = integer("proj_dim", proj_dim, 1, checks.MAX_ROWS)

@@ -26,11 +26,14 @@ LAYERS = {
 }
 
 
-class FastJlLoader(importlib.abc.Loader):
-    """A loader that fills a module with the contents of trak_fast.compat.fast_jl."""
+class ReplacingLoader(importlib.abc.Loader):
+    """A loader that fills a module with the contents of a layer."""
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
 
     def exec_module(self, module: ModuleType) -> None:
-        source = importlib.import_module("trak_fast.compat.fast_jl")
+        source = importlib.import_module(self.layer)
         vars(module).update({name: getattr(source, name) for name in ("__all__", "__doc__", *source.__all__)})
 
 
@@ -61,12 +64,14 @@ class Finder(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname == "fast_jl":
-            return ModuleSpec(fullname, FastJlLoader())
+            return ModuleSpec(fullname, ReplacingLoader("trak_fast.compat.fast_jl"))
         if fullname not in LAYERS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
             spec.loader = PatchingLoader(spec.loader, LAYERS[fullname])
+        if spec is None and fullname == "sjlt":  # a layer that stands for the whole library
+            return ModuleSpec(fullname, ReplacingLoader(LAYERS[fullname]))
         return spec
 
 
