@@ -60,6 +60,18 @@ __device__ __forceinline__ uint32_t round_to_bf16(float a, float b) {
   return d;
 }
 
+// Sets low and high to the two fp16 of a pair, exactly.
+__device__ __forceinline__ void halves_to_floats(float& low, float& high, uint32_t pair) {
+  asm("{\n"
+      ".reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.f32.f16 %0, l;\n"
+      "cvt.f32.f16 %1, h;\n"
+      "}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+}
+
 // Barriers -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }

@@ -38,6 +38,11 @@ inline uint32_t round_to_bf16(float a, float b) {
   return round(a) | round(b) << 16;
 }
 
+inline void halves_to_floats(float& low, float& high, uint32_t pair) {
+  low = emulator::bf16_or_fp16_to_float(false, pair & 0xFFFF);
+  high = emulator::bf16_or_fp16_to_float(false, pair >> 16);
+}
+
 // Barriers -----------------------------------------------------------------------------------------------------------
 
 inline void block_barrier() { emulator::meet_block(); }
