@@ -139,6 +139,15 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
                : "memory");
 }
 
+// Likewise for 4 or 8 bytes.
+template <int bytes>
+__device__ __forceinline__ void cp_async_narrow(void* shared, const void* global, int valid) {
+  static_assert(bytes == 4 || bytes == 8, "16 bytes have an instruction of their own");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(bytes),
+               "r"(valid)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most n of this thread's committed groups are under way.

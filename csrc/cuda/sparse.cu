@@ -29,15 +29,16 @@ namespace trak_fast {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kThreadSums = 64;             // registers of a thread for sums: rows times samples
-constexpr int kRowGroup = 8;                // rows of a thread that are added side by side
-constexpr int kStageWords = 16 * kThreads;  // of most stages; a stage of one large chunk has twice as many
-constexpr int64_t kMostStaged = 1 << 14;    // the largest K whose chunks are staged
-constexpr int kSegmentChunks = 1024;        // that are summed in registers
-constexpr int kLeastStages = 4;             // fewest stages for which a split is worth starting
-constexpr int64_t kPassFloats = 1 << 22;    // of output in a pass
-constexpr int64_t kPassSamples = 1 << 14;   // most samples in a pass
-constexpr int kMostFilled = 32;             // most stages whose random words are made at once
+constexpr int kThreadSums = 64;                     // registers of a thread for sums: rows times samples
+constexpr int kRowGroup = 8;                        // rows of a thread that are added side by side
+constexpr int kStageWords = 16 * kThreads;          // of most stages; a stage of one large chunk has twice as many
+constexpr int kSegmentChunks = 1024;                // that are summed in registers
+constexpr int kLeastStages = 4;                     // fewest stages for which a split is worth starting
+constexpr int64_t kPassFloats = 1 << 22;            // of output in a pass
+constexpr int64_t kPassSamples = 1 << 14;           // most samples in a pass
+constexpr int64_t kSpanColumns = int64_t{1} << 40;  // most columns in a launch, which counts stages in 32 bits
+constexpr int64_t kTableBytes = 24 << 10;           // room for random words
+constexpr int kMostFilled = 32;                     // most stages whose random words are made at once
 
 // As many neighbouring words as one load or store moves.
 template <int count>
@@ -65,27 +66,31 @@ struct StageJob {
   int64_t offset, begin, end;  // columns of P: of the first element, and those that are summed
   bool aligned;                // four columns that begin at a multiple of four can be loaded at once
   int samples;
-  int64_t first_stage, stages, stages_per_split, stages_per_segment;
+  int64_t first_stage, stages, stages_per_split;
+  int stages_per_segment;
   int row_groups;     // blocks of threads that share P's rows
   int sets;           // of threads in a block, which take chunks in turns
   int row_slots;      // rows of a thread: a multiple of kRowGroup
   int filled_stages;  // whose words are made at once, a power of two
+  int buffers;        // stages in shared memory: 2 or 3
   int64_t rows;
   float* sums;  // [splits * sets][samples][rows]
   bool add;     // to the sums; else they are set
 };
 
-// The geometry of a stage. width: words of a column.
+// The geometry of a stage. width: words of a column. A thread has items of four neighbouring words of each stage,
+// kThreads items apart: other columns of the same samples, or the same columns of others.
 template <Dtype dtype, int samples, int words_per_thread>
 struct Stage {
   static constexpr int bytes = dtype == Dtype::float32 ? 4 : 2;
   static constexpr bool paired = bytes == 2 && samples > 1;
   static constexpr int samples_per_word = paired ? 2 : 1;
   static constexpr int width = samples / samples_per_word;
-  static constexpr int words = words_per_thread * kThreads;
+  static constexpr int words = words_per_thread * kThreads, size = words * 4;
   static constexpr int columns = words / width;
-  static constexpr int buffers = words > kStageWords ? 1 : 2;
-  static constexpr int tables_at = buffers * words * 4;
+  static constexpr int items = words_per_thread / 4, step = 4 * kThreads;
+  static constexpr int column_steps = step < columns ? columns / step : 1;
+  static constexpr int step_samples = (step < columns ? 1 : step / columns) * samples_per_word;
 };
 
 template <Dtype dtype>
@@ -93,171 +98,168 @@ __device__ __forceinline__ float float_of_16_bits(uint16_t bits) {
   return dtype == Dtype::float16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
-// Loads a stage of columns into registers: with 16-byte loads of fp32 and 8-byte loads of others where it can, else
-// element by element. Nothing here waits for a load that comes in one piece.
+// Takes stages of columns, one after another, to shared memory. First they are copied as they are: four columns at once
+// where that can be, else element by element. Then each thread makes words with signs of what it has copied itself, in
+// place.
 template <Dtype dtype, int samples, int words_per_thread>
 struct Loader {
   using S = Stage<dtype, samples, words_per_thread>;
-  static constexpr int items = words_per_thread / 4;  // of four neighbouring words
-  uint32_t raw[words_per_thread];
-  bool whole;  // whether raw holds items as they are in memory, or single words
+  const char* next;  // this thread's first item of the stage that is copied next
+  int left;          // samples from that item's on
 
   // The thread number is hidden from the compiler: what is computed from it is cheap, and kept from stage to stage it
   // would take the registers of sums.
   static __device__ __forceinline__ int thread_number() { return static_cast<int>(ptx::opaque(threadIdx.x)); }
 
-  static __device__ __forceinline__ uint32_t load_element(const char* p) {
-    if constexpr (S::bytes == 4) {
-      return *reinterpret_cast<const uint32_t*>(p);
-    } else if constexpr (S::paired) {
-      return *reinterpret_cast<const uint16_t*>(p);
-    } else {
-      return bits_of_float(float_of_16_bits<dtype>(*reinterpret_cast<const uint16_t*>(p)));
-    }
+  __device__ __forceinline__ Loader(const StageJob& job, int first_sample, int64_t stage) {
+    const int word = 4 * static_cast<int>(threadIdx.x);
+    const int sample = first_sample + word / S::columns * S::samples_per_word;
+    const int64_t column = stage * S::columns + word % S::columns - job.offset;
+    next = job.data + (sample * job.batch_stride + column) * S::bytes;
+    left = job.samples - sample;
   }
 
-  // Loads items of `size` neighbouring words; item i of a thread is item i * kThreads + thread of the stage.
-  // load_sample(p, i, s, column) takes sample s of the item's samples, which begins at p and is there.
-  template <int size, class LoadSample>
-  static __device__ __forceinline__ void for_items(const StageJob& job, int first_sample, int64_t stage,
-                                                   const LoadSample& load_sample) {
-    constexpr int step = size * kThreads;  // words from an item to the next
-    const int word = size * thread_number();
+  // Samples that are not there are left as they are: no one reads their sums. all: none is missing.
+  template <bool all>
+  __device__ __forceinline__ void copy_items(const StageJob& job, char* staged) {
+    char* to = staged + 16 * thread_number();
     const int64_t row_bytes = job.batch_stride * S::bytes;
-    int sample = first_sample + word / S::columns * S::samples_per_word;
-    int column = word % S::columns;
-    const char* p = job.data + sample * row_bytes + (stage * S::columns + column - job.offset) * S::bytes;
+    const char* from = next;
+    int sample = 0, column = 0;  // of `from`, against the thread's first item
 #pragma unroll
-    for (int i = 0; i < words_per_thread / size; ++i) {
+    for (int i = 0; i < S::items; ++i) {
 #pragma unroll
       for (int s = 0; s < S::samples_per_word; ++s) {
-        if (sample + s < job.samples) load_sample(p + s * row_bytes, i, s, column);
-      }
-      // A step goes to other columns of the same samples, or to the same columns of others.
-      constexpr int steps_a_row = step < S::columns ? S::columns / step : 1;
-      constexpr int rows_a_step = step < S::columns ? 1 : step / S::columns * S::samples_per_word;
-      constexpr int next_samples = step < S::columns ? S::samples_per_word : rows_a_step;
-      if ((i + 1) % steps_a_row == 0) {
-        p += next_samples * row_bytes;
-        sample += next_samples;
-      }
-      if constexpr (steps_a_row > 1) {
-        const int by = (i + 1) % steps_a_row == 0 ? step - S::columns : step;
-        p += by * S::bytes;
-        column += by;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void load(const StageJob& job, int first_sample, int64_t stage) {
-    const int64_t first = stage * S::columns;
-    whole = job.aligned && first >= job.begin && first + S::columns <= job.end;
-#pragma unroll
-    for (int i = 0; i < words_per_thread; ++i) raw[i] = 0;
-    if (whole) {
-      for_items<4>(job, first_sample, stage, [&](const char* p, int i, int s, int) {
-        const auto four = *reinterpret_cast<const Vector<S::bytes>*>(p);
-#pragma unroll
-        for (int e = 0; e < S::bytes; ++e) raw[4 * i + S::bytes * s + e] = four.x[e];
-      });
-    } else {
-      const int from = static_cast<int>(job.begin > first ? job.begin - first : 0);
-      const int to = static_cast<int>(job.end - first < S::columns ? job.end - first : S::columns);
-      for_items<1>(job, first_sample, stage, [&](const char* p, int i, int s, int column) {
-        if (column >= from && column < to) raw[i] |= load_element(p) << 16 * s;
-      });
-    }
-  }
-
-  // Writes the stage to shared memory. signs: a bit for each of its columns.
-  __device__ __forceinline__ void store(uint32_t* staged, const uint32_t* signs) const {
-    constexpr uint32_t sign = 0x80000000U;
-    const int thread = thread_number();
-    const auto mask = [&](uint32_t with_sign_at_top) {
-      const uint32_t top = with_sign_at_top & sign;
-      return S::paired ? top | top >> 16 : top;
-    };
-    if (whole) {
-      constexpr int column_items = S::columns / 4;
-      constexpr int distinct = column_items > kThreads ? column_items / kThreads : 1;  // of a thread's columns
-#pragma unroll
-      for (int d = 0; d < distinct; ++d) {
-        const int column = 4 * (d * kThreads + thread) % S::columns;
-        const uint32_t bits = signs[column / 32] << (28 - column % 32);
-        uint32_t masks[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) masks[e] = mask(bits << (3 - e));
-#pragma unroll
-        for (int i = d; i < items; i += distinct) {
-          const uint32_t* r = raw + 4 * i;
-          Vector<4> four;
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if constexpr (S::bytes == 4) {
-              four.x[e] = r[e];
-            } else if constexpr (S::paired) {
-              four.x[e] = ptx::permute_bytes(r[e / 2], r[2 + e / 2], e % 2 == 0 ? 0x5410 : 0x7632);
-            } else {
-              const auto bits = static_cast<uint16_t>(r[e / 2] >> 16 * (e % 2));
-              four.x[e] = bits_of_float(float_of_16_bits<dtype>(bits));
-            }
-            four.x[e] ^= masks[e];
-          }
-          *reinterpret_cast<Vector<4>*>(staged + 4 * (i * kThreads + thread)) = four;
+        const int this_sample = i / S::column_steps * S::step_samples + s, this_column = i % S::column_steps * S::step;
+        from += (this_sample - sample) * row_bytes + (this_column - column) * S::bytes;
+        sample = this_sample;
+        column = this_column;
+        if (!all && sample >= left) continue;
+        if constexpr (S::bytes == 4) {
+          ptx::cp_async_16(to + i * S::step * 4, from, 16);
+        } else {
+          ptx::cp_async_narrow<8>(to + i * S::step * 4 + 8 * s, from, 8);
         }
       }
-    } else {
+    }
+    next += S::columns * S::bytes;
+  }
+
+  // Copies word i * kThreads + thread of the stage, for all i; zeros in columns that the job does not have.
+  __device__ __forceinline__ void copy_words(const StageJob& job, int first_sample, int64_t stage, char* staged) {
+    const int64_t first = stage * S::columns;
+    const int from = static_cast<int>(job.begin > first ? job.begin - first : 0);
+    const int to = static_cast<int>(job.end - first < S::columns ? job.end - first : S::columns);
+    const int thread = thread_number();
+#pragma unroll 4
+    for (int i = 0; i < words_per_thread; ++i) {
+      const int word = i * kThreads + thread, column = word % S::columns;
+      uint32_t bits = 0;
 #pragma unroll
-      for (int i = 0; i < words_per_thread; ++i) {
-        const int word = i * kThreads + thread, column = word % S::columns;
-        staged[word] = raw[i] ^ mask(signs[column / 32] << (31 - column % 32));
+      for (int s = 0; s < S::samples_per_word; ++s) {
+        const int sample = first_sample + word / S::columns * S::samples_per_word + s;
+        const bool there = sample < job.samples && column >= from && column < to;
+        const char* p = job.data + (sample * job.batch_stride + first + column - job.offset) * S::bytes;
+        if constexpr (S::bytes == 4) {
+          ptx::cp_async_narrow<4>(staged + 4 * word, there ? p : job.data, there ? 4 : 0);
+        } else if (there) {
+          const uint16_t loaded = *reinterpret_cast<const uint16_t*>(p);
+          bits |= S::paired ? static_cast<uint32_t>(loaded) << 16 * s : bits_of_float(float_of_16_bits<dtype>(loaded));
+        }
       }
+      if constexpr (S::bytes == 2) *reinterpret_cast<uint32_t*>(staged + 4 * word) = bits;
+    }
+    next += S::columns * S::bytes;
+  }
+
+  // Returns the word, negated if the bit at the top of `bits` is set.
+  static __device__ __forceinline__ uint32_t flip(uint32_t bits, uint32_t word) {
+    if constexpr (S::paired) {
+      return ptx::and_xor(ptx::permute_bytes(bits, 0, 0xBBBB), 0x80008000U, word);
+    } else {
+      return ptx::and_xor(bits, 0x80000000U, word);
+    }
+  }
+
+  // Makes words of what this thread has copied, with signs: a bit for each of the stage's columns.
+  static __device__ __forceinline__ void finish_items(char* staged, const uint32_t* signs) {
+    const int thread = thread_number();
+#pragma unroll
+    for (int d = 0; d < S::column_steps; ++d) {
+      const int column = (d * S::step + 4 * thread) % S::columns;
+      const uint32_t bits = signs[column / 32] << (28 - column % 32);
+#pragma unroll
+      for (int i = d; i < S::items; i += S::column_steps) {
+        auto* item = reinterpret_cast<Vector<4>*>(staged + 4 * (i * S::step + 4 * thread));
+        const Vector<4> raw = *item;
+        Vector<4> words;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          uint32_t word = raw.x[e];
+          if constexpr (S::paired) {
+            word = ptx::permute_bytes(raw.x[e / 2], raw.x[2 + e / 2], e % 2 == 0 ? 0x5410 : 0x7632);
+          } else if constexpr (S::bytes == 2) {
+            word = bits_of_float(float_of_16_bits<dtype>(static_cast<uint16_t>(raw.x[e / 2] >> 16 * (e % 2))));
+          }
+          words.x[e] = flip(bits << (3 - e), word);
+        }
+        *item = words;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void finish_words(char* staged, const uint32_t* signs) {
+    const int thread = thread_number();
+#pragma unroll 4
+    for (int i = 0; i < words_per_thread; ++i) {
+      const int word = i * kThreads + thread, column = word % S::columns;
+      auto* place = reinterpret_cast<uint32_t*>(staged + 4 * word);
+      *place = flip(signs[column / 32] << (31 - column % 32), *place);
     }
   }
 };
 
-// The random words of the stages to come, in shared memory: rings of twice the stages that are made at once. Signs are
-// made for a stage more, as they are needed a stage before.
+// The random words of the stages to come, in shared memory: rings of twice the stages that are made at once. Stages
+// count from the block's first. Places are those of bytes: rows step by four.
 template <class S>
 struct Tables {
   uint32_t* signs;      // [2 * filled_stages][columns / 32]
-  Progression* places;  // [2 * filled_stages][chunks][block's rows]
-  int filled, chunk_bits, chunks, blocks, first_block;
+  Progression* places;  // [2 * filled_stages][chunks][blocks]
+  int filled, chunks, blocks;
 
-  __device__ __forceinline__ Tables(const StageJob& job, char* shared, int block_count, int first)
+  __device__ __forceinline__ Tables(const StageJob& job, char* shared, int block_count)
       : signs(reinterpret_cast<uint32_t*>(shared)),
         places(reinterpret_cast<Progression*>(shared + 2 * job.filled_stages * S::columns / 8)),
         filled(job.filled_stages),
-        chunk_bits(job.matrix.chunk_bits),
         chunks(S::columns >> job.matrix.chunk_bits),
-        blocks(block_count),
-        first_block(first) {}
+        blocks(block_count) {}
 
-  __device__ __forceinline__ int slot(int64_t stage) const { return static_cast<int>(stage) & (2 * filled - 1); }
-  __device__ __forceinline__ const uint32_t* signs_of(int64_t stage) const {
+  __device__ __forceinline__ int slot(int stage) const { return stage & (2 * filled - 1); }
+  __device__ __forceinline__ const uint32_t* signs_of(int stage) const {
     return signs + slot(stage) * (S::columns / 32);
   }
-  __device__ __forceinline__ const Progression* places_of(int64_t stage) const {
+  __device__ __forceinline__ const Progression* places_of(int stage) const {
     return places + slot(stage) * chunks * blocks;
   }
 
-  // Makes the signs of some stages, and the places of as many.
-  __device__ __forceinline__ void fill(const Matrix& matrix, int64_t signs_from, int sign_stages, int64_t places_from,
-                                       int place_stages) const {
+  // Makes the signs of some stages, and the places of others.
+  __device__ __forceinline__ void fill(const Matrix& matrix, int64_t first_stage, int first_block, int signs_from,
+                                       int sign_stages, int places_from, int place_stages) const {
     constexpr int calls = S::columns / static_cast<int>(kColumnsPerSigns);
     const int sign_count = sign_stages * calls, all = sign_count + place_stages * chunks * blocks;
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
       if (i < sign_count) {
-        const int64_t stage = signs_from + i / calls;
-        const Words words = sign_words(matrix.seed, matrix.stream, static_cast<uint64_t>(stage * calls + i % calls));
+        const int stage = signs_from + i / calls;
+        const Words words =
+            sign_words(matrix.seed, matrix.stream, static_cast<uint64_t>((first_stage + stage) * calls + i % calls));
         *reinterpret_cast<Words*>(signs + slot(stage) * (S::columns / 32) + 4 * (i % calls)) = words;
       } else {
         const int n = (i - sign_count) / blocks, block = (i - sign_count) % blocks;
-        const int64_t stage = places_from + n / chunks;
-        const int chunk = n % chunks;
-        const Words words = place_words(matrix.seed, matrix.stream, static_cast<uint32_t>(first_block + block),
-                                        static_cast<uint64_t>(stage * chunks + chunk));
-        places[(slot(stage) * chunks + chunk) * blocks + block] = inverse(rows_of_places(words));
+        const int stage = places_from + n / chunks, chunk = n % chunks;
+        const Progression p =
+            inverse(rows_of_places(place_words(matrix.seed, matrix.stream, static_cast<uint32_t>(first_block + block),
+                                               static_cast<uint64_t>((first_stage + stage) * chunks + chunk))));
+        places[(slot(stage) * chunks + chunk) * blocks + block] = {4 * p.start, 4 * p.step};
       }
     }
   }
@@ -297,12 +299,17 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_stages(const __grid_consta
   const int block = thread % set_threads / static_cast<int>(row_step);
   const uint32_t first_row = static_cast<uint32_t>(thread % set_threads) % row_step;
 
-  const Tables<S> tables(job, shared + S::tables_at, blocks, first_block);
+  const Tables<S> tables(job, shared + job.buffers * S::size, blocks);
   const int filled = job.filled_stages;
-  const int64_t begin = job.first_stage + split * job.stages_per_split;
-  const int64_t last = job.first_stage + job.stages;
-  const int64_t end = begin + job.stages_per_split < last ? begin + job.stages_per_split : last;
-  const auto buffer = [&](int64_t stage) { return (static_cast<int>(stage) & (S::buffers - 1)) * S::words * 4; };
+  const int64_t first_stage = job.first_stage + split * job.stages_per_split;
+  const int64_t stages_left = job.first_stage + job.stages - first_stage;
+  const int stages = static_cast<int>(stages_left < job.stages_per_split ? stages_left : job.stages_per_split);
+  // The stages that can be loaded item by item.
+  const auto stage_within = [&](int64_t stage) {
+    return static_cast<int>(stage < 0 ? 0 : stage > stages ? stages : stage);
+  };
+  const int whole_from = stage_within((job.begin + S::columns - 1) / S::columns - first_stage);
+  const int whole_to = job.aligned ? stage_within(job.end / S::columns - first_stage) : 0;
 
   float sums[most_slots][samples] = {};
   bool add_to_memory = job.add;
@@ -329,33 +336,50 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_stages(const __grid_consta
     add_to_memory = true;
   };
 
-  // In each turn a stage is added, the next one stored and the one after it loaded; the first two turns lead in.
-  Loader<dtype, samples, words_per_thread> loader;
-  const int64_t stop = begin < end ? end : begin + 1;  // a split without stages sets its sums, too
-  int64_t until_flush = job.stages_per_segment;
-  int until_fill = 0;
-  if (begin < end) tables.fill(job.matrix, begin, filled + 1, begin, filled);
+  if (stages > 0) tables.fill(job.matrix, first_stage, first_block, 0, filled + 1, 0, filled);
+  ptx::block_barrier();
+  Loader<dtype, samples, words_per_thread> loader(job, first_sample, first_stage);
+  const auto is_whole = [&](int stage) { return stage >= whole_from && stage < whole_to; };
+  const auto copy = [&](int stage, int buffer) {
+    if (is_whole(stage) && first_sample + samples <= job.samples) {
+      loader.template copy_items<true>(job, shared + buffer);
+    } else if (is_whole(stage)) {
+      loader.template copy_items<false>(job, shared + buffer);
+    } else if (stage < stages) {
+      loader.copy_words(job, first_sample, first_stage + stage, shared + buffer);
+    }
+    ptx::cp_async_commit();
+  };
+  const int ahead = job.buffers - 1;
+  const auto buffer_after = [&](int buffer) { return buffer < ahead * S::size ? buffer + S::size : 0; };
+
+  // In each turn one stage is added and the next one finished. With three buffers its copies were begun a turn before,
+  // and those of the stage after it are begun; with two they are begun and finished in the same turn.
+  const uint32_t mask = 4 * (K - 1);
+  int until_flush = job.stages_per_segment, until_fill = 0;
+  int buffer = 0;  // of this turn's stage: where it begins in shared memory
 #pragma unroll 1
-  for (int64_t stage = begin - 2; stage < stop; ++stage) {
-    if (stage >= begin && stage < end) {
+  for (int stage = -ahead; stage < stages; ++stage) {
+    const int next = stage < 0 ? 0 : buffer_after(buffer);
+    copy(stage + ahead, ahead == 1 || stage < -1 ? next : buffer_after(next));
+    if (stage >= 0) {
       if (until_fill == 0) {
-        tables.fill(job.matrix, stage + filled + 1, filled, stage + filled, filled);
+        tables.fill(job.matrix, first_stage, first_block, stage + filled + 1, filled, stage + filled, filled);
         until_fill = filled;
       }
       --until_fill;
       const Progression* places = tables.places_of(stage) + block;
-      const char* staged = shared + buffer(stage);
       for (int chunk = set; chunk < tables.chunks; chunk += job.sets) {
-        // Bytes instead of words, so that a place is an address after one operation.
         const Progression p = places[chunk * blocks];
-        const uint32_t mask = 4 * (K - 1), step = 4 * p.step * row_step, high = 4 * K * static_cast<uint32_t>(chunk);
-        uint32_t place = 4 * (p.start + p.step * first_row);
+        const uint32_t step = p.step * row_step,
+                       high = static_cast<uint32_t>(buffer) + 4 * K * static_cast<uint32_t>(chunk);
+        uint32_t place = p.start + p.step * first_row;
 #pragma unroll
         for (int group = 0; group < most_slots; group += kRowGroup) {
           if (group >= job.row_slots) break;
 #pragma unroll
           for (int i = group; i < group + kRowGroup; ++i) {
-            const char* from = staged + ((place & mask) | high);
+            const char* from = shared + ((place & mask) | high);
             place += step;
 #pragma unroll
             for (int w = 0; w < S::width; ++w) {
@@ -365,18 +389,28 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_stages(const __grid_consta
           }
         }
       }
+      if (--until_flush == 0) {
+        flush();
+        until_flush = job.stages_per_segment;
+      }
     }
-    if (stage >= begin && (--until_flush == 0 || stage + 1 == stop)) {
-      flush();
-      until_flush = job.stages_per_segment;
+    if (stage >= -1 && stage + 1 < stages) {
+      if (ahead > 1) {
+        ptx::cp_async_wait<1>();
+      } else {
+        ptx::cp_async_wait<0>();
+      }
+      if (is_whole(stage + 1)) {
+        loader.finish_items(shared + next, tables.signs_of(stage + 1));
+      } else {
+        loader.finish_words(shared + next, tables.signs_of(stage + 1));
+      }
     }
-    if (stage + 1 >= begin && stage + 1 < end) {
-      if constexpr (S::buffers == 1) ptx::block_barrier();
-      loader.store(reinterpret_cast<uint32_t*>(shared + buffer(stage + 1)), tables.signs_of(stage + 1));
-    }
-    if (stage + 2 < end) loader.load(job, first_sample, stage + 2);
     ptx::block_barrier();
+    buffer = next;
   }
+  // A split without stages sets its sums, too.
+  if (until_flush < job.stages_per_segment || !add_to_memory) flush();
 }
 
 // The projection from a panel ----------------------------------------------------------------------------------------
@@ -481,7 +515,7 @@ Matrix matrix_of(const Call& call, int64_t rows) {
 // A kernel for stages, as the plan sees it.
 struct StageKernel {
   void (*kernel)(StageJob);
-  int samples, columns, tables_at;
+  int samples, columns, stage_bytes;
 };
 
 template <Dtype dtype, int samples, int words_per_thread>
@@ -490,7 +524,7 @@ StageKernel stage_kernel() {
   return {.kernel = sparse_stages<dtype, samples, words_per_thread>,
           .samples = samples,
           .columns = S::columns,
-          .tables_at = S::tables_at};
+          .stage_bytes = S::size};
 }
 
 template <Dtype dtype>
@@ -519,8 +553,9 @@ class SparsePlan {
       : projection_(projection),
         matrix_(matrix_of(projection, projection.rows)),
         block_rows_(projection.rows / projection.nonzeros),
-        staged_(block_rows_ <= kMostStaged),
-        multiprocessors_(device_attribute(cudaDevAttrMultiProcessorCount, device)) {
+        most_shared_(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+        multiprocessors_(device_attribute(cudaDevAttrMultiProcessorCount, device)),
+        staged_(block_rows_ * 8 + kTableBytes <= most_shared_ && block_rows_ <= 2 * kStageWords) {
     choose_dtype();
     spans_ = cut_columns(projection_, [&](const Part& part, uint64_t column) { return can_read(part, column); });
     if (staged_) {
@@ -548,7 +583,8 @@ class SparsePlan {
         const int64_t first = static_cast<int64_t>(projection_.offset) + span.begin;
         const int64_t end = static_cast<int64_t>(projection_.offset) + span.end;
         for (int64_t from = first; from < end;) {
-          const int64_t to = span.direct ? end : std::min((from / step_ + 1) * step_, end);
+          const int64_t step = span.direct ? kSpanColumns : step_;
+          const int64_t to = std::min((from / step + 1) * step, end);
           if (staged_) {
             launch_stages(span, b, samples, first, from, to, add_to_sums, scratch, sums, stream);
           } else {
@@ -607,11 +643,11 @@ class SparsePlan {
     const int64_t chunks = kernel_.columns / block_rows_, blocks = c / row_groups_;
     const int64_t calls = kernel_.columns / kColumnsPerSigns + chunks * blocks;
     while (filled_ < kMostFilled && 2 * filled_ * calls <= kThreads) filled_ *= 2;
-    shared_bytes_ =
-        kernel_.tables_at +
-        static_cast<int>(2 * filled_ *
-                         (kernel_.columns / 8 + chunks * blocks * static_cast<int64_t>(sizeof(Progression))));
-    stages_per_segment_ = std::max<int64_t>(1, kSegmentChunks / divide_up(chunks, sets_));
+    const auto table_bytes = static_cast<int>(
+        2 * filled_ * (kernel_.columns / 8 + chunks * blocks * static_cast<int64_t>(sizeof(Progression))));
+    buffers_ = std::clamp((most_shared_ - table_bytes) / kernel_.stage_bytes, 2, 3);
+    shared_bytes_ = buffers_ * kernel_.stage_bytes + table_bytes;
+    stages_per_segment_ = static_cast<int>(std::max<int64_t>(1, kSegmentChunks / divide_up(chunks, sets_)));
 
     const int64_t most_samples = std::min(kPassSamples, std::max<int64_t>(1, kPassFloats / (rows * sets_)));
     pass_samples_ = std::min(projection_.batch, divide_up(most_samples, samples) * samples);
@@ -650,8 +686,7 @@ class SparsePlan {
   int64_t longest_launch() const {
     int64_t longest = 0;
     for (const Span& span : spans_) {
-      const int64_t stages = stages_of(span);
-      longest = std::max(longest, span.direct ? stages : std::min(stages, step_ / kernel_.columns));
+      longest = std::max(longest, std::min(stages_of(span), (span.direct ? kSpanColumns : step_) / kernel_.columns));
     }
     return longest;
   }
@@ -698,6 +733,7 @@ class SparsePlan {
     job.sets = sets_;
     job.row_slots = row_slots_;
     job.filled_stages = static_cast<int>(filled_);
+    job.buffers = buffers_;
     job.rows = projection_.rows;
     job.sums = sums;
     job.add = add;
@@ -705,7 +741,8 @@ class SparsePlan {
       const Part& part = projection_.parts[span.first];
       job.data = static_cast<const char*>(part.data) + b * part.batch_stride * element_bytes();
       job.batch_stride = part.batch_stride;
-      job.offset = job.begin = first;
+      job.offset = first;
+      job.begin = from;
       job.end = to;
       job.aligned = is_aligned(part.data, part.batch_stride, first);
     } else {
@@ -742,13 +779,13 @@ class SparsePlan {
   const Projection& projection_;
   const Matrix matrix_;
   const int64_t block_rows_;
-  const bool staged_;
-  const int multiprocessors_;
+  const int most_shared_, multiprocessors_;
+  const bool staged_;             // two stages of a chunk fit into shared memory
   Dtype dtype_ = Dtype::float32;  // of what stages are loaded from
   std::vector<Span> spans_;
   StageKernel kernel_ = {};
-  int64_t pass_samples_ = 1, step_ = 0, filled_ = 1, stages_per_segment_ = 1;
-  int row_slots_ = 0, row_groups_ = 1, sets_ = 1, splits_ = 1, shared_bytes_ = 0;
+  int64_t pass_samples_ = 1, step_ = 0, filled_ = 1;
+  int stages_per_segment_ = 1, row_slots_ = 0, row_groups_ = 1, sets_ = 1, splits_ = 1, buffers_ = 1, shared_bytes_ = 0;
   int64_t panel_bytes_ = 0, sums_bytes_ = 0;
 };
 
