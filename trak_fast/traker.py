@@ -119,6 +119,7 @@ class TRAKer:
         lambda_reg: float | str | None = "auto",
         *,
         proj_type: str = "rademacher",
+        nonzeros: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         distributed: bool | None = None,
@@ -156,7 +157,10 @@ class TRAKer:
                 those of the others differ (`scoring.ridge.auto_ridge`). 0: plain TRAK, with the least-norm solution
                 where X'X is singular. With these, scores do not depend on the scale of P. Another number means what it
                 means in traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
-            proj_type: "rademacher" or "normal".
+            proj_type: "rademacher", "normal" or "sjlt", a sparse matrix, by which projecting takes about as long as
+                reading the gradients. Features of "sjlt" are multiplied by √(k / nonzeros), to the scale of the others.
+            nonzeros: Entries in each column of "sjlt": 1, 2, 4 (the default) or 8; proj_dim / nonzeros must be a power
+                of two from 16 on.
             chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
             memory_budget: Bytes for gradients and for the results that computing them keeps; by default a quarter of
                 the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
@@ -224,10 +228,19 @@ class TRAKer:
             device=self.device,
             grad_wrt=None if grad_wrt is None and len(parameters) == len(every) else list(parameters),
         )
+        if nonzeros is not None and (projector is not None or proj_dim == 0):
+            raise ValueError("nonzeros must be None with a projector or proj_dim=0, which it has no influence on")
         if projector is None and proj_dim == 0:
             projector = NoProjection()
         elif projector is None:
-            projector = Projector(self.grad_dim, proj_dim, seed=projector_seed, proj_type=proj_type, device=self.device)
+            projector = Projector(
+                self.grad_dim,
+                proj_dim,
+                seed=projector_seed,
+                proj_type=proj_type,
+                device=self.device,
+                nonzeros=nonzeros,
+            )
         elif (grad_dim := getattr(projector, "grad_dim", 0)) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector

@@ -87,14 +87,25 @@ struct SparseStage {
   float* staged;          // [kUnit][lanes]
 };
 
-// Adds staged chunks to the sums of all rows of P.
+// Adds staged chunks to the sums of some rows of P.
 struct SparseAdd {
   const float* staged;  // [chunks][block_rows][lanes]
   int64_t chunks, nonzeros;
   uint32_t block_rows;
-  const Progression* places;  // [chunks][nonzeros]: the place in the chunk that each row of a block meets
-  bool fresh;                 // the sums count as zeros
-  float* sums;                // [nonzeros * block_rows][lanes]
+  const Progression* places;   // [chunks][nonzeros]: the place in the chunk that each row of a block meets
+  bool fresh;                  // the sums count as zeros
+  int64_t first_row, end_row;  // multiples of kSparseRows, or of block_rows where that is less
+  float* sums;                 // [nonzeros * block_rows][lanes]
+};
+
+// Adds columns begin .. end - 1 of a unit to the sums, for matrices with one nonzero a column.
+struct SparseScatter {
+  SparseStage stage;  // without a place for staged columns
+  int64_t begin, end;
+  int64_t first_place;  // of the unit's first column, counted from the first of the chunks
+  uint32_t block_rows;
+  const Progression* rows;  // [chunks]: the row that a place of each chunk meets
+  float* sums;              // [block_rows][lanes]
 };
 
 // Makes columns of the adjoint within one chunk: values[i][c] = sign * sum over blocks of y.
@@ -124,12 +135,13 @@ struct SparseWords {
 // The sparse kind for some samples side by side.
 struct SparseKernel {
   int64_t lanes;
-  void (*stage)(const SparseStage&);
-  void (*add)(const SparseAdd&);
+  void (*stage_and_add)(const SparseStage*, const SparseAdd*);  // one after the other in turns; either may be null
+  void (*scatter)(const SparseScatter&);
   void (*collect)(const SparseCollect&);
 };
 
 constexpr int kMaxSparseKernels = 4, kMostLanes = 16;
+constexpr int64_t kSparseRows = 64;  // rows of P whose sums a kernel may hold in registers
 
 struct SparseBackend {
   SparseKernel kernels[kMaxSparseKernels];  // the widest first; the rest may be empty

@@ -18,10 +18,12 @@ namespace trak_fast {
 namespace {
 
 constexpr int64_t kSegmentChunks = 64;
-constexpr int64_t kSumsBytes = 1 << 20;       // most bytes of a group's sums, to stay in a second-level cache
-constexpr int64_t kStagedBytes = 512 << 10;   // most bytes of staged chunks, if several are staged at once
+constexpr int64_t kSumsBytes = 512 << 10;     // most bytes of a wide group's sums, to stay in a second-level cache
+constexpr int64_t kNarrow = 4;                // samples in a group whose sums may have four times as many bytes
+constexpr int64_t kSingles = 2;               // samples that are faster one by one than side by side
+constexpr int64_t kPieceColumns = 4096;       // most columns that are staged at once, if that is more than a chunk
 constexpr int64_t kTotalsBytes = 2 << 20;     // bytes of totals for each thread in a pass
-constexpr int64_t kMostStaged = 4;            // chunks that are staged at once, where a unit does not hold more
+constexpr int64_t kPieceChunks = 8;           // most chunks that are staged at once, if a unit does not hold more
 constexpr int64_t kColumnsPerTask = 4096;     // of the adjoint
 constexpr double kAdditionsForThreads = 5e5;  // below which starting threads costs more than it gains
 
@@ -37,14 +39,15 @@ struct Group {
 std::vector<Group> make_groups(int64_t batch, int64_t rows, const SparseBackend& backend) {
   std::vector<const SparseKernel*> usable;
   for (const SparseKernel& kernel : backend.kernels) {
-    if (kernel.lanes == 1 || (kernel.lanes > 1 && rows * kernel.lanes * 4 <= kSumsBytes)) usable.push_back(&kernel);
+    const int64_t most = kernel.lanes > kNarrow ? kSumsBytes : 4 * kSumsBytes;
+    if (kernel.lanes == 1 || (kernel.lanes > 1 && rows * kernel.lanes * 4 <= most)) usable.push_back(&kernel);
   }
   std::vector<Group> groups;
   for (int64_t first = 0; first < batch;) {
     const int64_t left = batch - first;
-    const SparseKernel* kernel = usable.front();
+    const SparseKernel* kernel = left <= kSingles ? usable.back() : usable.front();
     for (const SparseKernel* narrow : usable) {
-      if (narrow->lanes >= left) kernel = narrow;
+      if (left > kSingles && narrow->lanes >= left) kernel = narrow;
     }
     const int64_t samples = std::min(left, kernel->lanes);
     groups.push_back({.first = first, .samples = samples, .kernel = kernel, .size = rows * kernel->lanes});
@@ -139,9 +142,7 @@ class SparsePass {
         first_segment_(begin_ / segment_columns_),
         end_segment_(divide_up(end_, segment_columns_)),
         merged_(groups.size()) {
-    int64_t chunks = kMostStaged;
-    while (chunks > 1 && chunks * block_rows_ * lanes_ * 4 > kStagedBytes) chunks /= 2;
-    piece_columns_ = std::max(kUnit, chunks * block_rows_);
+    piece_columns_ = std::max({kUnit, block_rows_, std::min(kPieceColumns, kPieceChunks * block_rows_)});
   }
 
   bool run(int threads, bool (*keep_going)()) {
@@ -164,16 +165,26 @@ class SparsePass {
   }
 
  private:
+  // Columns of some chunks, staged or to be staged. Chunks and units of columns may begin at different columns.
+  struct Piece {
+    int64_t from, to;  // its columns
+    int64_t base;      // the column that its memory begins with
+    int64_t first_chunk, end_chunk, first_unit, end_unit;
+    std::vector<Progression> places;
+    Aligned<float> staged;
+  };
+
   struct Worker {
     explicit Worker(const SparsePass& pass)
         : sums(allocate<float>(pass.projection_.rows * pass.lanes_)),
-          staged(allocate<float>(pass.piece_columns_ * pass.lanes_)),
-          samples(allocate<float>((pass.lanes_ + 1) * kUnit)) {}
+          samples(allocate<float>((pass.lanes_ + 1) * kUnit)) {
+      for (Piece& piece : pieces) piece.staged = allocate<float>(pass.piece_columns_ * pass.lanes_);
+    }
 
-    Aligned<float> sums, staged;
+    Aligned<float> sums;
     Aligned<float> samples;  // a unit of each sample, where it is not read in place, and a unit of zeros
+    Piece pieces[2];         // one is added while the other is staged
     std::vector<Words> signs, words;
-    std::vector<Progression> places;
   };
 
   void add_segment(int64_t group, int64_t segment, int worker) {
@@ -181,58 +192,118 @@ class SparsePass {
     const Group& g = groups_[static_cast<size_t>(group)];
     const int64_t begin = std::max(segment * segment_columns_, begin_);
     const int64_t end = std::min((segment + 1) * segment_columns_, end_);
-    for (int64_t from = begin; from < end;) {
+    const bool scatters = projection_.nonzeros == 1 && g.kernel->lanes > 1;
+    if (scatters) std::fill(w.sums.get(), w.sums.get() + g.size, 0.0F);
+    Piece* staged = nullptr;  // not added yet
+    bool fresh = true;
+    for (int64_t from = begin, turn = 0; from < end; ++turn) {
       const int64_t to = std::min((from / piece_columns_ + 1) * piece_columns_, end);
-      add_piece(g, from, to, from == begin, w);
+      Piece& piece = w.pieces[turn % 2];
+      prepare(piece, from, to, w);
+      if (scatters) {
+        scatter(g, piece, w);
+      } else {
+        stage(g, piece, staged, fresh, w);
+        fresh = fresh && staged == nullptr;
+        staged = &piece;
+      }
       from = to;
+    }
+    if (staged != nullptr) {
+      const SparseAdd all = addition(*staged, fresh, 0, projection_.rows, g, w);
+      g.kernel->stage_and_add(nullptr, &all);
     }
     merge(group, segment, worker);
   }
 
-  // Adds columns from .. to - 1 of one piece to the sums. `fresh`: the sums count as zeros.
-  void add_piece(const Group& g, int64_t from, int64_t to, bool fresh, Worker& w) {
-    const int64_t lanes = g.kernel->lanes, first_chunk = from / block_rows_, end_chunk = divide_up(to, block_rows_);
-    const int64_t first_unit = from / kUnit, end_unit = divide_up(to, kUnit);
-    make_signs(backend_, projection_, first_unit, end_unit - first_unit, w.signs);
-    // Chunks and units of columns may begin at different columns; both lie within the piece.
-    const int64_t base = std::min(first_chunk * block_rows_, first_unit * kUnit);
-    const auto staged = [&](int64_t column) { return w.staged.get() + (column - base) * lanes; };
-    std::fill(staged(base), staged(first_unit * kUnit), 0.0F);
-    for (int64_t unit = first_unit; unit < end_unit; ++unit) {
-      stage(g, unit, w.signs[static_cast<size_t>((unit - first_unit) * (kUnit / kColumnsPerSigns))].v,
-            staged(unit * kUnit), w);
-    }
-    if (end_chunk * block_rows_ > end_unit * kUnit) {
-      std::fill(staged(end_unit * kUnit), staged(end_chunk * block_rows_), 0.0F);
-    }
-    make_progressions(backend_, projection_, first_chunk, end_chunk - first_chunk, w.words, w.places);
-    for (Progression& p : w.places) p = inverse(p);
-    g.kernel->add({.staged = staged(first_chunk * block_rows_),
-                   .chunks = end_chunk - first_chunk,
-                   .nonzeros = projection_.nonzeros,
-                   .block_rows = static_cast<uint32_t>(block_rows_),
-                   .places = w.places.data(),
-                   .fresh = fresh,
-                   .sums = w.sums.get()});
+  // Makes the signs and rows of the columns from .. to - 1.
+  void prepare(Piece& piece, int64_t from, int64_t to, Worker& w) const {
+    piece.from = from;
+    piece.to = to;
+    piece.first_chunk = from / block_rows_;
+    piece.end_chunk = divide_up(to, block_rows_);
+    piece.first_unit = from / kUnit;
+    piece.end_unit = divide_up(to, kUnit);
+    piece.base = std::min(piece.first_chunk * block_rows_, piece.first_unit * kUnit);
+    make_signs(backend_, projection_, piece.first_unit, piece.end_unit - piece.first_unit, w.signs);
+    make_progressions(backend_, projection_, piece.first_chunk, piece.end_chunk - piece.first_chunk, w.words,
+                      piece.places);
   }
 
-  void stage(const Group& g, int64_t unit, const uint32_t* signs, float* staged, Worker& w) const {
+  // Stages a piece while another one, if there is one, is added.
+  void stage(const Group& g, Piece& piece, const Piece* other, bool fresh, Worker& w) const {
+    for (Progression& p : piece.places) p = inverse(p);
+    const auto place = [&](int64_t column) { return piece.staged.get() + (column - piece.base) * g.kernel->lanes; };
+    std::fill(place(piece.base), place(piece.first_unit * kUnit), 0.0F);
+    const int64_t units = piece.end_unit - piece.first_unit, at_once = std::min(block_rows_, kSparseRows);
+    const int64_t row_blocks = projection_.rows / at_once;
     const void* samples[kMostLanes];
+    for (int64_t i = 0; i < units; ++i) {
+      SparseStage unit = read(g, piece.first_unit + i, samples, w);
+      unit.signs = w.signs[static_cast<size_t>(i * (kUnit / kColumnsPerSigns))].v;
+      unit.staged = place((piece.first_unit + i) * kUnit);
+      if (other == nullptr) {
+        g.kernel->stage_and_add(&unit, nullptr);
+      } else {
+        const SparseAdd share =
+            addition(*other, fresh, row_blocks * i / units * at_once, row_blocks * (i + 1) / units * at_once, g, w);
+        g.kernel->stage_and_add(&unit, &share);
+      }
+    }
+    const int64_t end = piece.end_chunk * block_rows_;
+    if (end > piece.end_unit * kUnit) std::fill(place(piece.end_unit * kUnit), place(end), 0.0F);
+  }
+
+  SparseAdd addition(const Piece& piece, bool fresh, int64_t first_row, int64_t end_row, const Group& g,
+                     Worker& w) const {
+    return {.staged = piece.staged.get() + (piece.first_chunk * block_rows_ - piece.base) * g.kernel->lanes,
+            .chunks = piece.end_chunk - piece.first_chunk,
+            .nonzeros = projection_.nonzeros,
+            .block_rows = static_cast<uint32_t>(block_rows_),
+            .places = piece.places.data(),
+            .fresh = fresh,
+            .first_row = first_row,
+            .end_row = end_row,
+            .sums = w.sums.get()};
+  }
+
+  void scatter(const Group& g, const Piece& piece, Worker& w) const {
+    const void* samples[kMostLanes];
+    for (int64_t unit = piece.first_unit; unit < piece.end_unit; ++unit) {
+      SparseStage stage = read(g, unit, samples, w);
+      stage.signs = w.signs[static_cast<size_t>((unit - piece.first_unit) * (kUnit / kColumnsPerSigns))].v;
+      const int64_t first = unit * kUnit;
+      g.kernel->scatter({.stage = stage,
+                         .begin = std::max<int64_t>(piece.from - first, 0),
+                         .end = std::min(piece.to - first, kUnit),
+                         .first_place = first - piece.first_chunk * block_rows_,
+                         .block_rows = static_cast<uint32_t>(block_rows_),
+                         .rows = piece.places.data(),
+                         .sums = w.sums.get()});
+    }
+  }
+
+  // Finds the samples' columns of a unit.
+  SparseStage read(const Group& g, int64_t unit, const void** samples, Worker& w) const {
     for (int64_t i = 0; i < g.kernel->lanes; ++i) {
       float* buffer = w.samples.get() + i * kUnit;
       samples[i] = i < g.samples ? columns_.read(g.first + i, unit * kUnit - begin_, kUnit, buffer)
                                  : w.samples.get() + lanes_ * kUnit;
     }
-    g.kernel->stage({.samples = samples, .raw_bf16 = columns_.all_bf16(), .signs = signs, .staged = staged});
+    return {.samples = samples, .raw_bf16 = columns_.all_bf16(), .signs = nullptr, .staged = nullptr};
   }
 
   // Adds a segment's sums to the group's total, after those of all segments before it.
   void merge(int64_t group, int64_t segment, int worker) {
     const Group& g = groups_[static_cast<size_t>(group)];
     std::atomic<int64_t>& merged = merged_[static_cast<size_t>(group)];
-    while (merged.load(std::memory_order_acquire) != segment - first_segment_) {
+    for (int turn = 0; merged.load(std::memory_order_acquire) != segment - first_segment_; ++turn) {
       if (!team_.goes_on(worker)) return;
-      std::this_thread::yield();
+      if (turn < kPatience) {
+        std::this_thread::yield();
+      } else {
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
     }
     const float* sums = workers_[static_cast<size_t>(worker)].sums.get();
     float* total = totals_.get() + begins_[static_cast<size_t>(group)];

@@ -1,12 +1,16 @@
 // The kernels of the sparse kind, over a lane type L (see lanes_avx512.h), for 16, 8, 4 or 1 samples side by side.
 //
-// A chunk of K columns is staged first: signed and transposed, so that one column of all samples is one vector. In each
-// block of rows a chunk's columns meet the K rows by a permutation, so a row adds exactly one staged vector of a chunk:
-// the kernel goes through the sums in order and reads the staged vectors at the places of a progression. Nothing is
-// scattered, no two additions meet, and every sum is made in the order of the chunks, by one addition each. So the
-// result has the same bits whatever the instruction set, the number of samples side by side, or the batch.
+// Columns are staged first: signed and transposed, so that one column of all samples is one vector. In each block of
+// rows a chunk's columns meet the K rows by a permutation, so a row adds exactly one staged vector of a chunk: the
+// kernel goes through the sums in order, some rows at a time in registers, and reads the staged vectors at the places
+// of a progression. With stores in order and few of them, loads are not held up by stores that only look like the same
+// address. Staging waits for memory and adding for the second-level cache, so both are interleaved: the next columns
+// are staged while the staged ones are added. With one nonzero a column there is one addition for each load, and
+// columns are added to the sums right from the registers.
 //
-// With one sample the vectors run along the rows instead, and the staged values are gathered.
+// No two additions meet, and every sum is made in the order of the chunks, by one addition each. So the result has the
+// same bits whatever the instruction set, the number of samples side by side, or the batch. With one sample the vectors
+// run along the rows instead, and the staged values are gathered.
 #pragma once
 #include "../floats.h"
 #include "backend.h"
@@ -15,7 +19,7 @@
 namespace trak_fast {
 namespace {
 
-constexpr int kChunksAtOnce = 4;  // chunks whose values are added to a sum while it is in a register
+constexpr int kStageStep = 16;  // columns that are staged at a time
 
 // Vectors of n floats and n words, in the compiler's own form.
 template <int n>
@@ -80,25 +84,35 @@ TRAK_FAST_INLINE void transpose(typename Vectors<n>::Floats (&rows)[n]) {
 template <class L>
 class SparseKernels {
  public:
-  // Stages kUnit columns of n samples.
+  // Stages a unit of columns while it adds some rows; either may be null.
   template <int n>
-  static void stage(const SparseStage& s) {
-    if (s.raw_bf16) {
-      stage_as<n, true>(s);
+  static void stage_and_add(const SparseStage* stage, const SparseAdd* add) {
+    if (n == 1 && add != nullptr && add->block_rows >= kLongRows) {
+      stage_and_add_by<n, kLongRows>(stage, add);
     } else {
-      stage_as<n, false>(s);
+      stage_and_add_by<n, kRows>(stage, add);
     }
   }
 
+  // Adds a unit of columns to the sums, for matrices with one nonzero a column.
   template <int n>
-  static void add(const SparseAdd& m) {
-    for (int64_t chunk = 0; chunk < m.chunks; chunk += kChunksAtOnce) {
-      const int64_t left = m.chunks - chunk;
-      const bool fresh = m.fresh && chunk == 0;
-      if (left >= 4) {
-        add_chunks<n, 4>(m, chunk, fresh);
-      } else {
-        for (int64_t i = 0; i < left; ++i) add_chunks<n, 1>(m, chunk + i, fresh && i == 0);
+  static void scatter(const SparseScatter& m) {
+    using V = Vectors<n>;
+    const uint32_t mask = m.block_rows - 1;
+    for (int64_t column = 0; column < kUnit; column += kStageStep) {
+      alignas(64) float staged[kStageStep * n];
+      SparseStage part = m.stage;
+      part.staged = staged - column * n;
+      stage_columns<n>(part, column);
+      const int64_t first = column < m.begin ? m.begin : column;
+      const int64_t end = column + kStageStep < m.end ? column + kStageStep : m.end;
+      if (first >= end) continue;
+      const int64_t place = m.first_place + first;
+      const Progression& p = m.rows[place / m.block_rows];
+      uint32_t row = p.start + p.step * static_cast<uint32_t>(place % m.block_rows);
+      for (int64_t i = first - column; i < end - column; ++i, row += p.step) {
+        float* sum = m.sums + static_cast<int64_t>(row & mask) * n;
+        V::store(sum, V::load(sum) + V::load(staged + i * n));
       }
     }
   }
@@ -176,11 +190,36 @@ class SparseKernels {
     }
   }
 
+  static constexpr int kRows = L::kLanes == 16 ? 16 : 8;  // rows whose sums are in registers at a time
+  static constexpr int kLongRows = 4 * L::kLanes;         // of one sample
+
+  template <int n, int rows>
+  static TRAK_FAST_INLINE void stage_and_add_by(const SparseStage* stage, const SparseAdd* add) {
+    const int64_t row_blocks = add == nullptr ? 0 : (add->end_row - add->first_row) / rows;
+    int64_t row = add == nullptr ? 0 : add->first_row, block = 0;
+    if (stage != nullptr) {
+      for (int64_t column = 0; column < kUnit; column += kStageStep) {
+        stage_columns<n>(*stage, column);
+        for (; block < row_blocks * (column + kStageStep) / kUnit; ++block, row += rows) add_rows<n, rows>(*add, row);
+      }
+    }
+    for (; block < row_blocks; ++block, row += rows) add_rows<n, rows>(*add, row);
+  }
+
+  template <int n>
+  static TRAK_FAST_INLINE void stage_columns(const SparseStage& s, int64_t column) {
+    if (s.raw_bf16) {
+      stage_columns_as<n, true>(s, column);
+    } else {
+      stage_columns_as<n, false>(s, column);
+    }
+  }
+
   template <int n, bool raw>
-  static TRAK_FAST_INLINE void stage_as(const SparseStage& s) {
+  static TRAK_FAST_INLINE void stage_columns_as(const SparseStage& s, int64_t first) {
     constexpr int width = n == 1 ? L::kLanes : n;
     using V = Vectors<width>;
-    for (int64_t column = 0; column < kUnit; column += width) {
+    for (int64_t column = first; column < first + kStageStep; column += width) {
       const auto signs = signs_of<width>(s.signs, column);
       typename V::Floats rows[n];
       for (int i = 0; i < n; ++i) {
@@ -191,43 +230,37 @@ class SparseKernels {
     }
   }
 
-  template <int n, int count>
-  static TRAK_FAST_INLINE void add_chunks(const SparseAdd& m, int64_t chunk, bool fresh) {
-    const uint32_t mask = m.block_rows - 1;
-    for (int64_t q = 0; q < m.nonzeros; ++q) {
-      float* sums = m.sums + q * m.block_rows * n;
-      const float* staged[count];
-      uint32_t place[count], step[count];
-      for (int i = 0; i < count; ++i) {
-        const Progression& p = m.places[(chunk + i) * m.nonzeros + q];
-        staged[i] = m.staged + (chunk + i) * m.block_rows * n;
-        place[i] = p.start;
-        step[i] = p.step;
-      }
+  // Adds all chunks to some rows, which lie in one block.
+  template <int n, int row_count>
+  static TRAK_FAST_INLINE void add_rows(const SparseAdd& m, int64_t first) {
+    const int64_t q = first / m.block_rows;
+    const uint32_t row = static_cast<uint32_t>(first % m.block_rows), mask = m.block_rows - 1;
+    constexpr int width = n == 1 ? L::kLanes : n, vectors = row_count * n / width;
+    using V = Vectors<width>;
+    typename V::Floats sums[vectors];
+    float* place = m.sums + first * n;
+#pragma GCC unroll 16
+    for (int i = 0; i < vectors; ++i) sums[i] = m.fresh ? typename V::Floats{} : V::load(place + i * width);
+    for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+      const Progression& p = m.places[chunk * m.nonzeros + q];
+      const float* staged = m.staged + chunk * m.block_rows * n;
       if constexpr (n == 1) {
-        using V = Vectors<L::kLanes>;
-        typename V::Words places[count];
-        for (int i = 0; i < count; ++i) places[i] = place[i] + V::count_up() * step[i];
-        for (uint32_t row = 0; row < m.block_rows; row += L::kLanes) {
-          auto sum = fresh ? typename V::Floats{} : V::load(sums + row);
-          for (int i = 0; i < count; ++i) {
-            sum += L::gather(staged[i], places[i] & mask);
-            places[i] += step[i] * L::kLanes;
-          }
-          V::store(sums + row, sum);
-        }
+        auto at = p.start + p.step * (row + V::count_up());
+#pragma GCC unroll 16
+        for (int i = 0; i < vectors; ++i, at += p.step * width) sums[i] += L::gather(staged, at & mask);
       } else {
-        using V = Vectors<n>;
-        for (int64_t row = 0; row < m.block_rows; ++row) {
-          auto sum = fresh ? typename V::Floats{} : V::load(sums + row * n);
-          for (int i = 0; i < count; ++i) {
-            sum += V::load(staged[i] + static_cast<int64_t>(place[i] & mask) * n);
-            place[i] += step[i];
-          }
-          V::store(sums + row * n, sum);
+        // Progression and mask count in bytes, which saves the shift.
+        constexpr uint32_t bytes = n * sizeof(float);
+        uint32_t at = (p.start + p.step * row) * bytes;
+#pragma GCC unroll 16
+        for (int i = 0; i < vectors; ++i, at += p.step * bytes) {
+          sums[i] +=
+              V::load(reinterpret_cast<const float*>(reinterpret_cast<const char*>(staged) + (at & mask * bytes)));
         }
       }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < vectors; ++i) V::store(place + i * width, sums[i]);
   }
 
   static TRAK_FAST_INLINE void collect_row(const SparseCollect& m) {
@@ -250,8 +283,8 @@ template <class L, int n>
 constexpr SparseKernel sparse_kernel() {
   using Kernels = SparseKernels<L>;
   return {.lanes = n,
-          .stage = Kernels::template stage<n>,
-          .add = Kernels::template add<n>,
+          .stage_and_add = Kernels::template stage_and_add<n>,
+          .scatter = Kernels::template scatter<n>,
           .collect = Kernels::template collect<n>};
 }
 

@@ -1,5 +1,5 @@
 // Tools of the CPU drivers: threads that work off tasks phase by phase, aligned memory, and the default floating-point
-// mode. The threads are started for each call and meet by spinning, so that nothing is left running between calls.
+// mode. The threads are started for each call, so that nothing is left running between calls.
 #pragma once
 #include <atomic>
 #include <cfenv>
@@ -20,6 +20,8 @@ namespace {
 
 // Multiply-adds below which starting threads costs more than it gains.
 constexpr double kWorkForThreads = 4e6;
+
+constexpr int kPatience = 64;  // turns in which a waiting thread stays awake
 
 template <class T>
 struct FreeMemory {
@@ -83,7 +85,7 @@ class Team {
     try {
       while (static_cast<int>(others.size()) + 1 < threads) {
         others.emplace_back([&, worker = static_cast<int>(others.size()) + 1] {
-          while (size_.load() == 0) std::this_thread::yield();
+          wait_while(size_, 0);
           work(worker);
         });
       }
@@ -91,6 +93,7 @@ class Team {
       // The system refuses more threads: go on with those that started.
     }
     size_.store(static_cast<int>(others.size()) + 1);
+    size_.notify_all();
     work(0);
     for (auto& thread : others) thread.join();
     return !stop_.load();
@@ -110,19 +113,31 @@ class Team {
   // Waits for all threads. The last one to arrive opens the next phase, or ends the work for all: if each thread looked
   // at stop_ for itself, some might begin a phase that others never join.
   void meet() {
-    const int64_t phase = phase_.load();
+    const int phase = phase_.load();
     if (arrived_.fetch_add(1) + 1 == size_.load()) {
       arrived_.store(0);
       next_.store(0);
       halted_.store(stop_.load());
       phase_.store(phase + 1);
+      phase_.notify_all();
     } else {
-      while (phase_.load() == phase) std::this_thread::yield();
+      wait_while(phase_, phase);
     }
   }
 
-  std::atomic<int> size_{0}, arrived_{0};
-  std::atomic<int64_t> next_{0}, phase_{0};
+  // Waits while an atomic has a value. Only the first moments are spent awake: a thread that is still to arrive may
+  // need this one's processor.
+  static void wait_while(const std::atomic<int>& atomic, int value) {
+    for (int i = 0; i < kPatience; ++i) {
+      if (atomic.load() != value) return;
+      std::this_thread::yield();
+    }
+    atomic.wait(value);
+  }
+
+  // The number of a phase counts modulo 2^32: threads are never more than one phase apart.
+  std::atomic<int> size_{0}, arrived_{0}, phase_{0};
+  std::atomic<int64_t> next_{0};
   std::atomic<bool> stop_{false}, halted_{false};
   bool (*keep_going_)() = nullptr;
   std::chrono::steady_clock::time_point asked_;

@@ -13,8 +13,9 @@ import pytest
 import torch
 import warm
 
+import trak_fast
 from trak_fast import info
-from trak_fast.bench import candidates, runner, tables, worker
+from trak_fast.bench import candidates, quality, runner, tables, worker
 from trak_fast.bench.case import Case
 from trak_fast.bench.results import Absent, Check, Omission, Results, Timing, load
 from trak_fast.bench.settings import Settings, defaults
@@ -138,6 +139,38 @@ def test_checks_find_what_is_wrong(tmp_path: Path) -> None:
     assert not found["moody"].repeatable
 
 
+def test_the_sparse_kind_is_checked_against_the_reference() -> None:
+    """Entry by entry, in rows of all blocks: another number of entries, or one wrong block, is an error."""
+    case = Case(1, 3000, 256, "float32", "sjlt", "cpu")
+    (ours, *_) = candidates.everything("cpu")
+    right = quality.check(ours, case)
+    assert right.matrix == "reference"
+    assert right.error < 1e-6
+    assert right.norm_distortion == pytest.approx((2 / 256) ** 0.5, rel=0.3)
+    assert right.column_dim == pytest.approx(256, rel=0.1)
+    assert right.equal_columns == 0
+
+    def fewer(case: Case) -> candidates.Project:
+        return lambda grads: trak_fast.project(grads, case.proj_dim, proj_type="sjlt", nonzeros=2) * 2**0.5
+
+    def last_block_twice(case: Case) -> candidates.Project:
+        def project(grads: torch.Tensor) -> torch.Tensor:
+            y = trak_fast.project(grads, case.proj_dim, proj_type="sjlt")
+            y[:, 192:] = y[:, 128:192]
+            return y
+
+        return project
+
+    for wrong in (fewer, last_block_twice):
+        assert quality.check(dataclasses.replace(ours, make=wrong), case).error > 0.1
+    for name in ("torch, index_add_", "scikit-learn sparse"):
+        (other,) = [candidate for candidate in candidates.everything("cpu") if candidate.name == name]
+        found = quality.check(other, case)
+        assert found.matrix == "identity"
+        assert found.error < 1e-6
+        assert found.norm_distortion == pytest.approx((2 / 256) ** 0.5, rel=0.3)
+
+
 def test_one_thing_is_varied_at_a_time() -> None:
     settings = dataclasses.replace(
         SETTINGS, batches=(1, 2, 3), grad_dims=(10, 20, 30), proj_dims=(5,), proj_types=("normal", "rademacher")
@@ -158,15 +191,22 @@ def test_candidates_of_this_machine_project() -> None:
     assert [name.removeprefix("trak_fast ") for name in there if name.startswith("trak_fast ")] == (
         info()["instruction_sets"]
     )
-    for name in ("torch, matrix in memory", "torch, in chunks", "scikit-learn Gaussian", "scikit-learn sparse"):
-        kind = there[name].proj_types[0]
-        case = Case(8, 3000, 512, "float32", kind, "cpu")
-        grads = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
-        y = there[name].make(case)(grads)
-        scale = 1.0 if name.startswith("torch") else 512.0
-        ratio = y.double().square().sum() * scale / (512 * grads.double().square().sum())
-        assert y.shape == (8, 512)
-        assert float(ratio) == pytest.approx(1, abs=0.15)  # √(2/512/8) = 2 %
+    grads = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
+    tried = set()
+    for name, candidate in there.items():
+        if candidate.module not in ("trak_fast", "torch", "sklearn"):
+            continue
+        for kind in candidate.proj_types:
+            y = candidate.make(Case(8, 3000, 512, "float32", kind, "cpu"))(grads)
+            grown = 1 if candidate.scaled else 4 if kind == "sjlt" else 512
+            ratio = y.double().square().sum() / (grown * grads.double().square().sum())
+            assert y.shape == (8, 512)
+            assert float(ratio) == pytest.approx(1, abs=0.15)  # √(2/512/8) = 2 %
+            tried.add((name, kind))
+    assert {name for name, kind in tried if kind == "sjlt"} == {
+        "torch, index_add_", "scikit-learn sparse", *(f"trak_fast {isa}" for isa in info()["instruction_sets"]),
+    }  # fmt: skip
+    assert ("scikit-learn Gaussian", "normal") in tried
     big = Case(8, 10**9, 4096, "float32", "normal", "cpu")
     assert there["torch, matrix in memory"].refusal(big, 2**34) == ("its matrix takes 15258.8 GiB, 16.0 are to be had")
 
@@ -188,8 +228,19 @@ def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 2**32  # the matrix has 2^33 bytes, a block of it 2^33 / 41
     refusals = {name: candidate.refusal(case, free) for name, candidate in there.items()}
     assert {name for name, reason in refusals.items() if reason is None} == {
-        *ours, "torch, in chunks", "traker BasicProjector", "bergson", "sjlt",
+        *ours, "torch, in chunks", "traker BasicProjector", "bergson",
     }  # fmt: skip
+    sparse = dataclasses.replace(case, proj_type="sjlt")
+    assert {name for name, candidate in there.items() if candidate.refusal(sparse, free) is None} == {
+        *ours, "torch, index_add_", "sjlt", "dattri sjlt",
+    }  # fmt: skip
+    assert there["sjlt"].refusal(sparse, 2**25) == "its matrix takes 0.0 GiB, 0.0 are to be had"
+    assert there["sjlt"].refusal(case, free) == "kind rademacher: it has sjlt"
+    uneven = dataclasses.replace(sparse, proj_dim=700)
+    assert there["sjlt"].refusal(uneven, free) is None
+    for name in ours:
+        assert there[name].refusal(dataclasses.replace(case, proj_dim=700), free) is None
+        assert str(there[name].refusal(uneven, free)).endswith("not 700; with nonzeros=4, 512 and 1024 are nearest")
     assert refusals["dattri"] == refusals["torch, matrix in memory"] == ("its matrix takes 8.0 GiB, 4.0 are to be had")
     assert refusals["fast_jl"] == "dtype bfloat16: it has float32, float16"
     half = dataclasses.replace(case, dtype="float16")
@@ -197,7 +248,6 @@ def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert there["fast_jl"].refusal(dataclasses.replace(half, proj_dim=700), free) == (
         "k = 700: it needs a multiple of 512"
     )
-    assert there["sjlt"].refusal(half, free) == "dtype float16: it has float32, bfloat16"
     assert there["traker CudaProjector"].missing() == "fast_jl is not installed: pip install traker fast_jl"
 
 
@@ -313,23 +363,27 @@ def test_a_refused_run_writes_nothing_and_keeps_what_is_there(tmp_path: Path) ->
 def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = f"trak_fast {info()['instruction_sets'][0]}"
     options = ["--batches", "4", "--grad-dims", "2000", "--proj-dims", "64", "--dtypes", "float32", "--threads", "1"]
-    options += ["--proj-types", "rademacher", "--check-dims", "700", "--check-proj-dim", "64", "--only", ours]
+    options += ["--proj-types", "rademacher", "sjlt", "--check-dims", "700", "--check-proj-dim", "64", "--only", ours]
     assert main(["bench", "--output", str(tmp_path), *options]) == 0
     results = load(tmp_path / "results.json")
     assert results.finished
-    (check,) = results.checked
-    assert check.found.matrix == "reference"
-    assert check.found.error < 1e-5
-    assert check.found.repeatable
-    assert check.found.remade
-    (timing,) = [timing for timing in results.measured if timing.candidate == ours]
-    assert timing.memory_bytes < 64 << 20
+    assert [check.case.proj_type for check in results.checked] == ["rademacher", "sjlt"]
+    for check in results.checked:
+        assert check.found.matrix == "reference"
+        assert check.found.error < 1e-5
+        assert check.found.repeatable
+        assert check.found.remade
+        assert check.found.norm_distortion == pytest.approx((2 / 64) ** 0.5, rel=0.3)
+    assert [timing.dense for timing in results.measured] == [True, False]
+    assert all(timing.memory_bytes < 64 << 20 for timing in results.measured)
     output = capsys.readouterr().out
-    assert "B = 4, D = 2,000, k = 64, float32, rademacher" in output
+    for kind in ("rademacher", "sjlt"):
+        assert f"B = 4, D = 2,000, k = 64, float32, {kind}" in output
+    assert f"{ours} with sjlt: " in output
     assert "<svg" not in output
     assert ours in (tmp_path / "index.html").read_text()
     assert main(["bench", "--compare", str(tmp_path / "results.json"), str(tmp_path / "results.json")]) == 0
-    assert "1 of 1 timings are the same within noise" in capsys.readouterr().out
+    assert "2 of 2 timings are the same within noise" in capsys.readouterr().out
     assert main(["bench", "--compare", str(tmp_path / "results.json"), str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from trak_fast.bench import runner, settings
 from trak_fast.bench.budget import Budget, Measurement
 from trak_fast.bench.candidates import Candidate
-from trak_fast.bench.case import Case
+from trak_fast.bench.case import DENSE_TYPES, Case
 from trak_fast.bench.process import TookTooLong
 from trak_fast.bench.results import Ceilings, FirstCall, Present, Quality, Results, Timing
 
 SECONDS_PER_ENTRY = {"fast": 1e-11, "usual": 1e-9, "slow": 1e-8, "slower": 4e-8, "liar": 3e-7}
-SETTINGS = dataclasses.replace(settings.defaults("cpu"), dtypes=("float32",), threads=1)
+SETTINGS = dataclasses.replace(settings.defaults("cpu"), dtypes=("float32",), proj_types=DENSE_TYPES, threads=1)
 
 
 def unused(case: Case) -> Callable[[Tensor], Tensor]:
@@ -137,6 +137,19 @@ def test_small_shapes_do_not_raise_predictions() -> None:
         assert budget.cost(measurement) == pytest.approx(predicted)
     budget.overran(measurement._replace(case=Case(1, 10, 10, "float32", "normal", "cpu")), 10.0)
     assert budget.cost(measurement) == pytest.approx(10.0 * 10**7)
+
+
+def test_sparse_matrices_say_nothing_about_dense_ones() -> None:
+    """A sparse kind takes no k times as many seconds for a dense one, nor the other way round."""
+    budget, case = Budget(300.0, 10), Case(1, 10**6, 10**3, "float32", "normal", "cpu")
+    dense = Measurement("a", case)
+    sparse = Measurement("a", dataclasses.replace(case, proj_type="sjlt"))
+    budget.learn("a", 10**8, 5.0)
+    assert (budget.cost(dense), budget.cost(sparse)) == (pytest.approx(50), 0)
+    budget.learn("a", 10**6, 2.0, dense=False)
+    assert (budget.cost(dense), budget.cost(sparse)) == (pytest.approx(50), pytest.approx(8))
+    budget.overran(sparse, 30.0)
+    assert (budget.cost(dense), budget.cost(sparse)) == (pytest.approx(50), pytest.approx(30))
 
 
 def test_limits_end_with_the_budget() -> None:

@@ -29,11 +29,12 @@ from trak_fast.bench.results import (
 from trak_fast.bench.settings import defaults
 
 CASE = Case(32, 1000, 100, "float32", "rademacher", "cpu")
+SPARSE_CASE = dataclasses.replace(CASE, proj_type="sjlt")
 CEILINGS = Ceilings(1e9, {"float32": 1e11, "bfloat16": 1e13, "float16": 1e11})
 
 
-def timing(name: str, rounds: list[list[float]], case: Case = CASE, *, dense: bool = True) -> Timing:
-    return figures.summarize(name, case, dense, FirstCall(0.0, rounds[0][0], 3 << 20), rounds, CEILINGS)
+def timing(name: str, rounds: list[list[float]], case: Case = CASE) -> Timing:
+    return figures.summarize(name, case, FirstCall(0.0, rounds[0][0], 3 << 20), rounds, CEILINGS)
 
 
 def results(*timings: Timing) -> Results:
@@ -65,7 +66,7 @@ def test_rates_by_hand() -> None:
 
 
 def test_a_timing_without_rounds_is_its_first_call() -> None:
-    cold = figures.summarize("a", CASE, True, FirstCall(0.5, 2.0, None), [], None)
+    cold = figures.summarize("a", CASE, FirstCall(0.5, 2.0, None), [], None)
     assert (cold.warm, cold.rounds, cold.median) == (False, [[2.0]], 2.0)
     assert cold.floor_seconds is cold.of_floor is None
     assert figures.with_floor(cold, CEILINGS).of_floor == pytest.approx(figures.floor_seconds(CASE, CEILINGS) / 2)
@@ -80,7 +81,10 @@ def test_floor_by_hand() -> None:
     assert figures.floor_seconds(half, CEILINGS) == pytest.approx((32 * 1000 * 2 + 32 * 1000 * 4) / 1e9)
     entry = timing("a", [[1e-3]])
     assert entry.of_floor == pytest.approx(moved / 1e9 / 1e-3)
-    assert timing("a", [[1e-3]], dense=False).of_floor is None
+    sparse = timing("a", [[1e-3]], SPARSE_CASE)
+    assert not sparse.dense
+    assert sparse.flop_per_second == pytest.approx(2 * 32 * 1000 * 4 / 1e-3)
+    assert sparse.of_floor == pytest.approx(moved / 1e9 / 1e-3)
 
 
 def test_the_better_ceiling_counts() -> None:
@@ -148,6 +152,32 @@ def test_table_of_the_terminal() -> None:
     assert re.search(r"trak_fast amx +2.5e-07 +6.25% +4.42% +512 +511 +3 +yes", text)
     assert "independent entries: norms 6.25%, inner products 4.42%" in text
     assert "fast_jl: no <such> thing" in text
+
+
+def test_the_sparse_kind_stands_beside_the_others() -> None:
+    ours = [timing("trak_fast amx", [[0.1]]), timing("trak_fast amx", [[0.02]], SPARSE_CASE)]
+    slower = [timing("trak_fast avx2", [[0.03]], SPARSE_CASE), timing("sjlt", [[0.001]], SPARSE_CASE)]
+    whole = results(*ours, timing("slow", [[0.2]]), *slower)
+    text = tables.terminal(whole)
+    assert text.count("trak_fast amx with sjlt: 20 ms, 5 times as fast as the fastest of these") == 1
+    assert "| trak_fast amx, sjlt | 20 ms | 0.2 | 3.0 MiB |\n| trak_fast amx | 100 ms | 1 |" in tables.markdown(whole)
+    assert "with sjlt" not in tables.terminal(results(ours[0], slower[1]))
+
+
+def test_cases_that_are_not_for_a_candidate_are_one_line() -> None:
+    reason = "kind sjlt: it has rademacher, normal"
+    other = dataclasses.replace(SPARSE_CASE, batch=1)
+    whole = results(timing("trak_fast amx", [[0.1]]))
+    whole.timings += [Omission("a", case, "skipped", reason) for case in (SPARSE_CASE, other)]
+    whole.timings += [Omission("b", case, "failed", "out of luck\nmore") for case in (SPARSE_CASE, other)]
+    whole.checks += [Omission("a", other, "skipped", reason), Omission("a", CASE, "skipped", "no memory")]
+    assert tables.absent(whole) == [
+        "fast_jl: no <such> thing",
+        f"a, 3 cases: {reason}",
+        "b, B = 32, D = 1,000, k = 100, float32, sjlt: out of luck",
+        "b, B = 1, D = 1,000, k = 100, float32, sjlt: out of luck",
+        "a, B = 32, D = 1,000, k = 100, float32, rademacher: no memory",
+    ]
 
 
 def test_page() -> None:
@@ -232,7 +262,7 @@ def test_the_table_of_the_readme_follows_from_published_results() -> None:
 
 def every_entry() -> Results:
     """Results with an entry of each type, on a GPU that this machine need not have."""
-    whole = results(timing("a", [[0.1, 0.2], [0.3]]), timing("sparse", [[1.0]], dense=False))
+    whole = results(timing("a", [[0.1, 0.2], [0.3]]), timing("sparse", [[1.0]], SPARSE_CASE))
     whole.timings.append(Omission("b", CASE, "failed", "RuntimeError: out of luck"))
     whole.checks.append(Omission("b", CASE, "skipped", "dtype float32: it has float16"))
     whole.candidates |= {"a": Present("1.0", 10, 0.5), "b": Absent("failed", "ValueError")}

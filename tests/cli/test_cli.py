@@ -71,14 +71,23 @@ INTEGERS = {  # and the least and the largest value of each
     "plan": {
         "--params": (1, 2**48), "--proj-dim": (1, 2**32), "--samples": (1, 2**48), "--targets": (0, 2**48),
         "--checkpoints": (1, 2**32), "--batch": (1, 2**32), "--tokens": (1, 2**48), "--processes": (1, 2**32),
+        "--nonzeros": (1, 8),
     },
 }  # fmt: skip
 REALS = {
     "demo": {"--flipped": ("0", "0.51")}, "bench": {"--budget": ("0", "1e8")}, "plan": {"--gradient-seconds": ("1e10",)}
 }  # fmt: skip
 CHOICES = {
-    "bench": {"--device": "cpu, cuda", "--dtypes": "float32, bfloat16, float16", "--proj-types": "rademacher, normal"},
-    "plan": {"--device": "cpu, cuda", "--dtype": "float32, bfloat16, float16", "--proj-type": "rademacher, normal"},
+    "bench": {
+        "--device": "cpu, cuda",
+        "--dtypes": "float32, bfloat16, float16",
+        "--proj-types": "rademacher, normal, sjlt",
+    },
+    "plan": {
+        "--device": "cpu, cuda",
+        "--dtype": "float32, bfloat16, float16",
+        "--proj-type": "rademacher, normal, sjlt",
+    },
 }
 NOT_FINITE = ("nan", "inf", "-1e400", "1" + "0" * 400)
 

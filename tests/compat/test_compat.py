@@ -172,6 +172,17 @@ def test_programs_run_with_everything_in_place(tmp_path: Path) -> None:
     assert run("-m", "trak_fast.compat", "-m", "script", *told, cwd=tmp_path) == expected
 
 
+def test_programs_find_our_class_in_an_installed_sjlt(tmp_path: Path) -> None:
+    (tmp_path / "sjlt").mkdir()
+    (tmp_path / "sjlt" / "__init__.py").write_text("from .core import SJLTProjection\n")
+    (tmp_path / "sjlt" / "core.py").write_text("class SJLTProjection: pass\n")
+    (tmp_path / "script.py").write_text(
+        "import sjlt, sjlt.core, torch\n"
+        "print(sjlt.SJLTProjection.__module__, *sjlt.core.SJLTProjection(5, 16)(torch.ones(2, 5)).shape)\n"
+    )
+    assert run("-m", "trak_fast.compat", "script.py", cwd=tmp_path) == ["trak_fast.compat.sjlt 2 16"]
+
+
 def test_a_folder_in_the_environment_is_enough(tmp_path: Path) -> None:
     (folder,) = run("-m", "trak_fast.compat", "--path", cwd=tmp_path)
     (tmp_path / "sitecustomize.py").write_text("print('the other sitecustomize')")
@@ -201,6 +212,7 @@ def test_layers_import_no_library_before_they_are_asked_to(tmp_path: Path) -> No
         "No module named 'trak'",
         "No module named 'dattri'",
         "No module named 'bergson'",
+        "No module named 'sjlt'",
     ]
 
 

@@ -121,6 +121,23 @@ def test_bergson_s_collection_of_a_language_model(tmp_path: Path) -> None:
         assert torch.all((features.double().square().sum(1) / exact - 1).abs() < 5 * math.sqrt(2 / 500))
 
 
+@pytest.mark.parametrize("scale", ["jl", "row_norm"])
+@pytest.mark.parametrize(("columns", "m"), [(900, 64), (16, 16), (5, 64), (2000, 16)])
+def test_sjlt_beside_bergson_s_kinds(columns: int, m: int, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without an entry stay 0; with norms of rows, others are divided by theirs."""
+    monkeypatch.setattr(layer, "_SLAB", 7 * 100)
+    grads = OuterProductGradients(g=torch.randn(4, 1, columns), a=torch.ones(4, 1, 1))
+    flat = grads.materialize().flatten(1)
+    nonzeros = 4 if m == 64 else 1
+    seed, model_id = layer.matrix_of(NAME)
+    R = reference.matrix("sjlt", seed, model_id, range(m), range(columns), m, nonzeros).astype(np.float64)
+    norms = np.linalg.norm(R, axis=1)
+    divisors = np.where(norms == 0, 1, norms) if scale == "row_norm" else np.sqrt(nonzeros)
+    for given in (flat, grads):
+        result = layer.project_global(NAME, given, m, "sjlt", scale)
+        np.testing.assert_allclose(result.numpy(), flat.double().numpy() @ R.T / divisors, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_are_kept_as_well_as_with_bergson_s_matrix(kind: str) -> None:
     """‖Rg‖²/‖g‖² over many gradients: mean 1 and standard deviation √(2/m), both within 5 standard errors."""
@@ -148,5 +165,5 @@ def test_identifiers_name_matrices() -> None:
         assert not any(torch.equal(one, other) for other in results[:n])
     with pytest.raises(ValueError, match="projection_scale must be one of 'jl', 'row_norm', not 'none'"):
         layer.project_global("a", grads, 10, projection_scale="none")
-    with pytest.raises(ValueError, match="proj_type must be one of 'rademacher', 'normal', not 'sparse'"):
+    with pytest.raises(ValueError, match="proj_type must be one of 'rademacher', 'normal', 'sjlt', not 'sparse'"):
         layer.project_global("a", grads, 10, "sparse")

@@ -23,7 +23,7 @@ from dattri.task import AttributionTask  # noqa: E402
 K = 128
 
 
-def scores(folder: Path, seed: int) -> NDArray[np.float32]:
+def scores(folder: Path, seed: int, proj_type: str = "normal") -> NDArray[np.float32]:
     """dattri's TRAK, as its documentation has it."""
     data, model = retrained(), network()
     files = []
@@ -46,7 +46,13 @@ def scores(folder: Path, seed: int) -> NDArray[np.float32]:
     attributor = dattri.algorithm.trak.TRAKAttributor(
         task=AttributionTask(loss_func=logit, model=model, checkpoints=files),
         correct_probability_func=probability,
-        projector_kwargs={"proj_dim": K, "proj_max_batch_size": 32, "proj_seed": seed, "device": "cpu"},
+        projector_kwargs={
+            "proj_dim": K,
+            "proj_max_batch_size": 32,
+            "proj_seed": seed,
+            "device": "cpu",
+            "proj_type": proj_type,
+        },
         device="cpu",
         regularization=1e-3,
     )
@@ -63,11 +69,15 @@ def test_scores_are_as_good_as_with_dattri_s_own_projector(tmp_path: Path) -> No
     before = dattri.func.projection.random_project
     with layer.patch():
         assert dattri.algorithm.trak.random_project is layer.random_project
-        ours = np.array([lds(scores(tmp_path, seed), data.masks, data.outputs).mean for seed in seeds])
+        ours = {
+            kind: np.array([lds(scores(tmp_path, seed, kind), data.masks, data.outputs).mean for seed in seeds])
+            for kind in ("normal", "sjlt")
+        }
     assert dattri.algorithm.trak.random_project is before is dattri.func.projection.random_project
     assert own.mean() > 0.1
-    assert not np.array_equal(own, ours)
-    assert abs(ours.mean() - own.mean()) < 4 * np.sqrt((own.var(ddof=1) + ours.var(ddof=1)) / len(seeds))
+    for values in ours.values():
+        assert not np.array_equal(own, values)
+        assert abs(values.mean() - own.mean()) < 4 * np.sqrt((own.var(ddof=1) + values.var(ddof=1)) / len(seeds))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -83,6 +93,80 @@ def test_random_project(proj_type: str, dtype: torch.dtype) -> None:
         rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-6
         np.testing.assert_allclose(result.double().numpy(), exact, rtol=rounding, atol=2e-5)
         assert not torch.equal(project(given), result)  # ensemble 0
+
+
+FEATURES = {"w": (5, 7, 9), "b": (5,), "v": (5, 3)}  # 67 columns
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("k", "nonzeros"), [(16, 1), (32, 2), (64, 4), (512, 4)])
+def test_sjlt_has_as_many_entries_as_fit(k: int, nonzeros: int, dtype: torch.dtype) -> None:
+    features = {name: torch.randn(shape).to(dtype) for name, shape in FEATURES.items()}
+    flat = torch.cat([f.reshape(5, -1) for f in features.values()], 1)
+    P = reference.matrix("sjlt", 2**64 - 3, 2, range(k), range(67), k, nonzeros) / np.sqrt(nonzeros)
+    exact = flat.double().numpy() @ P.T
+    rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else 1e-6
+    kinds = dattri.func.projection.ProjectionType
+    for given in (features, flat):
+        for project in (
+            layer.random_project(given, 5, k, 16, proj_seed=-3, proj_type="sjlt"),
+            layer.make_random_projector([63, 1, 3], 5, k, 16, torch.device("cpu"), -3).project,  # the default
+            layer.make_random_projector([67], 5, k, 16, "cpu", -3, kinds.sjlt).project,
+        ):
+            result = project(given, 2)
+            assert result.dtype == dtype
+            np.testing.assert_allclose(result.double().numpy(), exact, rtol=rounding, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("grass", 64), ("grass_2", 32), ("grass_100", 67)])
+def test_grass_is_sjlt_of_some_columns(name: str, kept: int) -> None:
+    """The matrix, seen by the identity: columns that are all 0, and those of a smaller sparse matrix in their order."""
+    project = layer.random_project(torch.zeros(67, 67), 67, 16, 32, proj_seed=-3, proj_type=name)
+    matrices = [project(torch.eye(67), ensemble).T.numpy() for ensemble in range(2)]
+    for ensemble, found in enumerate(matrices):
+        expected = reference.matrix("sjlt", 2**64 - 3, ensemble, range(16), range(kept), 16, 1)
+        np.testing.assert_array_equal(found[:, found.any(axis=0)], expected)
+    assert kept == 67 or not np.array_equal(matrices[0] == 0, matrices[1] == 0)
+    again = layer.random_project(torch.zeros(5, 67), 5, 16, 32, proj_seed=-3, proj_type=name)
+    features = {name: torch.randn(shape) for name, shape in FEATURES.items()}
+    flat = torch.cat([f.reshape(5, -1) for f in features.values()], 1)
+    for given in (features, flat):
+        np.testing.assert_allclose(again(given, 1).numpy(), flat.numpy() @ matrices[1].T, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="grads has 66 columns, but grad_dim is 67"):
+        again(flat[:, 1:])
+
+
+def test_grass_keeps_every_column_as_often() -> None:
+    """Each of 100 columns is one of 64 kept ones, in 400 ensembles: within 5 standard deviations of 256."""
+    project = layer.random_project(torch.zeros(100, 100), 100, 16, 32, proj_type="grass")
+    counts = sum((project(torch.eye(100), ensemble) != 0).any(1).double() for ensemble in range(400))
+    assert abs(counts - 256).max() < 5 * np.sqrt(400 * 0.64 * 0.36)
+
+
+def test_grass_of_a_large_model_draws_no_more_than_it_keeps() -> None:
+    """dattri permutes all columns, which would take 8 TB here."""
+    ones = torch.ones(2, 1).expand(2, 10**12)
+    result = layer.random_project(ones, 2, 64, 32, proj_type="grass_8")(ones)
+    P = reference.matrix("sjlt", 0, 0, range(64), range(512), 64, 4) / 2
+    np.testing.assert_allclose(result.numpy(), np.tile(P.sum(1), (2, 1)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("sjlt", 1000), r"proj_dim must be a power of two in \[16, 2\*\*23\] .* not 1000; 512 and 1024 are nearest"),
+        (("sjlt", 5), "not 5; 16 is nearest, and the kinds 'rademacher' and 'normal' take any"),
+        (("grass", 40), "not 40; 32 and 64 are nearest"),
+        (("grass_0", 64), "grass_multiplier must be at least 1, not 0"),
+        (("grass_x", 64), "proj_type must be 'grass' or 'grass_N' with an integer N, not 'grass_x'"),
+    ],
+)
+def test_sparse_kinds_that_are_refused(options: tuple[str, int], message: str) -> None:
+    kind, k = options
+    with pytest.raises(ValueError, match=message):
+        layer.random_project(torch.zeros(5, 50), 5, k, 32, proj_type=kind)
+    if message.endswith("nearest"):
+        layer.random_project(torch.zeros(5, 50), 5, int(message.split()[-3]), 32, proj_type=kind)
 
 
 def test_make_random_projector_as_dattri_calls_it() -> None:
@@ -106,7 +190,7 @@ def test_other_kinds_are_dattri_s_own() -> None:
             with layer.patch():
                 result = dattri.func.projection.random_project(x, 5, 10, 32, 0, "random_mask")(x)
                 with pytest.raises(ValueError, match="Invalid proj_type"):
-                    dattri.func.projection.random_project(x, 5, 10, 32, 0, "sjlt")
+                    dattri.func.projection.random_project(x, 5, 10, 32, 0, "dense")
         else:
             result = layer.random_project(x, 5, 10, 32, 0, "random_mask")(x)
         assert torch.equal(result, own)

@@ -12,16 +12,18 @@ DTYPES = [np.float32, np.float64, np.float16, np.int64]
 
 
 def operator_and_matrix(kind: str = "normal", scale: float = 0.25) -> tuple[ProjectionOperator, np.ndarray]:
-    operator = ProjectionOperator(700, 40, seed=2**64 - 1, proj_type=kind, model_id=3, scale=scale)
-    return operator, scale * reference.matrix(kind, 2**64 - 1, 3, range(40), range(700)).astype(np.float64)
+    nonzeros = 2 if kind == "sjlt" else None
+    k = 64 if nonzeros else 40
+    operator = ProjectionOperator(700, k, 2**64 - 1, kind, model_id=3, scale=scale, nonzeros=nonzeros)
+    return operator, scale * reference.matrix(kind, 2**64 - 1, 3, range(k), range(700), k, 2).astype(np.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+@pytest.mark.parametrize("kind", ["rademacher", "normal", "sjlt"])
 def test_products(kind: str, dtype: type) -> None:
     operator, P = operator_and_matrix(kind)
-    assert (operator.shape, operator.dtype) == ((40, 700), np.float32)
-    x, y = (4 * RNG.standard_normal((700, 5))).astype(dtype), (4 * RNG.standard_normal((40, 6))).astype(dtype)
+    assert (operator.shape, operator.dtype) == (P.shape, np.float32)
+    x, y = (4 * RNG.standard_normal((700, 5))).astype(dtype), (4 * RNG.standard_normal((len(P), 6))).astype(dtype)
     close = {"rtol": 0, "atol": 3e-4}
     np.testing.assert_allclose(operator.matvec(x[:, 0]), P @ x[:, 0], **close)
     np.testing.assert_allclose(operator.matvec(x[:, :1]), P @ x[:, :1], **close)
@@ -89,5 +91,5 @@ def test_what_is_refused() -> None:
         operator.matvec(np.ones(701))
     with pytest.raises(TypeError, match=r"grads must have one of the dtypes .* not torch\.complex128"):
         operator.matvec(np.ones(700, complex))
-    with pytest.raises(ValueError, match="proj_type must be one of 'rademacher', 'normal', not 'sparse'"):
+    with pytest.raises(ValueError, match="proj_type must be one of 'rademacher', 'normal', 'sjlt', not 'sparse'"):
         ProjectionOperator(5, 4, proj_type="sparse")

@@ -11,19 +11,35 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.random_projection import GaussianRandomProjection
+from sklearn.random_projection import GaussianRandomProjection, SparseRandomProjection
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from trak_fast.compat.sklearn import FusedRandomProjection
+from trak_fast.compat.sklearn import FusedRandomProjection, FusedSparseProjection
 from trak_fast.projection import reference
 
 RNG = np.random.default_rng(0)
 
 
+class OfSixteen(FusedSparseProjection):
+    """The sparse projection in scikit-learn's checks, which set `n_components = 1`: here that becomes 16."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        one = name == "n_components" and isinstance(value, int) and value == 1
+        super().__setattr__(name, 16 if one else value)
+
+
+def estimators() -> dict[str, Any]:
+    return {
+        "normal": FusedRandomProjection(n_components=2, proj_type="normal"),
+        "rademacher": FusedRandomProjection(n_components=2, proj_type="rademacher"),
+        "sjlt": OfSixteen(n_components=16, nonzeros=1),
+    }
+
+
 @pytest.mark.parametrize("check", [
-    pytest.param((estimator, check), id=f"{check.func.__name__}-{estimator.proj_type}")
-    for kind in ("normal", "rademacher")
-    for estimator, check in estimator_checks_generator(FusedRandomProjection(n_components=2, proj_type=kind))
+    pytest.param((estimator, check), id=f"{check.func.__name__}-{name}")
+    for name, made in estimators().items()
+    for estimator, check in estimator_checks_generator(made)
 ])  # fmt: skip
 def test_scikit_learn_s_own_checks(check: tuple[Any, Any]) -> None:
     estimator, function = check
@@ -55,6 +71,58 @@ def test_sparse_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = projection.transform(X.toarray())
     monkeypatch.setattr("trak_fast.compat.sklearn._DENSE", 7 * 300)
     np.testing.assert_allclose(projection.transform(X), whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("k", "nonzeros"), [(16, 1), (64, 2), (512, 4), (128, 8)])
+def test_transform_by_a_sparse_matrix(k: int, nonzeros: int, dtype: type) -> None:
+    X = RNG.standard_normal((30, 500)).astype(dtype)
+    projection = FusedSparseProjection(n_components=k, nonzeros=nonzeros, random_state=3).fit(X)
+    P = sparse_matrix(projection, nonzeros)
+    assert projection.density_ == nonzeros / k
+    components = projection.components_
+    assert (components.format, components.dtype, components.nnz) == ("csr", np.float32, 500 * nonzeros)
+    np.testing.assert_allclose(components.toarray(), P, rtol=1e-6)
+    dense = projection.transform(X)
+    np.testing.assert_allclose(dense, X.astype(np.float64) @ P.T, rtol=0, atol=2e-5)
+    assert dense.dtype == dtype
+    wide = FusedSparseProjection(n_components=k, nonzeros=nonzeros, random_state=3, dense_output=True)
+    for kind in (scipy.sparse.csr_matrix, scipy.sparse.csr_array, scipy.sparse.csc_array):
+        result = projection.transform(kind(X))
+        assert scipy.sparse.issparse(result)
+        assert isinstance(result, scipy.sparse.sparray) == (kind is not scipy.sparse.csr_matrix)
+        assert (result.format, result.dtype) == ("csr", dtype)
+        np.testing.assert_allclose(result.toarray(), dense, rtol=0, atol=1e-6)
+        assert np.array_equal(wide.fit_transform(kind(X)), result.toarray())
+    assert np.array_equal(pickle.loads(pickle.dumps(projection)).transform(X), dense)
+
+
+def sparse_matrix(projection: FusedSparseProjection, nonzeros: int) -> np.ndarray:
+    k, D = projection.n_components_, projection.n_features_in_
+    P = reference.matrix("sjlt", projection.seed_, 0, range(k), range(D), k, nonzeros)
+    return P.astype(np.float64) / nonzeros**0.5
+
+
+@pytest.mark.parametrize("shape", [(64, 4, 200), (64, 4, 40), (128, 8, 128), (32, 2, 33), (16, 1, 3), (16, 1, 16)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_inverse_transform_of_a_sparse_matrix(
+    shape: tuple[int, int, int], dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pseudo-inverse by singular values, of the matrix whole; here it is made in blocks."""
+    k, nonzeros, D = shape
+    monkeypatch.setattr("trak_fast.compat.sklearn._DENSE", 3 * k)
+    X, Y = RNG.standard_normal((6, D)).astype(dtype), RNG.standard_normal((6, k)).astype(dtype)
+    for stored in (False, True):
+        projection = FusedSparseProjection(
+            n_components=k, nonzeros=nonzeros, random_state=1, compute_inverse_components=stored
+        ).fit(X)
+        right = Y @ np.linalg.pinv(sparse_matrix(projection, nonzeros), rcond=1e-7).T
+        close = {"rtol": 0, "atol": (1e-9 if dtype == np.float64 else 1e-5) * np.abs(right).max()}
+        assert hasattr(projection, "inverse_components_") == stored
+        for given in (Y, scipy.sparse.csc_matrix(Y)):
+            result = projection.inverse_transform(given)
+            assert (result.shape, result.dtype) == ((6, D), dtype)
+            np.testing.assert_allclose(result, right, **close)
 
 
 @pytest.mark.parametrize("kind", ["normal", "rademacher"])
@@ -143,6 +211,22 @@ def test_number_of_components_as_in_scikit_learn() -> None:
         FusedRandomProjection().fit(X[:, :100])
 
 
+@pytest.mark.parametrize(
+    ("nonzeros", "eps", "expected"), [(4, 0.3, 256), (4, 0.5, 128), (4, 0.9, 64), (1, 0.9, 64), (8, 0.9, 128)]
+)
+def test_number_of_components_of_a_sparse_matrix_is_the_next_that_fits(
+    nonzeros: int, eps: float, expected: int
+) -> None:
+    X = np.ones((10, 2000))
+    needed = SparseRandomProjection(eps=eps).fit(X).n_components_
+    found = FusedSparseProjection(nonzeros=nonzeros, eps=eps).fit(X).n_components_
+    assert found == expected
+    assert found >= needed
+    assert found < 2 * needed or found == 16 * nonzeros
+    with pytest.raises(ValueError, match=r"lead to .* components, which is not in 1 to n_features=20"):
+        FusedSparseProjection(nonzeros=nonzeros, eps=eps).fit(X[:, :20])
+
+
 def test_in_a_pipeline_and_a_grid_search() -> None:
     """Digits classified from 32 of 64 dimensions: as well as with scikit-learn's Gaussian matrix."""
     X, y = load_digits(return_X_y=True)
@@ -150,13 +234,16 @@ def test_in_a_pipeline_and_a_grid_search() -> None:
     for name, projection in [
         ("ours", FusedRandomProjection(random_state=0)),
         ("theirs", GaussianRandomProjection(random_state=0)),
+        ("sparse", FusedSparseProjection(nonzeros=1, random_state=0)),
     ]:
         key = projection.__class__.__name__.lower() + "__n_components"
-        search = GridSearchCV(make_pipeline(projection, RidgeClassifier()), {key: [8, 32]}, cv=3).fit(X, y)
+        sizes = [16, 32] if name == "sparse" else [8, 32]
+        search = GridSearchCV(make_pipeline(projection, RidgeClassifier()), {key: sizes}, cv=3).fit(X, y)
         assert search.best_params_ == {key: 32}
         scores[name] = search.best_score_
-    assert scores["ours"] > 0.75  # by chance 0.1
-    assert abs(scores["ours"] - scores["theirs"]) < 0.07
+    for name in ("ours", "sparse"):
+        assert scores[name] > 0.75  # by chance 0.1
+        assert abs(scores[name] - scores["theirs"]) < 0.07
 
 
 def test_names_and_parameters() -> None:
@@ -176,8 +263,29 @@ def test_names_and_parameters() -> None:
         (
             {"n_components": 2, "proj_type": "sparse"},
             ValueError,
-            "proj_type must be one of 'rademacher', 'normal', not 'sparse'",
+            "proj_type must be one of 'rademacher', 'normal', 'sjlt', not 'sparse'",
+        ),
+        (
+            {"n_components": 64, "proj_type": "sjlt"},
+            ValueError,
+            "proj_type must be one of 'rademacher', 'normal', not 'sjlt'; FusedSparseProjection has it",
         ),
     ]:
         with pytest.raises(error, match=message):
             FusedRandomProjection(**bad).fit(np.ones((2, 5)))  # type: ignore[arg-type]
+
+
+def test_names_and_parameters_of_the_sparse_one() -> None:
+    projection = FusedSparseProjection(n_components=64, nonzeros=2, random_state=1)
+    assert clone(projection).get_params() == projection.get_params()
+    assert projection.fit(np.ones((2, 5))).get_feature_names_out()[63] == "fusedsparseprojection63"
+    for bad, error, message in [
+        ({"n_components": 1000}, ValueError, "not 1000; with nonzeros=4, 512 and 1024 are nearest"),
+        ({"n_components": "many"}, ValueError, "n_components must be 'auto' or an integer, not 'many'"),
+        ({"n_components": 64, "nonzeros": 3}, ValueError, "nonzeros must be one of 1, 2, 4, 8, not 3"),
+        ({"nonzeros": 0}, ValueError, r"nonzeros must be in \[1, 8\], not 0"),
+        ({"nonzeros": "4"}, TypeError, "nonzeros must be an integer, not str"),
+        ({"eps": 1}, ValueError, r"eps must be in \(0, 1\), not 1"),
+    ]:
+        with pytest.raises(error, match=message):
+            FusedSparseProjection(**bad).fit(np.ones((2, 5)))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from libraries import needs
 from numpy.typing import NDArray
@@ -61,6 +62,14 @@ def test_scores_are_as_good_as_with_traker_s_own_projector(tmp_path: Path) -> No
         )
         for kind in ("normal", "rademacher")
     }
+    ours["sjlt"] = np.array(
+        [
+            quality(
+                scores(tmp_path / f"sjlt{seed}", seed, projector=layer.BasicProjector(grad_dim, K, seed, "sjlt", "cpu"))
+            )
+            for seed in seeds
+        ]
+    )
     with layer.patch():
         ours["patched"] = np.array([quality(scores(tmp_path / f"patched{seed}", seed)) for seed in seeds])
     assert own.mean() > 0.1  # by chance 0 ± 0.02
@@ -108,7 +117,8 @@ def test_patch_reaches_names_that_were_imported_before_and_is_undone() -> None:
 def test_projectors_keep_traker_s_signature() -> None:
     grads = {"w": torch.randn(5, 3, 4), "b": torch.randn(5)}
     flat = torch.cat([grads["w"].flatten(1), grads["b"].unsqueeze(1)], 1)
-    for kind in (*layer.ProjectionType, *trak.projectors.ProjectionType, "normal", "rademacher"):
+    dense = [kind for kind in layer.ProjectionType if kind != "sjlt"]
+    for kind in (*dense, *trak.projectors.ProjectionType, "normal", "rademacher"):
         projector = layer.CudaProjector(
             grad_dim=13, proj_dim=20, seed=np.int64(-3), proj_type=kind, device="cpu", max_batch_size=32,
             dtype=torch.float16,
@@ -123,6 +133,27 @@ def test_projectors_keep_traker_s_signature() -> None:
         assert (projector.proj_dim, projector.grad_dim, projector.proj_type) == (20, 13, getattr(kind, "value", kind))
     assert not torch.equal(projector.project(flat, 0), projector.project(flat, 1))
     assert torch.equal(projector.project(flat, -1), projector.project(flat, 2**32 - 1))
+
+
+@pytest.mark.parametrize("kind", ["sjlt", layer.ProjectionType.sjlt])
+@pytest.mark.parametrize(("k", "nonzeros"), [(16, 1), (128, 4)])
+def test_sjlt_is_as_large_as_the_dense_kinds(kind: str, k: int, nonzeros: int) -> None:
+    """So that a ridge that is a number keeps its meaning: E‖Pg‖² = k ‖g‖²."""
+    projector = layer.BasicProjector(grad_dim=300, proj_dim=k, seed=-3, proj_type=kind, device="cpu")
+    P = reference.matrix("sjlt", 2**64 - 3, 7, range(k), range(300), k, nonzeros) * np.sqrt(k / nonzeros)
+    grads, y = torch.randn(5, 300), torch.randn(4, k)
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    np.testing.assert_allclose(projector.project(grads, 7), grads.double().numpy() @ P.T, **close)
+    np.testing.assert_allclose(projector.adjoint(y, 7), y.double().numpy() @ P, **close)
+    total = projector.accumulator(5, 7)
+    for first in (0, 100, 200):
+        total.add(grads[:, first : first + 100], offset=first)
+    np.testing.assert_allclose(total.result(), grads.double().numpy() @ P.T, **close)
+    chunks = [layer.BasicProjector(150, k, seed, kind, "cpu") for seed in (1, 2)]
+    chunked = layer.ChunkedCudaProjector(chunks, 150, [150, 150], 5, "cpu", torch.float32)
+    seed = 0x9E3779B97F4A7C15 + 2
+    P = reference.matrix("sjlt", seed, 0, range(k), range(300), k, nonzeros) * np.sqrt(k / nonzeros)
+    np.testing.assert_allclose(chunked.project(grads, 0), grads.double().numpy() @ P.T, **close)
 
 
 def test_chunks_become_one_projection() -> None:

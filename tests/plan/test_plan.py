@@ -37,6 +37,33 @@ def test_time_by_hand() -> None:
     }
 
 
+@pytest.mark.parametrize("nonzeros", [None, 2])
+def test_the_sparse_kind_costs_its_entries(nonzeros: int | None) -> None:
+    job = Job(params=10**6, proj_dim=1024, samples=10**5, targets=100, proj_type="sjlt", nonzeros=nonzeros)
+    found = plan.predict(job, RATES)
+    assert found.seconds.projection == pytest.approx(100_100 * 2 * 1e6 * (nonzeros or 4) / 1e12)
+    assert found.distortion == plan.Distortion(math.sqrt(2 / 1024), math.sqrt(1 / 1024), None)
+    dense = plan.predict(Job(params=10**6, proj_dim=1024, samples=10**5, targets=100), RATES)
+    assert dataclasses.replace(found.seconds, projection=0) == dataclasses.replace(dense.seconds, projection=0)
+    assert (found.memory, found.disk) == (dense.memory, dense.disk)
+    text = plan.text(job, found)
+    assert f"projection (sjlt, {nonzeros or 4} entries a column) 1,000 GFLOP/s" in text
+    assert "no bound for sjlt" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"proj_dim": 1000, "proj_type": "sjlt"}, "not 1000; with nonzeros=4, 512 and 1024 are nearest"),
+        ({"proj_dim": 1024, "proj_type": "sjlt", "nonzeros": 3}, "nonzeros must be one of 1, 2, 4, 8, not 3"),
+        ({"proj_dim": 1024, "nonzeros": 4}, "nonzeros belongs to proj_type='sjlt'"),
+    ],
+)
+def test_sparse_jobs_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Job(params=1000, samples=100, **options)
+
+
 def test_fewer_samples_than_dimensions() -> None:
     """The Gram matrix is n × n then, and scores come from the solve."""
     job = Job(params=1000, proj_dim=4000, samples=500, targets=10)
@@ -169,9 +196,9 @@ def test_disk_is_what_a_run_takes(half: bool, samples: int, tmp_path: Path) -> N
 CEILINGS = Ceilings(7e9, {"float32": 1e11, "bfloat16": 2e11, "float16": 1e9, "float64": 5e10})
 
 
-def timing(name: str, batch: int, grad_dim: int, proj_dim: int, seconds: float) -> Timing:
-    case = Case(batch, grad_dim, proj_dim, "float32", "normal", "cpu")
-    return summarize(name, case, True, FirstCall(0.0, seconds, None), [[seconds]], CEILINGS)
+def timing(name: str, batch: int, grad_dim: int, proj_dim: int, seconds: float, proj_type: str = "normal") -> Timing:
+    case = Case(batch, grad_dim, proj_dim, "float32", proj_type, "cpu")
+    return summarize(name, case, FirstCall(0.0, seconds, None), [[seconds]], CEILINGS)
 
 
 def results() -> Results:
@@ -184,6 +211,8 @@ def results() -> Results:
         timing("trak_fast fast", 32, 500, 512, 0.1),
         timing("trak_fast fast", 256, 1000, 4096, 0.01),
         timing("torch", 32, 1000, 512, 0.001),
+        timing("trak_fast fast", 32, 1000, 512, 0.002, "sjlt"),
+        timing("torch, index_add_", 32, 1000, 512, 0.0001, "sjlt"),
     ]
     return found
 
@@ -195,6 +224,10 @@ def test_rates_from_results_are_the_nearest() -> None:
     assert found.source == "trak_fast fast of 2026-01-02"
     far = rates.from_results(Job(10**6, 8192, 1000, batch=128, proj_type="normal"), results())
     assert far.projection == pytest.approx(2 * 256 * 1000 * 4096 / 0.01)
+    sparse = Job(10**6, 512, 1000, targets=0, proj_type="sjlt", nonzeros=8)
+    assert rates.from_results(sparse, results()).projection == pytest.approx(2 * 32 * 1000 * 4 / 0.002)
+    seconds = plan.predict(sparse, rates.from_results(sparse, results())).seconds
+    assert seconds.projection == pytest.approx(1000 / 32 * 1000 * 2 * 0.002)  # calls, columns, entries
     with pytest.raises(ValueError, match="no timing of trak_fast for cpu, float32, rademacher"):
         rates.from_results(Job(10**6, 8192, 1000), results())
 
@@ -227,8 +260,21 @@ def test_a_job_that_cannot_be_measured_here(
     assert error.count("\n") == 1
 
 
-def test_calibration_measures_every_rate() -> None:
-    found = rates.calibrate(Job(3000, 64, 100, batch=4, dtype="bfloat16"))
+@pytest.mark.parametrize(("proj_type", "nonzeros"), [("rademacher", None), ("sjlt", 2)])
+def test_calibration_measures_every_rate(proj_type: str, nonzeros: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    project = trak_fast.project
+
+    def spied(grads: torch.Tensor, proj_dim: int, **options: Any) -> torch.Tensor:
+        asked.append((proj_dim, options))
+        return project(grads, proj_dim, **options)
+
+    monkeypatch.setattr(rates.projection, "project", spied)
+    job = Job(3000, 64, 100, batch=4, dtype="bfloat16", proj_type=proj_type, nonzeros=nonzeros)
+    found = rates.calibrate(job)
+    assert asked[0] == (64, {"proj_type": proj_type, "nonzeros": nonzeros})
+    monkeypatch.setattr(rates, "_seconds", lambda call, device: 0.5)
+    assert rates.calibrate(job).projection == 2 * 4 * 3000 * (nonzeros or 64) / 0.5
     names = {field.name for field in dataclasses.fields(rates.Rates)} - {"source", "sync", "gradient"}
     assert all(1e5 < getattr(found, name) < 1e18 for name in names)
     assert 0 < found.sync < 60

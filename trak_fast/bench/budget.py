@@ -1,7 +1,8 @@
 """Spends the time of a benchmark: on the cheapest measurements first, as far as it goes.
 
 The seconds that a candidate will take at a shape are predicted from those that it took before, for each entry of the
-matrix. Quick measurements come before slow ones, and the slow ones are left out when time is short.
+matrix that is not 0, those of dense and sparse matrices apart. Quick measurements come before slow ones, and the slow
+ones are left out when time is short.
 """
 
 from __future__ import annotations
@@ -52,19 +53,20 @@ class Budget:
         self.rounds_seconds = min(ROUNDS_SECONDS, seconds / (3 * max(1, count)))
         self.quick_seconds = seconds / max(1, count)  # an equal share; measurements that take longer wait
         self._least_limit = max(seconds / 30, LEAST_LIMIT)
-        self._rates: dict[str, tuple[int, float]] = {}  # entries of the largest matrix so far, seconds for each
+        # by candidate, dense or not: entries of the largest matrix so far, seconds for each
+        self._rates: dict[tuple[str, bool], tuple[int, float]] = {}
 
-    def learn(self, name: str, entries: int, seconds: float) -> None:
+    def learn(self, name: str, entries: int, seconds: float, *, dense: bool = True) -> None:
         """Notes the seconds that a candidate with a matrix of that many entries took to be made and to project once."""
-        largest, rate = self._rates.get(name, (0, 0.0))
+        largest, rate = self._rates.get((name, dense), (0, 0.0))
         if entries >= largest:
-            self._rates[name] = entries, seconds / entries
+            self._rates[name, dense] = entries, seconds / entries
         else:  # other costs weigh more with a smaller matrix
-            self._rates[name] = largest, min(rate, seconds / entries)
+            self._rates[name, dense] = largest, min(rate, seconds / entries)
 
     def cost(self, measurement: Measurement) -> float:
         """Predicts the seconds of a measurement, rounds aside."""
-        _, rate = self._rates.get(measurement.name, (0, 0.0))
+        _, rate = self._rates.get((measurement.name, measurement.case.dense), (0, 0.0))
         once = rate * measurement.case.matrix_entries
         return CHECK_SECONDS + CHECK_CALLS * once if measurement.is_check else once
 
@@ -76,7 +78,7 @@ class Budget:
         """Notes that a measurement took longer than its limit."""
         once = max(limit - CHECK_SECONDS, 0.0) / CHECK_CALLS if measurement.is_check else limit
         entries = measurement.case.matrix_entries
-        self._rates[measurement.name] = entries, once / entries
+        self._rates[measurement.name, measurement.case.dense] = entries, once / entries
 
     def affordable(self, measurements: Collection[Measurement], left: float) -> set[Measurement]:
         """Chooses the cheapest measurements, as many as fit into the seconds left."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import projection
+from ..projection.checks import SPARSE
 from ..projection.kernels import ISA_VARIABLE, KERNEL_VARIABLE
-from .case import DEVICES, DTYPES, PROJ_TYPES, Case
+from .case import DENSE_TYPES, DEVICES, DTYPES, NONZEROS, PROJ_TYPES, Case
 
 Project = Callable[[Tensor], Tensor]
 
@@ -39,10 +39,10 @@ class Candidate:
         proj_types: Kinds of matrix that it has.
         dtypes: Dtypes of gradients that it takes.
         environment: Environment variables of its process.
-        divisor: Number that its matrix is divided by, from k.
+        scaled: True if its results keep norms on average, because the matrix is divided by √k, or a sparse one by the
+            root of a column's entries.
         stored_bytes: Memory that its matrix takes, from the case.
         proj_dim_step: Number that k must be a multiple of.
-        dense: True if all entries of its matrix are ±1 or normal; otherwise most are 0.
         ours: True if its matrix is trak_fast's, which reference.py states again.
     """
 
@@ -51,13 +51,12 @@ class Candidate:
     make: Callable[[Case], Project]
     package: str = ""
     devices: tuple[str, ...] = DEVICES
-    proj_types: tuple[str, ...] = PROJ_TYPES
+    proj_types: tuple[str, ...] = DENSE_TYPES
     dtypes: tuple[str, ...] = DTYPES
     environment: Mapping[str, str] = field(default_factory=dict)
-    divisor: Callable[[int], float] = lambda proj_dim: 1.0
+    scaled: bool = False
     stored_bytes: Callable[[Case], int] = lambda case: 0
     proj_dim_step: int = 1
-    dense: bool = True
     ours: bool = False
 
     def missing(self) -> str | None:
@@ -85,6 +84,8 @@ class Candidate:
                 return f"{name} {value}: it has {', '.join(allowed)}"
         if case.proj_dim % self.proj_dim_step:
             return f"k = {case.proj_dim}: it needs a multiple of {self.proj_dim_step}"
+        if self.ours and (reason := case.misfit()) is not None:
+            return reason
         needed = self.stored_bytes(case)
         if needed > free_bytes:
             return f"its matrix takes {needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} are to be had"
@@ -114,6 +115,27 @@ def draw(case: Case, columns: int, generator: torch.Generator) -> Tensor:
 def _ours(case: Case) -> Project:
     """Makes trak_fast's projection; the environment of the process forces the kernel."""
     return functools.partial(projection.project, proj_dim=case.proj_dim, proj_type=case.proj_type)
+
+
+def _index_add(case: Case) -> Project:
+    """Makes torch's sums by indexes and signs that are drawn once, c of each for a column."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    shape = (NONZEROS, case.grad_dim)
+    rows = torch.randint(case.proj_dim, shape, generator=generator, device=case.device)
+    signs = torch.randint(2, shape, generator=generator, device=case.device, dtype=torch.int8).mul_(2).sub_(1)
+
+    def project(grads: Tensor) -> Tensor:
+        total = torch.zeros(len(grads), case.proj_dim, device=case.device)
+        for places, sign in zip(rows, signs, strict=True):
+            total.index_add_(1, places, (grads * sign).float())
+        return total
+
+    return project
+
+
+def _index_bytes(case: Case) -> int:
+    """Returns the size of stored indexes, in int64, and of signs."""
+    return case.grad_dim * NONZEROS * 9
 
 
 def _stored(case: Case) -> Project:
@@ -183,9 +205,9 @@ def _bergson(case: Case) -> Project:
 
 
 def _sjlt(case: Case) -> Project:
-    """Makes the projection of sjlt, one entry a column."""
+    """Makes the projection of sjlt, with as many entries a column as ours has."""
     torch.manual_seed(0)  # it has no seed of its own
-    project: Project = importlib.import_module("sjlt").SJLTProjection(case.grad_dim, case.proj_dim, c=1)
+    project: Project = importlib.import_module("sjlt").SJLTProjection(case.grad_dim, case.proj_dim, c=NONZEROS)
     return project
 
 
@@ -194,11 +216,6 @@ def _sklearn(case: Case, name: str) -> Project:
     transformer = getattr(importlib.import_module("sklearn.random_projection"), name)(case.proj_dim, random_state=0)
     transformer.fit(torch.zeros(1, case.grad_dim).expand(2, -1).numpy())
     return lambda grads: torch.from_numpy(transformer.transform(grads.numpy()))
-
-
-def _sqrt(proj_dim: int) -> float:
-    """Returns √k, the divisor of matrices that keep norms on average."""
-    return math.sqrt(proj_dim)
 
 
 def everything(device: str) -> list[Candidate]:
@@ -215,7 +232,13 @@ def everything(device: str) -> list[Candidate]:
         kernels, variable = facts["instruction_sets"], ISA_VARIABLE
     own = [
         Candidate(
-            f"trak_fast {kernel}", "trak_fast", _ours, devices=(device,), environment={variable: kernel}, ours=True
+            f"trak_fast {kernel}",
+            "trak_fast",
+            _ours,
+            devices=(device,),
+            proj_types=PROJ_TYPES,
+            environment={variable: kernel},
+            ours=True,
         )
         for kernel in kernels
     ]
@@ -233,20 +256,24 @@ def everything(device: str) -> list[Candidate]:
         Candidate(
             "fast_jl", "fast_jl", _fast_jl, devices=("cuda",), dtypes=("float32", "float16"), proj_dim_step=512
         ),
-        Candidate("dattri", "dattri", _dattri, divisor=_sqrt, stored_bytes=_dattri_bytes),
-        Candidate("bergson", "bergson", _bergson, divisor=_sqrt),
+        Candidate("dattri", "dattri", _dattri, scaled=True, stored_bytes=_dattri_bytes),
+        Candidate("bergson", "bergson", _bergson, scaled=True),
+        Candidate("torch, index_add_", "torch", _index_add, proj_types=(SPARSE,), stored_bytes=_index_bytes),
         Candidate(
-            "sjlt", "sjlt", _sjlt, devices=("cuda",), proj_types=("rademacher",), dtypes=("float32", "bfloat16"),
-            dense=False,
+            "sjlt", "sjlt", _sjlt, devices=("cuda",), proj_types=(SPARSE,), scaled=True, stored_bytes=_index_bytes
+        ),
+        Candidate(  # one entry a column
+            "dattri sjlt", "sjlt", _dattri, "dattri sjlt", devices=("cuda",), proj_types=(SPARSE,), scaled=True,
+            stored_bytes=_index_bytes,
         ),
         Candidate(
             "scikit-learn Gaussian", "sklearn", functools.partial(_sklearn, name="GaussianRandomProjection"),
-            "scikit-learn", devices=("cpu",), proj_types=("normal",), dtypes=("float32",), divisor=_sqrt,
+            "scikit-learn", devices=("cpu",), proj_types=("normal",), dtypes=("float32",), scaled=True,
             stored_bytes=functools.partial(matrix_bytes, itemsize=24),  # float64 draws and their scaled copies
         ),
         Candidate(
             "scikit-learn sparse", "sklearn", functools.partial(_sklearn, name="SparseRandomProjection"),
-            "scikit-learn", devices=("cpu",), proj_types=("rademacher",), dtypes=("float32",), dense=False,
+            "scikit-learn", devices=("cpu",), proj_types=(SPARSE,), dtypes=("float32",), scaled=True,
         ),
     ]  # fmt: skip
     return own + others

@@ -45,14 +45,13 @@ def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summarize(
-    candidate: str, case: Case, dense: bool, first: FirstCall, rounds: list[list[float]], ceilings: Ceilings | None
+    candidate: str, case: Case, first: FirstCall, rounds: list[list[float]], ceilings: Ceilings | None
 ) -> Timing:
     """Makes a timing of what was measured.
 
     Args:
         candidate: The candidate's name.
         case: The shape.
-        dense: True if all entries of its matrix are drawn.
         first: Its first call.
         rounds: Seconds of the calls of each round; none for a candidate that was too slow for rounds, whose first call
             counts then.
@@ -64,7 +63,7 @@ def summarize(
     timing = Timing(
         candidate=candidate,
         case=case,
-        dense=dense,
+        dense=case.dense,
         make_seconds=first.make_seconds,
         first_seconds=first.first_seconds,
         memory_bytes=first.memory_bytes,
@@ -83,9 +82,7 @@ def summarize(
 
 
 def with_floor(timing: Timing, ceilings: Ceilings) -> Timing:
-    """Compares a timing with the machine's ceilings; that of a sparse matrix has no floor."""
-    if not timing.dense:
-        return timing
+    """Compares a timing with the machine's ceilings."""
     floor = floor_seconds(timing.case, ceilings)
     return replace(timing, floor_seconds=floor, of_floor=floor / timing.median)
 

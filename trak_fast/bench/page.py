@@ -60,9 +60,9 @@ def page(results: Results) -> str:
 <h2>All timings</h2>
 <p>A floor is the time that the shape's product takes at the rate of torch's product in the same dtype, or that its
 gradients take to be read once, whichever is longer; “of floor” is its share of the median, and can pass 100 % where a
-kernel goes around the dtype's rate; sparse matrices, whose product does less, have none. Times are of calls with
-flushed caches, in interleaved rounds; ¹ marks a projection that was too slow for more than its first call.
-Extra memory is the peak above gradients and result.</p>
+kernel goes around the dtype's rate. In the kind sjlt the product is that of the 4 entries of a column that are not 0;
+sparse matrices under another kind have no floor. Times are of calls with flushed caches, in interleaved rounds; ¹ marks
+a projection that was too slow for more than its first call. Extra memory is the peak above gradients and result.</p>
 {timings}
 <h2>What the results are worth</h2>
 <p>Error: relative, against float64 with the same matrix. Distortion: root mean square over {vectors} random vectors and

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..projection import reference
 from .candidates import Candidate, gradients
-from .case import Case
+from .case import NONZEROS, Case
 from .results import Quality
 
 IDENTITY_BYTES = 1 << 28
@@ -18,7 +18,7 @@ IDENTITY_BYTES = 1 << 28
 CHECK_VECTORS = 256
 """Vectors that distortion is measured with."""
 ACCURACY_ROWS = 32
-"""Rows of P whose results are compared with float64."""
+"""Rows of P, from everywhere in it, whose results are compared with float64."""
 COLUMNS = 4096
 """Columns compared pairwise on a CPU; a GPU compares all."""
 
@@ -53,25 +53,26 @@ def check(candidate: Candidate, case: Case) -> Quality:
     grads = gradients(case, CHECK_VECTORS)
     raw, again = projected(grads), projected(grads)
     remade = candidate.make(case)(grads[:rows])
-    divisor = candidate.divisor(case.proj_dim) if candidate.dense else math.sqrt(case.proj_dim)
-    distorted = distortion(grads.double(), raw.double() * (divisor / math.sqrt(case.proj_dim)))
-    sample = min(ACCURACY_ROWS, case.proj_dim)
+    divisor = math.sqrt(case.column_entries)
+    distorted = distortion(grads.double(), raw.double() / (1 if candidate.scaled else divisor))
+    sample = torch.arange(0, case.proj_dim, max(1, case.proj_dim // ACCURACY_ROWS))[:ACCURACY_ROWS]
     source: str | None = None
     error: float | None = None
     independence: Independence | None = None
     if case.grad_dim**2 * case.torch_dtype.itemsize <= IDENTITY_BYTES:
         matrix = projected(identity(case)).double()  # (D, k): P'
         independence = columns(matrix if case.device == "cuda" else matrix[:COLUMNS])
-        if candidate.dense and case.proj_type == "rademacher":  # exact, whatever the result was rounded to
-            matrix = matrix.sign() / divisor
+        if case.proj_type == "rademacher":  # exact, whatever the result was rounded to
+            matrix = matrix.sign() / (divisor if candidate.scaled else 1)
+        matrix = matrix[:, sample.to(matrix.device)]
         source = "identity"
     if candidate.ours:
-        entries = reference.matrix(case.proj_type, 0, 0, range(sample), range(case.grad_dim))
+        entries = reference.matrix(case.proj_type, 0, 0, sample.numpy(), range(case.grad_dim), case.proj_dim, NONZEROS)
         matrix = torch.from_numpy(entries).double().T
         source = "reference"
     if source is not None:
-        truth = grads[:rows].double().cpu() @ matrix[:, :sample].cpu()
-        error = float((raw[:rows, :sample].double().cpu() - truth).norm() / truth.norm())
+        truth = grads[:rows].double().cpu() @ matrix.cpu()
+        error = float((raw[:rows].cpu()[:, sample].double() - truth).norm() / truth.norm())
     return Quality(
         repeatable=torch.equal(raw, again),
         remade=torch.equal(raw[:rows], remade),

@@ -83,7 +83,7 @@ class Timing:
     Attributes:
         candidate: The candidate's name.
         case: The shape.
-        dense: True if all entries of its matrix are drawn; a sparse one has no floor.
+        dense: True if all entries of its matrix are drawn.
         make_seconds: See `FirstCall`.
         first_seconds: See `FirstCall`.
         memory_bytes: See `FirstCall`.
@@ -92,7 +92,7 @@ class Timing:
         median: Median seconds of a call.
         low: Lower quartile of the seconds.
         high: Upper quartile of the seconds.
-        flop_per_second: 2 B D k by the median.
+        flop_per_second: `case.flop` by the median.
         gradient_bytes_per_second: Bytes of gradients by the median.
         samples_per_second: B by the median.
         floor_seconds: Least seconds on this machine, see `figures.floor_seconds`; None if not known.

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..arguments import real
 from ..features import memory
 from .budget import PATIENCE, Budget, Measurement
-from .case import Case
+from .case import DENSE_TYPES, Case
 from .environment import environment
 from .figures import better, summarize, with_floor
 from .process import TookTooLong, Worker, WorkerError
@@ -220,7 +220,8 @@ class Run:
                 self._omit(measurement, "skipped", reason)
         self._spending = Budget(self.budget, len(self._todo))
         for name, facts in self.results.present.items():
-            self._spending.learn(name, facts.entries, facts.seconds)
+            dense = self.candidates[name].proj_types[0] in DENSE_TYPES  # the kind that it was tried with
+            self._spending.learn(name, facts.entries, facts.seconds, dense=dense)
         for timing in self.results.measured:
             self._learn(timing)
         return len(measurements)
@@ -229,7 +230,8 @@ class Run:
         """Notes the seconds of a first call, if the matrix is most of them."""
         if timing.case.batch <= LARGEST_BATCH:
             seconds = timing.make_seconds + timing.first_seconds
-            self._spending.learn(timing.candidate, timing.case.matrix_entries, seconds)
+            case = timing.case
+            self._spending.learn(timing.candidate, case.matrix_entries, seconds, dense=case.dense)
 
     def _measure_ceilings(self) -> None:
         """Measures the machine's best rates, at the start and at the end: the better count for everything."""
@@ -307,7 +309,6 @@ class Run:
             timing = summarize(
                 measurement.name,
                 measurement.case,
-                self.candidates[measurement.name].dense,
                 first[measurement],
                 seconds_of_rounds,
                 self.results.ceilings,

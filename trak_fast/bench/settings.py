@@ -132,7 +132,7 @@ def defaults(device: str | None = None) -> Settings:
         else (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20),
         proj_dims=(1024, 4096, 16384) if gpu else (256, 1024, 4096),
         dtypes=("bfloat16", "float16", "float32") if gpu else ("float32", "bfloat16"),
-        proj_types=("rademacher", "normal"),
+        proj_types=PROJ_TYPES,
         check_dims=(650, 7850, 50000),
         check_proj_dim=4096 if gpu else 512,
         full=False,

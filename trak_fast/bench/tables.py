@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
+from ..projection.checks import SPARSE
 from .case import Case
 from .figures import Change
-from .results import Absent, Check, Results, Timing
+from .results import Absent, Check, Omission, Results, Timing
 from .units import bytes_text, rate_text, seconds_text
 
 Row = TypeVar("Row")
@@ -95,10 +97,22 @@ def fastest_first(timings: Iterable[Timing]) -> list[Timing]:
 def absent(results: Results) -> list[str]:
     """Lists all that was not measured, with the reasons."""
     lines = [f"{name}: {facts.error}" for name, facts in results.candidates.items() if isinstance(facts, Absent)]
+    groups: dict[tuple[str, str, Case | None], list[Omission]] = {}
     for omission in results.omissions:
         first_line = omission.error.partition("\n")[0]
-        lines.append(f"{omission.candidate}, {case_text(omission.case)}: {first_line}")
+        alone = omission.case if omission.status == "failed" else None
+        groups.setdefault((omission.candidate, first_line, alone), []).append(omission)
+    for (name, reason, _), found in groups.items():
+        cases = case_text(found[0].case) if len({omission.case for omission in found}) == 1 else f"{len(found)} cases"
+        lines.append(f"{name}, {cases}: {reason}")
     return lines
+
+
+def sparse_timing(case: Case, timings: Iterable[Timing]) -> Timing | None:
+    """Returns our fastest timing with the sparse kind at the shape of a case of another kind, or None."""
+    sparse = replace(case, proj_type=SPARSE)
+    ours = [timing for timing in timings if timing.case == sparse and timing.candidate.startswith("trak_fast ")]
+    return None if sparse == case else min(ours, key=lambda timing: timing.median, default=None)
 
 
 def ceilings(results: Results) -> str:
@@ -114,7 +128,14 @@ def terminal(results: Results) -> str:
     """Sets all results as text."""
     parts = [f"{machine(results)}\n{ceilings(results)}"]
     for case, timings in grouped(results.measured).items():
-        parts.append(f"{case_text(case)}\n{aligned(table(TIMING_COLUMNS, fastest_first(timings)))}")
+        lines = [case_text(case), aligned(table(TIMING_COLUMNS, fastest_first(timings)))]
+        if (sparse := sparse_timing(case, results.measured)) is not None:
+            ratio = min(timing.median for timing in timings) / sparse.median
+            lines.append(
+                f"{sparse.candidate} with {SPARSE}: {seconds_text(sparse.median)}, "
+                f"{ratio:.3g} times as fast as the fastest of these"
+            )
+        parts.append("\n".join(lines))
     if not all(timing.warm for timing in results.measured):
         parts.append("¹ too slow for more than its first call")
     for case, checks in grouped(results.checked).items():
@@ -145,7 +166,7 @@ def compared(changes: Sequence[Change]) -> str:
 
 
 def markdown(results: Results) -> str:
-    """Makes the table for a README: medians of the first case, every candidate.
+    """Makes the table for a README: medians of the first case, every candidate, and ours with the sparse kind.
 
     Raises:
         ValueError: There is no timing, or none of ours at that case.
@@ -157,6 +178,8 @@ def markdown(results: Results) -> str:
     ours = min(timing.median for timing in timings if timing.candidate.startswith("trak_fast"))
     head = [f"{case_text(case)}", "median", "times as long as ours", "extra memory"]
     lines = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- |"]
+    if (sparse := sparse_timing(case, results.measured)) is not None:
+        timings = [*timings, replace(sparse, candidate=f"{sparse.candidate}, {SPARSE}")]
     for timing in fastest_first(timings):
         cells = [
             timing.candidate,

@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     flag("--grad-dims", type=number, nargs="+", metavar="D", help="sizes of a gradient")
     flag("--proj-dims", type=number, nargs="+", metavar="K", help="projected sizes")
     flag("--dtypes", nargs="+", metavar="T", help="the gradients' dtypes: float32, bfloat16, float16")
-    flag("--proj-types", nargs="+", metavar="KIND", help="kinds of matrix: rademacher, normal")
+    flag("--proj-types", nargs="+", metavar="KIND", help="kinds of matrix: rademacher, normal, sjlt")
     flag("--check-dims", type=number, nargs="*", metavar="D", help="sizes to check the results at")
     flag("--check-proj-dim", type=number, metavar="K", help="projected size of these")
     flag("--only", nargs="+", metavar="NAME", help="projections with one of these in their name")

@@ -31,7 +31,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     flag("--checkpoints", type=number, metavar="C", help="checkpoints (1)")
     flag("--batch", type=number, metavar="B", help="gradients at a time (32)")
     flag("--dtype", metavar="T", help="the gradients' dtype: float32 (the default), bfloat16 or float16")
-    flag("--proj-type", metavar="KIND", help="kind of matrix: rademacher (the default) or normal")
+    flag("--proj-type", metavar="KIND", help="kind of matrix: rademacher (the default), normal or sjlt")
+    flag("--nonzeros", type=number, metavar="C", help="entries in each column of sjlt: 1, 2, 4 (the default) or 8")
     flag("--device", metavar="DEVICE", help="cpu or cuda; default: a CUDA device if there is one")
     flag("--half", action="store_true", help="features stored in float16")
     flag(

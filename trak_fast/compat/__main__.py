@@ -1,4 +1,4 @@
-"""`python -m trak_fast.compat`: runs a program with trak_fast in fast_jl, traker, dattri and bergson."""
+"""`python -m trak_fast.compat`: runs a program with trak_fast in fast_jl, traker, dattri, bergson and sjlt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ STARTUP = Path(__file__).with_name("startup")
 """The folder of sitecustomize.py, which Python runs when it starts with this folder in PYTHONPATH."""
 
 DESCRIPTION = """\
-Runs a Python program with trak_fast in the place of the projections of fast_jl, traker, dattri and bergson. Processes
-that the program starts get it too. If a launcher starts Python itself, put the folder into its environment instead:
+Runs a Python program with trak_fast in the place of the projections of fast_jl, traker, dattri, bergson and sjlt.
+Processes that the program starts get it too. If a launcher starts Python itself, put the folder into its environment
+instead:
 
     PYTHONPATH="$(python -m trak_fast.compat --path)${PYTHONPATH:+:$PYTHONPATH}" accelerate launch train.py
 """

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import choice
+from ..projection.checks import SPARSE
 from ..projection.functions import matrix, project
-from .patching import Patch
+from .patching import Patch, fitting_nonzeros
 
 __all__ = ["patch", "project_global"]
 _SLAB = 1 << 26
@@ -35,8 +36,10 @@ def project_global(
         identifier: The name of R; each identifier has a matrix of its own.
         P: Gradients (N, n), or bergson's `OuterProductGradients`, which are formed in slabs.
         m: The number of rows of R.
-        projection_type: "normal" or "rademacher".
-        projection_scale: "jl" divides by √m; "row_norm" divides each output by the norm of its row of R.
+        projection_type: "normal" or "rademacher"; or "sjlt", which bergson does not have, for an m that is a power of
+            two.
+        projection_scale: "jl" divides by √m ("sjlt": by √nonzeros), which keeps norms on average; "row_norm" divides
+            each output by the norm of its row of R.
 
     Returns:
         Float32 (N, m), also for gradients in half precision: bergson adds the modules' results in the dtype of the
@@ -48,7 +51,13 @@ def project_global(
     """
     choice("projection_scale", projection_scale, ("jl", "row_norm"))
     seed, model_id = matrix_of(identifier)
-    options: dict[str, Any] = {"proj_type": projection_type, "seed": seed, "model_id": model_id}
+    nonzeros = fitting_nonzeros(m) if projection_type == SPARSE else None
+    options: dict[str, Any] = {
+        "proj_type": projection_type,
+        "seed": seed,
+        "model_id": model_id,
+        "nonzeros": nonzeros,
+    }
     if isinstance(P, Tensor):
         columns = P.shape[1]
         result = project(P, m, **options)
@@ -62,10 +71,11 @@ def project_global(
             slab = _rows(P, first, min(first + step, rows)).materialize().flatten(1)
             project(slab, m, offset=first * width, out=result, **options)
     if projection_scale == "jl":
-        return result.div_(math.sqrt(m))
+        return result.div_(math.sqrt(nonzeros or m))
     if projection_type == "rademacher":
         return result.div_(math.sqrt(columns))
-    return result.div_(_row_norms(seed, model_id, m, columns).to(result.device))
+    norms = _row_norms if nonzeros is None else _sparse_row_norms
+    return result.div_(norms(seed, model_id, m, columns).to(result.device))
 
 
 def matrix_of(identifier: str) -> tuple[int, int]:
@@ -90,6 +100,16 @@ def _row_norms(seed: int, model_id: int, rows: int, columns: int) -> Tensor:
         block = matrix("normal", seed, model_id, range(rows), range(first, min(first + step, columns)))
         squares += block.double().square().sum(1)
     return squares.sqrt().float()
+
+
+@functools.lru_cache(maxsize=4096)
+def _sparse_row_norms(seed: int, model_id: int, rows: int, columns: int) -> Tensor:
+    """Computes the norms of the rows of a sparse matrix, (rows,) float32; 1 for a row without an entry."""
+    nonzeros = fitting_nonzeros(rows)
+    whole, rest = divmod(columns, rows // nonzeros)
+    # each chunk of columns meets every row once, the last one some of them
+    last = matrix(SPARSE, seed, model_id, range(rows), range(columns - rest, columns), proj_dim=rows, nonzeros=nonzeros)
+    return (whole + last.abs().sum(1)).clamp_min(1).sqrt()
 
 
 def patch() -> Patch:

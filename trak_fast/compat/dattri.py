@@ -1,8 +1,8 @@
-"""dattri 0.3's random projections (`dattri.func.projection`) of kind "normal" and "rademacher".
+"""dattri 0.3's random projections (`dattri.func.projection`) of kind "normal", "rademacher", "sjlt" and "grass".
 
 Call `patch()` to put them into dattri, or use `from trak_fast.compat.dattri import random_project`. dattri's TRAK makes
-a new projector for each batch, which costs nothing here: a projector holds a few numbers and no matrix. Other kinds
-("sjlt", "random_mask", "grass", "identity") are left to dattri.
+a new projector for each batch, which costs nothing here: a projector holds a few numbers and no matrix. "sjlt" and
+"grass" work on the CPU too, and need no other package. The kinds "random_mask" and "identity" are left to dattri.
 """
 
 from __future__ import annotations
@@ -12,19 +12,28 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ..arguments import integer
+from ..projection.checks import SPARSE, gradient_tensors, width
 from ..projection.projector import Projector
-from .patching import Patch, bits
+from .patching import Patch, bits, fitting_nonzeros
 
 __all__ = ["make_random_projector", "patch", "random_project"]
-_KINDS = ("normal", "rademacher")
+_KINDS = ("normal", "rademacher", SPARSE)
+_GRASS = "grass"
+_MULTIPLIER = 4
+"""The columns that "grass" keeps for each projected value, unless a number is given."""
 _patch: Patch | None = None
 
 
 class DattriProjector:
-    """A projector with dattri's protocol, whose results are scaled by 1/√k and have the features' dtype.
+    """A projector with dattri's protocol, whose results have the features' dtype, and their norms on average.
+
+    Results are scaled by 1/√k, those of "sjlt" by 1/√nonzeros.
 
     Attributes:
         feature_dim: D.
@@ -50,7 +59,14 @@ class DattriProjector:
         self.proj_type = proj_type
         self.device = torch.device(device)
         self.dtype = dtype
-        self._projector = Projector(feature_dim, proj_dim, bits("proj_seed", seed, 64), proj_type)
+        sparse = _name(proj_type) == SPARSE
+        self._projector = Projector(
+            feature_dim,
+            proj_dim,
+            bits("proj_seed", seed, 64),
+            proj_type,
+            nonzeros=fitting_nonzeros(proj_dim) if sparse else None,
+        )
 
     def project(self, features: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:
         """Projects (B, D), or a mapping of (B, ...), to a new tensor (B, k) of the features' dtype."""
@@ -61,12 +77,78 @@ class DattriProjector:
             features = features.to(self.device)
             dtype = features.dtype
         result = self._projector.project(features, bits("ensemble_id", ensemble_id, 32))
-        return result.div_(self.proj_dim**0.5).to(dtype)
+        return result.div_((self._projector.nonzeros or self.proj_dim) ** 0.5).to(dtype)
 
     dict_project = project
 
     def free_memory(self) -> None:
         """Does nothing: there is no matrix to free."""
+
+
+class GrassProjector:
+    """A projector of dattri's kind "grass": keeps random columns of the features, and projects these by "sjlt".
+
+    As with dattri, results are as large as the kept columns, not as all: E‖result‖² = (columns kept / D) · ‖features‖².
+    The columns depend on D, their number, the seed and the ensemble only.
+
+    Attributes:
+        feature_dim: D.
+        proj_dim: k.
+        seed: The seed, as it was given.
+        proj_type: The kind, as it was given.
+        device: The device that features are moved to.
+        dtype: Kept for dattri; has no influence.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        proj_dim: int,
+        seed: SupportsIndex,
+        proj_type: str | enum.Enum,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        grass_multiplier: SupportsIndex = _MULTIPLIER,
+    ) -> None:
+        self.feature_dim = feature_dim
+        self.proj_dim = proj_dim
+        self.seed = seed
+        self.proj_type = proj_type
+        self.device = torch.device(device)
+        self.dtype = dtype
+        kept = min(feature_dim, integer("grass_multiplier", grass_multiplier, 1) * proj_dim)
+        self._second = DattriProjector(kept, proj_dim, seed, SPARSE, device, dtype)
+        self._columns: tuple[int, NDArray[np.int64]] | None = None
+
+    def project(self, features: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:
+        """Projects (B, D), or a mapping of (B, ...), to a new tensor (B, k) of the features' dtype."""
+        parts = gradient_tensors(features)
+        sizes = [width(part) for part in parts]
+        if sum(sizes) != self.feature_dim:
+            raise ValueError(f"grads has {sum(sizes)} columns, but grad_dim is {self.feature_dim}")
+        columns = self._kept(bits("ensemble_id", ensemble_id, 32))
+        ends = np.cumsum(sizes)
+        chosen = np.split(columns, np.searchsorted(columns, ends[:-1]))
+        kept = [
+            part.reshape(len(part), size)[:, torch.from_numpy(inside - end + size).to(part.device)]
+            for part, size, end, inside in zip(parts, sizes, ends, chosen, strict=True)
+        ]
+        return self._second.project(torch.cat(kept, 1), ensemble_id)
+
+    dict_project = project
+
+    def free_memory(self) -> None:
+        """Forgets the kept columns, which are drawn again when they are needed."""
+        self._columns = None
+
+    def _kept(self, ensemble: int) -> NDArray[np.int64]:
+        """Returns the columns that an ensemble keeps, in increasing order."""
+        if self._columns is None or self._columns[0] != ensemble:
+            generator = np.random.default_rng([bits("proj_seed", self.seed, 64), ensemble])
+            kept = self._second.feature_dim
+            drawn = generator.choice(self.feature_dim, kept, replace=False, shuffle=False)
+            self._columns = ensemble, np.sort(drawn)
+        return self._columns[1]
 
 
 def make_random_projector(
@@ -90,14 +172,24 @@ def make_random_projector(
         proj_max_batch_size: Has no influence: the projector takes any batch.
         device: The device that features are moved to.
         proj_seed: Any integer; its low 64 bits count.
-        proj_type: "normal" or "rademacher", as a string or an enum member; other kinds are left to dattri.
+        proj_type: "normal", "rademacher", "sjlt" or "grass", as a string or an enum member; other kinds are left to
+            dattri.
         dtype: Has no influence: results have the features' dtype.
-        **kwargs: Further arguments of dattri's function, for kinds that are left to it.
+        **kwargs: `grass_multiplier`, the columns that "grass" keeps for each projected value (4), and further
+            arguments of dattri's function, for kinds that are left to it.
 
     Returns:
         An object with `project(features, ensemble_id)` and `free_memory()`.
+
+    Raises:
+        ValueError: A number is out of range, or `proj_dim` is no power of two for "sjlt" or "grass".
+        TypeError: Something has the wrong type.
     """
-    if getattr(proj_type, "value", proj_type) not in _KINDS:
+    kind = _name(proj_type)
+    if kind == _GRASS:
+        multiplier = kwargs.get("grass_multiplier", _MULTIPLIER)
+        return GrassProjector(sum(param_shape_list), proj_dim, proj_seed, proj_type, device, dtype, multiplier)
+    if kind not in _KINDS:
         return _original("make_random_projector")(
             param_shape_list=param_shape_list,
             feature_batch_size=feature_batch_size,
@@ -122,7 +214,7 @@ def random_project(
     *,
     device: torch.device | str = "cpu",
 ) -> Callable[..., Tensor]:
-    """Makes a function that projects features and scales by 1/√k, from the arguments of dattri's `random_project`.
+    """Makes a function that projects features and keeps norms, from the arguments of dattri's `random_project`.
 
     Args:
         feature: Features of the size and dtype that will be projected: (B, D), or a mapping of (B, ...).
@@ -130,13 +222,19 @@ def random_project(
         proj_dim: k.
         proj_max_batch_size: Has no influence.
         proj_seed: Any integer; its low 64 bits count.
-        proj_type: "normal" or "rademacher", as a string or an enum member; other kinds are left to dattri.
+        proj_type: "normal", "rademacher", "sjlt", "grass" or "grass_N", which keeps N k columns, as a string or an
+            enum member; other kinds are left to dattri.
         device: The device that features are moved to.
 
     Returns:
         A function of (features, ensemble_id=0).
+
+    Raises:
+        ValueError: A number is out of range, or `proj_dim` is no power of two for "sjlt" or "grass".
+        TypeError: Something has the wrong type.
     """
-    if getattr(proj_type, "value", proj_type) not in _KINDS:
+    kind, options = _parsed(proj_type)
+    if kind not in (*_KINDS, _GRASS):
         original: Callable[..., Tensor] = _original("random_project")(
             feature=feature,
             feature_batch_size=feature_batch_size,
@@ -156,8 +254,9 @@ def random_project(
         proj_max_batch_size=proj_max_batch_size,
         device=device,
         proj_seed=proj_seed,
-        proj_type=proj_type,
+        proj_type=kind,
         dtype=parts[0].dtype,
+        **options,
     )
 
     def random_project_func(feature: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:
@@ -165,6 +264,22 @@ def random_project(
         return result
 
     return random_project_func
+
+
+def _name(proj_type: str | enum.Enum) -> str:
+    """Returns the name of a kind that is given as a string or an enum member."""
+    return str(getattr(proj_type, "value", proj_type))
+
+
+def _parsed(proj_type: str | enum.Enum) -> tuple[str, dict[str, int]]:
+    """Returns the name of a kind, and the options that are written behind it: "grass_8"."""
+    name = _name(proj_type)
+    number = name.removeprefix(_GRASS)
+    if number in (name, ""):
+        return name, {}
+    if not (number.startswith("_") and number[1:].isdecimal()):
+        raise ValueError(f"proj_type must be 'grass' or 'grass_N' with an integer N, not {name!r}")
+    return _GRASS, {"grass_multiplier": int(number[1:])}
 
 
 def _original(name: str) -> Callable[..., Any]:

@@ -1,4 +1,5 @@
-"""Replaces a library's names in all modules that have imported them, and puts them back."""
+"""Replaces a library's names in all modules that have imported them, and puts them back; fits numbers that callers of
+other libraries pass to ours."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, SupportsIndex
+
+from ..arguments import integer
+from ..projection.checks import BLOCK_ROWS, DEFAULT_NONZEROS, MAX_ROWS, NONZEROS, SPARSE
 
 
 class Patch:
@@ -53,3 +57,28 @@ def bits(name: str, value: SupportsIndex, width: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__} ({value!r})")
     return operator.index(value) % (1 << width)
+
+
+def fitting_nonzeros(proj_dim: SupportsIndex) -> int:
+    """Returns the entries of a column of the sparse kind for k = `proj_dim`, for callers that know no such number.
+
+    Returns:
+        The default, 4, for k from 64 to 2**22; fewer for smaller k, and 8 for 2**23.
+
+    Raises:
+        ValueError: k fits no number.
+        TypeError: `proj_dim` is no integer.
+    """
+    rows = integer("proj_dim", proj_dim, 1, MAX_ROWS)
+    low, high = BLOCK_ROWS
+    if rows & (rows - 1) == 0:
+        for number in (DEFAULT_NONZEROS, 2, 1, 8):
+            if low * number <= rows <= high * number:
+                return number
+    below = 1 << (rows.bit_length() - 1)
+    nearest = sorted({min(max(size, low), high * NONZEROS[-1]) for size in (below, 2 * below)})
+    raise ValueError(
+        f"proj_dim must be a power of two in [{low}, 2**23] for proj_type={SPARSE!r}, not {rows}; "
+        f"{' and '.join(map(str, nearest))} {'is' if len(nearest) == 1 else 'are'} nearest, "
+        "and the kinds 'rademacher' and 'normal' take any"
+    )

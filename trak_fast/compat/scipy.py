@@ -29,9 +29,10 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
         grad_dim: D, the number of columns.
         proj_dim: k, the number of rows.
         seed: See :func:`trak_fast.project`.
-        proj_type: "rademacher" or "normal".
+        proj_type: "rademacher", "normal" or "sjlt".
         model_id: See :func:`trak_fast.project`.
-        scale: The factor of P, such as 1/√k to keep lengths.
+        scale: The factor of P, such as 1/√k to keep lengths, or 1/√nonzeros for "sjlt".
+        nonzeros: See :func:`trak_fast.project`.
 
     Raises:
         ValueError: A number is out of range.
@@ -47,8 +48,9 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
         model_id: int = 0,
         *,
         scale: float = 1.0,
+        nonzeros: int | None = None,
     ) -> None:
-        self.projector = Projector(grad_dim, proj_dim, seed, proj_type, precision="highest")
+        self.projector = Projector(grad_dim, proj_dim, seed, proj_type, precision="highest", nonzeros=nonzeros)
         self.model_id = model_id
         self.scale = real("scale", scale, -sys.float_info.max)
         super().__init__(np.dtype(np.float32), (self.projector.proj_dim, self.projector.grad_dim))

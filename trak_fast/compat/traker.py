@@ -5,22 +5,26 @@ ProjectionType` in the place of `from trak.projectors import ...` (as in LESS an
 installed. `trak.TRAKer(projector=...)` takes a `trak_fast.Projector` without any of this.
 
 The keywords `block_size`, `max_batch_size` and `dtype` are accepted and have no influence: results are float32. Each
-`model_id` has an independent matrix; seeds are taken modulo 2**64 and model_ids modulo 2**32.
+`model_id` has an independent matrix; seeds are taken modulo 2**64 and model_ids modulo 2**32. The kind "sjlt", which
+traker does not have, is multiplied by √(k / nonzeros): its results are then as large as those of the other kinds, and a
+number for `lambda_reg` keeps its meaning.
 """
 
 from __future__ import annotations
 
 import enum
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from ..projection.projector import Projector
+from ..projection.checks import SPARSE
+from ..projection.projector import Accumulator, Projector
 from . import install_fast_jl
-from .patching import Patch, bits
+from .patching import Patch, bits, fitting_nonzeros
 
 __all__ = ["BasicProjector", "ChunkedCudaProjector", "CudaProjector", "ProjectionType", "patch"]
 
@@ -30,6 +34,7 @@ class ProjectionType(str, enum.Enum):
 
     normal = "normal"
     rademacher = "rademacher"
+    sjlt = "sjlt"
 
 
 class BasicProjector(Projector):
@@ -51,23 +56,48 @@ class BasicProjector(Projector):
             grad_dim: D, the number of parameters.
             proj_dim: k.
             seed: Any integer; its low 64 bits count.
-            proj_type: "normal" or "rademacher", as a string or an enum member.
+            proj_type: "normal", "rademacher" or "sjlt", as a string or an enum member.
             device: The device that mappings of gradients are moved to; a tensor stays on its own device.
             *args: Accepted without influence.
             **kwargs: Accepted without influence.
 
         Raises:
-            ValueError: A number or `proj_type` is out of range.
+            ValueError: A number or `proj_type` is out of range, or `proj_dim` is no power of two for "sjlt".
             TypeError: Something has the wrong type.
         """
-        super().__init__(grad_dim, proj_dim, bits("seed", seed, 64), proj_type)
+        sparse = getattr(proj_type, "value", proj_type) == SPARSE
+        nonzeros = fitting_nonzeros(proj_dim) if sparse else None
+        super().__init__(grad_dim, proj_dim, bits("seed", seed, 64), proj_type, nonzeros=nonzeros)
+        self._factor = math.sqrt(self.proj_dim / self.nonzeros) if self.nonzeros else 1.0
         self.home = None if device is None else torch.device(device)
 
     def project(self, grads: Tensor | Mapping[str, Tensor] | Sequence[Tensor], model_id: SupportsIndex = 0) -> Tensor:
         """Projects (B, D), or a mapping of (B, ...), to a new float32 tensor (B, k)."""
         if isinstance(grads, Mapping) and self.home is not None:
             grads = {name: grad.to(self.home) for name, grad in grads.items()}
-        return super().project(grads, bits("model_id", model_id, 32))
+        result = super().project(grads, bits("model_id", model_id, 32))
+        return result if self.nonzeros is None else result.mul_(self._factor)
+
+    def adjoint(self, y: Tensor, model_id: SupportsIndex = 0) -> Tensor:
+        """Takes y (B, k) back by the transpose of the matrix that `project` multiplies by."""
+        result = super().adjoint(y, bits("model_id", model_id, 32))
+        return result if self.nonzeros is None else result.mul_(self._factor)
+
+    def accumulator(self, batch_size: int, model_id: SupportsIndex = 0) -> Accumulator:
+        """Makes a sum over slices of gradients, which ends in what `project` returns for the whole."""
+        return _ScaledAccumulator(self, batch_size, bits("model_id", model_id, 32))
+
+
+class _ScaledAccumulator(Accumulator):
+    """A sum over slices that has the factor of a `BasicProjector`."""
+
+    def __init__(self, projector: BasicProjector, batch_size: int, model_id: int) -> None:
+        super().__init__(projector, batch_size, model_id)
+        self._factor = projector._factor
+
+    def result(self) -> Tensor:
+        """Returns the sum so far: a new float32 tensor (batch_size, k)."""
+        return super().result().mul_(self._factor)
 
 
 CudaProjector = BasicProjector

@@ -42,11 +42,16 @@ class ProjectedGradients:
         self.projector = projector
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
-        """Computes gradients and projects them, (B, k); float64 if a row is beyond what float32 computes with."""
+        """Computes gradients and projects them, (B, k); float64 if a row is beyond what float32 computes with.
+
+        Features have the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a ridge given as a number refers to.
+        """
         # the gradients are not bound to a name, which would keep them alive during the next computation
-        return map_rows(
+        features = map_rows(
             partial(self.projector.project, model_id=model_id), self.gradient_computer.compute_per_sample_grad(samples)
         )
+        scale = getattr(self.projector, "dense_scale", 1.0)
+        return features if scale == 1 else features * scale
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..arguments import choice, integer, real
-from ..bench.case import DEVICES, DTYPES, MOST_GRADIENTS, PROJ_TYPES, Case
-from ..projection.checks import MAX_COLUMNS
+from ..bench.case import DEVICES, DTYPES, MOST_GRADIENTS, PROJ_TYPES
+from ..projection.checks import KINDS, MAX_COLUMNS, NONZEROS, nonzeros_of
 
 MOST_SECONDS = 1e9
 """Seconds that one sample's gradient may be said to take."""
@@ -37,6 +37,7 @@ class Job:
             sample.
         gradient_seconds: Seconds of one sample's gradient, if they are known; they take the place of `tokens`.
         processes: Processes that share the work, each on a machine or GPU like this.
+        nonzeros: Entries in each column of the kind "sjlt"; None: the default.
     """
 
     params: int
@@ -52,6 +53,7 @@ class Job:
     tokens: int | None = None
     gradient_seconds: float | None = None
     processes: int = 1
+    nonzeros: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -68,8 +70,11 @@ class Job:
         choice("dtype", self.dtype, DTYPES)
         choice("proj_type", self.proj_type, PROJ_TYPES)
         choice("device", self.device, DEVICES)
+        if self.nonzeros is not None:
+            integer("nonzeros", self.nonzeros, NONZEROS[0], NONZEROS[-1])
+        nonzeros_of(KINDS[self.proj_type], self.proj_dim, self.nonzeros)
 
     @property
-    def case(self) -> Case:
-        """One call of the projection."""
-        return Case(self.batch, self.params, self.proj_dim, self.dtype, self.proj_type, self.device)
+    def column_entries(self) -> int:
+        """Number of entries of a column of the matrix that are not 0: k for a dense kind."""
+        return nonzeros_of(KINDS[self.proj_type], self.proj_dim, self.nonzeros) or self.proj_dim

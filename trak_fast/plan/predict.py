@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 
 from ..bench.case import dtype_of
 from ..bench.units import bytes_text, seconds_text
+from ..projection.checks import SPARSE
 from ..scoring import gram, scores
 from .job import Job
 from .rates import FLOP_PER_PARAMETER, Rates
@@ -111,7 +112,7 @@ class Distortion:
     Attributes:
         norm: Root mean square of the relative error of a squared norm.
         cosine: Root mean square of the error of a cosine.
-        every_distance: The ε of `jl_epsilon`.
+        every_distance: The ε of `jl_epsilon`; None for "sjlt", which has no such bound with so few entries a column.
     """
 
     norm: float
@@ -153,7 +154,11 @@ def predict(job: Job, rates: Rates) -> Prediction:
         seconds=_seconds(job, rates, size, grams),
         memory=_memory(job, size, grams),
         disk=_disk(job, size, grams),
-        distortion=Distortion(norm=math.sqrt(2 / k), cosine=math.sqrt(1 / k), every_distance=jl_epsilon(n + m, k)),
+        distortion=Distortion(
+            norm=math.sqrt(2 / k),
+            cosine=math.sqrt(1 / k),
+            every_distance=None if job.proj_type == SPARSE else jl_epsilon(n + m, k),
+        ),
         rates=rates,
     )
 
@@ -177,7 +182,7 @@ def _seconds(job: Job, rates: Rates, size: int, grams: int) -> Seconds:
         gradients = rows * job.params * (rates.gradient or flop_seconds)
     return Seconds(
         gradients=gradients,
-        projection=rows * 2 * job.params * k / rates.projection,
+        projection=rows * 2 * job.params * job.column_entries / rates.projection,
         store=rows / job.batch * SYNCS * rates.sync,
         gram=grams * c * 2 * n * k * size / rates.float64 / job.processes,
         solve=c * (size**3 / 3 / rates.cholesky + 2 * size**2 * m / rates.float64)
@@ -239,10 +244,13 @@ def text(job: Job, prediction: Prediction) -> str:
     elif job.gradient_seconds is None:
         notes["gradients"] = "measured with " + ("the layer of an MLP" if job.tokens == 1 else "a transformer block")
     epsilon = distortion.every_distance
+    sparse = job.proj_type == SPARSE
+    missing = f"for {SPARSE}" if sparse else "below 100 %"
+    kind = f"{job.proj_type}, {job.column_entries} entries a column" if sparse else job.proj_type
     lines = [
         f"{job.samples:,} training samples, {job.targets:,} targets, {job.checkpoints} checkpoints, "
         f"{job.params:,} parameters to k = {job.proj_dim:,}, {job.processes} × {job.device}",
-        f"rates: {rates.source}; projection {rates.projection / 1e9:,.0f} GFLOP/s",
+        f"rates: {rates.source}; projection ({kind}) {rates.projection / 1e9:,.0f} GFLOP/s",
         "time",
         *(
             line(name, "–" if value is None else duration(value), notes.get(name, ""))
@@ -259,7 +267,7 @@ def text(job: Job, prediction: Prediction) -> str:
             "every distance",
             "–" if epsilon is None else f"± {epsilon:.1%}",
             "squared, of all pairs of samples and targets (Dasgupta and Gupta 2003)"
-            + ("" if epsilon is not None else ": no bound below 100 %"),
+            + ("" if epsilon is not None else f": no bound {missing}"),
         ),
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ class Rates:
     """Rates of a machine, all above 0 but `sync`.
 
     Attributes:
-        projection: FLOP a second of the projection, 2 B D k a call, at the job's B, k, dtype and kind of matrix.
+        projection: FLOP a second of the projection, 2 B D k a call ("sjlt": 2 B D nonzeros), at the job's B, k, dtype
+            and kind of matrix.
         float64: FLOP a second of a product in float64: X'X and the solve.
         float32: FLOP a second of a product in float32: scores.
         product: FLOP a second of a product in the gradients' dtype.
@@ -87,7 +89,8 @@ def calibrate(job: Job) -> Rates:
     _check_memory(job, columns)
     while True:  # longer until it takes long enough; the time is in proportion to D
         grads = torch.randn(job.batch, columns, device=device).to(dtype)
-        seconds = _seconds(lambda g=grads: projection.project(g, job.proj_dim, proj_type=job.proj_type), device)  # type: ignore[misc]
+        project = partial(projection.project, grads, job.proj_dim, proj_type=job.proj_type, nonzeros=job.nonzeros)
+        seconds = _seconds(project, device)
         large = 2 * grads.numel() * 4 > CALIBRATION_BYTES
         if seconds > CALIBRATION_SECONDS / 4 or columns >= job.params or large:
             break
@@ -104,7 +107,7 @@ def calibrate(job: Job) -> Rates:
     target = torch.empty_like(source)
     copy = source.numel() * 8 / _seconds(lambda: target.copy_(source), device)
     return Rates(
-        projection=2 * job.batch * columns * job.proj_dim / seconds,
+        projection=2 * job.batch * columns * job.column_entries / seconds,
         float64=rates["float64"],
         float32=rates["float32"],
         product=rates[job.dtype],

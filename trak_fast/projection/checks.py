@@ -148,8 +148,8 @@ def nonzeros_of(kind: int, proj_dim: int, nonzeros: SupportsIndex | None) -> int
         below = 1 << max(rows.bit_length() - 1, 0)
         nearest = sorted({number * min(max(size, low), high) for size in (below, 2 * below)})
         raise ValueError(
-            f"proj_dim must be nonzeros times a power of two in [{low}, 2**20] for proj_type={SPARSE!r}, not {proj_dim}; "
-            f"with nonzeros={number}, {' and '.join(map(str, nearest))} {'is' if len(nearest) == 1 else 'are'} nearest"
+            f"proj_dim must be nonzeros times a power of two in [{low}, 2**20] for proj_type={SPARSE!r}, "
+            f"not {proj_dim}; near it with nonzeros={number}: {' and '.join(map(str, nearest))}"
         )
     return number
 

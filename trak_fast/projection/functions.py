@@ -112,7 +112,8 @@ def project_adjoint(
     """Computes the adjoint (transpose) of :func:`project`: ``result[b, j] = Σ_i P[i, offset + j] · y[b, i]``, unscaled.
 
     The adjoint carries derivatives back through a projection, and 1/k times it (``"sjlt"``: 1/nonzeros times) is an
-    unbiased estimate of the gradient that was projected. Products and sums are in fp32, and the same call gives the same bits every time.
+    unbiased estimate of the gradient that was projected. Products and sums are in fp32, and the same call gives the
+    same bits every time.
 
     Args:
         y: Projected gradients (B, k), float32, bfloat16, float16 or float64 (rounded to float32), any strides.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -18,8 +19,8 @@ from .functions import project_adjoint
 class ProjectorLike(Protocol):
     """The projectors that `TRAKer` takes; those of traker are such ones.
 
-    One that has `grad_dim` is refused for gradients of another size. `proj_type`, `seed` and `definition` go into the
-    manifest of the features.
+    One that has `grad_dim` is refused for gradients of another size. `proj_type`, `seed`, `nonzeros` and `definition`
+    go into the manifest of the features, and features are multiplied by `dense_scale`, where it has these.
 
     Attributes:
         proj_dim: Size of a projected gradient, k; 0: that of the gradient.
@@ -90,6 +91,11 @@ class Projector:
         self.precision = precision
         self.nonzeros = checks.nonzeros_of(kind, self.proj_dim, nonzeros) or None
         self.definition = kernels.definition()
+
+    @property
+    def dense_scale(self) -> float:
+        """The factor that brings results to the scale of the dense kinds, E‖Pg‖² = k ‖g‖²: √(k / nonzeros), or 1."""
+        return 1.0 if self.nonzeros is None else math.sqrt(self.proj_dim / self.nonzeros)
 
     def project(self, grads: Gradients, model_id: int = 0) -> Tensor:
         """Projects gradients (B, D), or a mapping or sequence of (B, ...), to a new float32 tensor (B, k).

@@ -140,8 +140,8 @@ def manifest_of(
     """Writes down all that features depend on.
 
     Args:
-        projector: The projector, known by its `proj_type` and `seed`, and by `definition`, the number of its matrix's
-            definition; if it has no such number, by its class's name.
+        projector: The projector, known by its `proj_type`, `seed` and `nonzeros` (None for dense kinds), and by
+            `definition`, the number of its matrix's definition; if it has no such number, by its class's name.
         proj_dim: Size of a feature, k.
         task: The task, known by its `name` if it has one, else by its class's, by its settings (`Task.get_settings`, or
             attributes without a leading underscore) and by its code.
@@ -164,6 +164,7 @@ def manifest_of(
     return {
         "matrix_definition": _plain(getattr(projector, "definition", type(projector).__qualname__)),
         "proj_type": _plain(getattr(projector, "proj_type", None)),
+        "nonzeros": _plain(getattr(projector, "nonzeros", None)),
         "seed": _plain(getattr(projector, "seed", None)),
         "proj_dim": proj_dim,
         "grad_dim": sum(parameter.numel() for parameter in parameters.values()),

@@ -1,4 +1,4 @@
-"""Puts trak_fast into fast_jl, traker, dattri and bergson when a program imports them.
+"""Puts trak_fast into fast_jl, traker, dattri, bergson and sjlt when a program imports them.
 
 Python runs a file of this name when it starts, if its folder is in PYTHONPATH; `python -m trak_fast.compat` puts it
 there. torch and trak_fast are imported only with one of those libraries. If there is another sitecustomize, it runs
@@ -22,6 +22,7 @@ LAYERS = {
     "trak.projectors": "trak_fast.compat.traker",
     "dattri.func.projection": "trak_fast.compat.dattri",
     "bergson.collector.collector": "trak_fast.compat.bergson",
+    "sjlt": "trak_fast.compat.sjlt",
 }
 
 
