@@ -273,21 +273,21 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack jo
         reinterpret_cast<Vector*>(to)[v] = packed;
       }
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (!is_there(r)) break;
-    auto* to = static_cast<uint16_t*>(job.panel) + (first_row + r) * job.terms * job.columns + c;
-    for (int term = 0; term < job.terms; ++term, to += job.columns) {
-      Vector packed;
-      if constexpr (raw) {
+    for (int r = 0; r < kRows; ++r) {
+      if (!is_there(r)) break;
+      auto* to = static_cast<uint16_t*>(job.panel) + (first_row + r) * job.terms * job.columns + c;
+      for (int term = 0; term < job.terms; ++term, to += job.columns) {
+        Vector packed;
+        if constexpr (raw) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) packed.x[i] = values[r].pairs[i];
-      } else {
-        packed = split_off_term(values[r]);
+          for (int i = 0; i < 4; ++i) packed.x[i] = values[r].pairs[i];
+        } else {
+          packed = split_off_term(values[r]);
+        }
+        *reinterpret_cast<Vector*>(to) = packed;
       }
-      *reinterpret_cast<Vector*>(to) = packed;
     }
   }
 }
