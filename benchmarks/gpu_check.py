@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 from gpu_measure import KERNELS, Clock, Gpu, Imagined, Results, all_cases, measure, table
-from gpu_smoke import ADJOINT
+from gpu_smoke import ADJOINT, NO_TILES, ROWS, SPARSE
 from prebuild import find_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,7 +136,7 @@ def small_shapes(kernels: list[str]) -> None:
 
     torch.manual_seed(0)
     for kernel, kind, B, dtype in itertools.product(
-        [name for name in kernels if name != ADJOINT],
+        [name for name in kernels if name not in NO_TILES],
         ("rademacher", "normal"),
         (3, 20, 140),
         (torch.bfloat16, torch.float32),
@@ -145,8 +145,14 @@ def small_shapes(kernels: list[str]) -> None:
         x = torch.randn(B, 2100).to(dtype)
         y = trak_fast.project(x.cuda(), 300, proj_type=kind, offset=77)
         check(y, trak_fast.project(x, 300, proj_type=kind, offset=77), x, (kernel, kind, B, dtype))
-    for kind, B in itertools.product(("rademacher", "normal"), (3, 20) if ADJOINT in kernels else ()):
-        x = torch.randn(B, 300)
+    os.environ.pop("TRAK_FAST_CUDA_KERNEL", None)
+    sizes = itertools.product((64, 1024, 65536, 131072), (1, 20), (torch.float32, torch.bfloat16, torch.float64))
+    for k, B, dtype in sizes if SPARSE in kernels else ():
+        x = torch.randn(B, 2100).to(dtype)
+        y = trak_fast.project(x.cuda(), k, proj_type="sjlt", offset=76)
+        check(y, trak_fast.project(x, k, proj_type="sjlt", offset=76), x, (SPARSE, k, B, dtype))
+    for (kind, k), B in itertools.product(ROWS.items(), (3, 20) if ADJOINT in kernels else ()):
+        x = torch.randn(B, k)
         y = trak_fast.project_adjoint(x.cuda(), 1100, proj_type=kind)
         check(y, trak_fast.project_adjoint(x, 1100, proj_type=kind), x, ("adjoint", kind, B))
     print("done")
@@ -172,9 +178,9 @@ class Checks:
 
 
 def smoke(checks: Checks, seconds: float) -> list[str]:
-    """Runs gpu_smoke.py; returns the kernels, ADJOINT among them, that were right in every case that was reached."""
+    """Runs gpu_smoke.py; returns the kernels, NO_TILES among them, that were right in every case that was reached."""
     gpu_smoke = importlib.import_module("gpu_smoke")
-    names = [*importlib.import_module("trak_fast").info()["cuda_devices"][0]["kernels"], ADJOINT]
+    names = [*importlib.import_module("trak_fast").info()["cuda_devices"][0]["kernels"], *NO_TILES]
     try:
         outcomes = gpu_smoke.check_cases("cuda", seconds=seconds, report=gpu_smoke.Reporter())
     except gpu_smoke.WorkerFailed as failure:
@@ -206,13 +212,13 @@ def run_tests(checks: Checks, seconds: float, works: list[str]) -> None:
     if importlib.util.find_spec("pytest_timeout") is not None:
         pytest += ["--timeout", "30", "--timeout-method", "thread"]
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") is not None else []
-    broken = [f"not {name}" for name in (*KERNELS, ADJOINT) if name not in works]
+    broken = [f"not {name}" for name in (*KERNELS, *NO_TILES) if name not in works]
     end = time.monotonic() + seconds
     for name, options, chosen in (
         ("gpu tests", parallel, " and ".join([*broken, "not compiled_function"])),
         ("gpu test of torch.compile", [], "compiled_function"),
     ):
-        kernel = next(kernel for kernel in works if kernel != ADJOINT)
+        kernel = next(kernel for kernel in works if kernel not in NO_TILES)
         verdict, output = run(
             [*pytest, *options, "-k", chosen],
             end - time.monotonic(),
@@ -299,7 +305,7 @@ def prepare(
         checks.note("devices", "FAILED: trak_fast finds none; is the driver older than nvcc?", "")
         return None
     works = smoke(checks, min(120, clock.left - 30))
-    kernels = [name for name in works if name != ADJOINT]
+    kernels = [name for name in works if name not in NO_TILES]
     print(f"{clock.left:.0f} s left", flush=True)
     if not kernels:
         return None
@@ -415,7 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
             prepared = prepare(options, checks, results, clock)
         if prepared is not None:
             gpu, works = prepared
-            kernels = [name for name in works if name != ADJOINT]
+            kernels = [name for name in works if name not in NO_TILES]
             print_quick_times(gpu, kernels, results)
             more = not (options.dry_run or options.skip_checks)
             if more:

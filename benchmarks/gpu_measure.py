@@ -2,7 +2,8 @@
 
 A time is the median of several calls after two warm-up calls, each measured by CUDA events after the L2 cache was
 flushed. Matrices are random. If P does not fit, or is so large that no one would keep it, cuBLAS, torch and fast_jl are
-timed with its first columns, and their times are scaled to all columns, which is in their favour.
+timed with its first columns, and their times are scaled to all columns, which is in their favour. The sparse kind is
+measured against a copy of its gradients within the device's memory, which reads as much and writes it again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ OURS = "trak_fast"
 CUBLAS = "cublas"
 CHUNKED = "torch_chunks"
 FAST_JL = "fast_jl"
+COPY = "copy"
 
 KERNELS = ["sm90", "sm90_wide", "sm80"]
 
@@ -38,6 +40,7 @@ class Case(NamedTuple):
     k: int
     D: int
     kernel: str = ""  # TRAK_FAST_CUDA_KERNEL; "": the device's best
+    nonzeros: int = 0  # of "sjlt"
 
 
 def priority_cases() -> Iterator[Case]:
@@ -46,6 +49,9 @@ def priority_cases() -> Iterator[Case]:
         yield Case("rademacher", "bf16", B, 4096, 10**8)
     for dtype, B in itertools.product(("bf16", "fp32", "fp16"), (256, 64, 32, 16, 8)):
         yield Case("rademacher", dtype, B, 4096, 10**7)
+    sizes = ((4, 32, 10**8), (1, 32, 10**8), (4, 8, 10**8), (4, 256, 10**7), (4, 32, 10**7))
+    for (c, B, D), dtype in itertools.product(sizes, ("fp32", "bf16")):
+        yield Case("sjlt", dtype, B, 4096, D, nonzeros=c)
     for B in (256, 32):
         yield Case("normal", "bf16", B, 4096, 10**7)
     for B in (8, 32):
@@ -64,7 +70,11 @@ def all_cases() -> list[Case]:
         for kind, dtype in itertools.product(("rademacher", "normal"), ("bf16", "fp32", "fp16"))
         for D, k, B in grid
     )
-    return list(dict.fromkeys(itertools.chain(priority_cases(), rest)))
+    sparse = (
+        Case("sjlt", dtype, B, 4096, D, nonzeros=c)
+        for D, dtype, c, B in itertools.product((10**7, 10**8), ("fp32", "bf16"), (4, 1), (32, 256, 8))
+    )
+    return list(dict.fromkeys(itertools.chain(priority_cases(), sparse, rest)))
 
 
 class Target(NamedTuple):
@@ -129,6 +139,11 @@ class Results:
             ratio = self.ratio((OURS, rademacher), (OURS, normal))
             reason = "bank conflicts of the table: 113 cycles a fragment, however few rows it serves"
             found.append(Target(f"normal / rademacher, B = {B}", least, ratio, reason))
+        # Predicted for an H100, too: in a copy's time its memory could read twice. bf16 at c = 4 is limited by issue.
+        for dtype, c, predicted in (("fp32", 4, 2.0), ("fp32", 1, 2.0), ("bf16", 4, 1.8), ("bf16", 1, 2.0)):
+            cases = (Case("sjlt", dtype, 32, 4096, D, nonzeros=c) for D in (10**8, 10**7))
+            ratio = next((r for case in cases if (r := self.ratio((COPY, case), (OURS, case))) is not None), None)
+            found.append(Target(f"copy / sjlt as predicted, {dtype}, c = {c}", predicted, ratio))
         fp16 = Case("rademacher", "fp16", 32, 4096, 10**7)
         found.append(Target("rate / fast_jl, B = 32", 10, self.ratio((FAST_JL, fp16), (OURS, fp16))))
         found.append(
@@ -164,12 +179,13 @@ class Results:
 
 
 def check_size(y: torch.Tensor, case: Case) -> None:
-    """Checks the size of a timed result: its squares are D on average for D standard normal gradients.
+    """Checks the size of a timed result: its squares are D on average (sjlt: c D / k) for D standard normal gradients.
 
     Raises:
         RuntimeError: A sample's mean square differs from D by more than chance explains for k numbers.
     """
-    found = y.double().square().mean(dim=1) / case.D
+    density = case.nonzeros / case.k if case.kind == "sjlt" else 1
+    found = y.double().square().mean(dim=1) / (case.D * density)
     if not bool(((found - 1).abs() < 8 * (2 / case.k) ** 0.5 + 0.02).all()):
         raise RuntimeError(f"the result is wrong: mean squares are {found.min():.3g} to {found.max():.3g} of D")
 
@@ -195,9 +211,10 @@ def table(results: Results) -> str:
         if ms is None:
             continue
         gigabytes = case.B * case.D * ELEMENT_BYTES[case.dtype] / ms / 1e6
-        others = [(other, results.ratio((other, case), (OURS, case))) for other in (CUBLAS, CHUNKED, FAST_JL)]
+        others = [(other, results.ratio((other, case), (OURS, case))) for other in (CUBLAS, CHUNKED, FAST_JL, COPY)]
         against = ", ".join(f"{other} {ratio:.2f}" for other, ratio in others if ratio is not None)
         name = f"{case.kind[:4]} {case.dtype} B={case.B} k={case.k} D=1e{len(str(case.D)) - 1} {case.kernel}"
+        name += f"c={case.nonzeros}" if case.nonzeros else ""
         lines.append(f"{name:40}{ms:10.3f}{tflops(case, ms):9.1f}{gigabytes:9.1f}  {against}")
     lines.append("")
     for target in results.targets():
@@ -289,6 +306,8 @@ class Gpu:
         grads = self.gradients(case)
         os.environ["TRAK_FAST_CUDA_KERNEL"] = case.kernel or self.best
         options = {"proj_type": case.kind, "precision": "high" if case.dtype == "fp32" else None}
+        if case.nonzeros:
+            options = {"proj_type": case.kind, "nonzeros": case.nonzeros}
         self.project(grads, case.k, **options)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -300,7 +319,17 @@ class Gpu:
         results.ms[OURS, case] = self.median_ms(lambda: self.project(grads, case.k, **options))
 
     def peers(self, case: Case, results: Results) -> None:
-        """Measures the peers in 16-bit floats, also for fp32: a user would pick these for speed."""
+        """Measures the peers in 16-bit floats, also for fp32: a user would pick these for speed. For sjlt: a copy."""
+        if case.kind == "sjlt":
+            columns = min(case.D, int(4e9 / (ELEMENT_BYTES[case.dtype] * case.B)))
+            key: tuple[object, ...] = (COPY, case.dtype, case.B, columns)
+            if key not in self.rates:
+                source = self.gradients(case._replace(D=columns))
+                target = torch.empty_like(source)
+                self.rates[key] = self.median_ms(lambda: target.copy_(source)) / columns
+            results.ms[COPY, case] = self.rates[key] * case.D
+            results.timed_columns[COPY, case] = columns
+            return
         dtype = torch.float16 if case.dtype == "fp16" else torch.bfloat16
         columns = min(case.D, int(8e9 / (2 * case.k)) // 512 * 512, int(4e9 / (2 * case.B)) // 512 * 512)
         methods = [(CUBLAS, self.cublas_ms, columns), (CHUNKED, self.chunks_ms, min(columns, 1 << 16))]
@@ -394,10 +423,16 @@ class Imagined:
         return True
 
     def ours(self, case: Case, results: Results) -> None:
-        results.ms[OURS, case] = 0.01 + 2 * max(case.B, 16) * case.k * case.D / 600e9
+        if case.kind == "sjlt":
+            results.ms[OURS, case] = 0.01 + case.B * case.D * ELEMENT_BYTES[case.dtype] / 2.8e9
+        else:
+            results.ms[OURS, case] = 0.01 + 2 * max(case.B, 16) * case.k * case.D / 600e9
         results.extra_bytes[case] = 32 << 20
 
     def peers(self, case: Case, results: Results) -> None:
+        if case.kind == "sjlt":
+            results.ms[COPY, case] = 2 * case.B * case.D * ELEMENT_BYTES[case.dtype] / 3e9
+            return
         results.ms[CUBLAS, case] = max(2 * case.B * case.k * case.D / 650e9, 2 * case.k * case.D / 4e9)
         results.ms[CHUNKED, case] = 10 * results.ms[CUBLAS, case]
 
@@ -410,6 +445,8 @@ class Imagined:
 
 def expected_seconds(case: Case) -> float:
     """Returns an upper bound of the time of a case: seven calls at a modest rate, and the peers."""
+    if case.kind == "sjlt":
+        return 3
     return 7 * 2 * max(case.B, 32) * case.k * case.D / 200e12 + 1
 
 

@@ -1,8 +1,8 @@
 """Tells right from wrong for every compiled CUDA kernel, in the first two minutes on a GPU.
 
-    python benchmarks/gpu_smoke.py [--device cuda|cpu] [--limit 8] [--kernels sm90,sm90_wide,sm80,adjoint]
+    python benchmarks/gpu_smoke.py [--device cuda|cpu] [--limit 8] [--kernels sm90,sm90_wide,sm80,sparse,adjoint]
 
-Some 500 short cases cover each kernel, width, kind and dtype, in every form that gradients have in memory, the smallest
+Some 600 short cases cover each kernel, width, kind and dtype, in every form that gradients have in memory, the smallest
 first. Each case is computed twice, which must give the same bits, and is compared with a product in float64. For a
 wrong result, the columns and rows of P are named that came out as others. Cases run in a worker process: a worker that
 hangs is killed after `--limit` seconds, the last lines of one that crashes are noted, and the next case gets a fresh
@@ -40,8 +40,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-ADJOINT = "adjoint"  # among the names of kernels
-KINDS = ("rademacher", "normal")
+SPARSE, ADJOINT = "sparse", "adjoint"  # among the names of kernels: the sparse kind has kernels of its own
+NO_TILES = (SPARSE, ADJOINT)
+KINDS = ("rademacher", "normal", "sjlt")
 HALVES = ("bfloat16", "float16")
 SINGLE_AND_HALVES = ("bfloat16", "float16", "float32")
 WIDTHS = (3, 16, 32, 64, 128, 256)  # batch sizes, one for each width of a tile
@@ -49,7 +50,8 @@ BATCHES = (*WIDTHS, 1, 300)  # 300: more than one pass
 
 SEED = 2**40 + 5
 MODEL_ID = 3
-ROWS = 300  # rows of P: more than one tile of rows, the last one not full
+# Rows of P: more than one tile of rows, the last one not full; sjlt: four blocks, and several chunks in a stage.
+ROWS = {"rademacher": 300, "normal": 300, "sjlt": 512}
 BOUND = 2e-4  # error as a part of a gradient's norm; rounding gives some 4e-5 at most, a lost column some 2e-2
 
 START_SECONDS = 60  # seconds in which a worker must be ready: imports and the device's context
@@ -107,7 +109,7 @@ PLAN: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]], ...] = (
 class Case(NamedTuple):
     """One call of a kernel: a projection, or its adjoint."""
 
-    kernel: str  # or an instruction set, or ADJOINT
+    kernel: str  # or an instruction set, SPARSE or ADJOINT
     kind: str
     dtype: str
     B: int
@@ -129,14 +131,14 @@ class Outcome(NamedTuple):
         """Returns the fields of the case and of its form, the verdict and the detail."""
         form = FORMS[self.case.form]
         found = {"verdict": self.verdict, "detail": self.detail, "seconds": round(self.seconds, 3)}
-        return {**self.case._asdict(), "D": sum(form.widths), "offset": form.offset, "k": ROWS, **found}
+        return {**self.case._asdict(), "D": sum(form.widths), "offset": form.offset, "k": ROWS[self.case.kind], **found}
 
 
 def list_cases(kernels: Sequence[str]) -> list[Case]:
     """Lists the cases of some kernels in the order in which they run: the smallest first.
 
     Args:
-        kernels: Names of tile kernels or instruction sets; ADJOINT among them stands for the adjoint.
+        kernels: Names of tile kernels or instruction sets; SPARSE and ADJOINT among them stand for theirs.
     """
     return [
         case
@@ -150,6 +152,8 @@ def concerns_kernel(case: Case) -> bool:
     """Tells whether a case runs code that is its kernel's own."""
     if (case.kernel == ADJOINT) != case.form.startswith(ADJOINT):
         return False
+    if case.kernel != ADJOINT and (case.kernel == SPARSE) != (case.kind == "sjlt"):
+        return False
     return case.kernel != "sm90_wide" or (case.kind == "rademacher" and case.B > 128)  # elsewhere it is sm90
 
 
@@ -161,15 +165,16 @@ class Matrix:
 
     def __init__(self, kind: str, device: str) -> None:
         self._kind = kind
-        self._entries = torch.empty(ROWS, 0, device=device)
+        self._entries = torch.empty(ROWS[kind], 0, device=device)
 
     def columns(self, first: int, count: int, alive: Callable[[], None]) -> Tensor:
-        """Returns columns `first` to `first + count`, (ROWS, count); calls `alive` after each piece that it makes."""
+        """Returns columns `first` to `first + count`, (rows, count); calls `alive` after each piece that it makes."""
         trak_fast = importlib.import_module("trak_fast")
         pieces = [self._entries]
         for start in range(self._entries.shape[1], first + count, PIECE):
             columns = torch.arange(start, start + PIECE)
-            piece = trak_fast.matrix(self._kind, SEED, MODEL_ID, range(ROWS), columns)
+            rows = ROWS[self._kind]
+            piece = trak_fast.matrix(self._kind, SEED, MODEL_ID, range(rows), columns, proj_dim=rows)
             pieces.append(piece.to(self._entries.device))
             alive()
         if len(pieces) > 1:
@@ -188,13 +193,13 @@ def lay_out(values: Tensor, form: Form) -> Tensor | list[Tensor]:
 
 
 def compute(case: Case, values: Tensor) -> Tensor:
-    """Projects gradients (B, D) as a case says, or takes projections (B, ROWS) back by the adjoint."""
+    """Projects gradients (B, D) as a case says, or takes projections (B, rows) back by the adjoint."""
     trak_fast = importlib.import_module("trak_fast")
     form = FORMS[case.form]
     matrix = {"proj_type": case.kind, "seed": SEED, "model_id": MODEL_ID, "offset": form.offset}
     if case.kernel == ADJOINT:
         return trak_fast.project_adjoint(values, sum(form.widths), **matrix)
-    return trak_fast.project(lay_out(values, form), ROWS, **matrix)
+    return trak_fast.project(lay_out(values, form), ROWS[case.kind], **matrix)
 
 
 def relative_errors(result: Tensor, values: Tensor, truth: Tensor) -> Tensor:
@@ -211,7 +216,7 @@ def judge(case: Case, truth: Tensor, alive: Callable[[], None]) -> str:
 
     Args:
         case: The case.
-        truth: P' (D, ROWS), or P (ROWS, D) for the adjoint: `values @ truth` is the result.
+        truth: P' (D, rows), or P (rows, D) for the adjoint: `values @ truth` is the result.
         alive: Called after each step, so that a long explanation is not taken for a hang.
 
     Returns:
@@ -313,10 +318,12 @@ def name_mismatches(answers: Tensor, candidates: Tensor, own: list[int]) -> str:
         "4->none" (like no candidate), "4->nan". "" if all resemble their own.
     """
     norms = candidates.square().sum(dim=1)
+    empty = norms == 0  # rows of the sparse kind among few columns
+    norms = norms.where(~empty, 1)
     finite = answers.isfinite()
     answers = answers.where(finite, 0)
     scores = (answers * candidates[own]).sum(dim=1) / norms[own]
-    strange = torch.arange(len(own))[~((scores - 1).abs() < 0.5).cpu()]
+    strange = torch.arange(len(own))[~(((scores - 1).abs() < 0.5) | (empty[own] & ~answers.any(dim=1))).cpu()]
     matches: list[tuple[int, int | None, str]] = []  # own number, the other's less that, a name if there is no other
     for part in strange.split(64):
         likeness = answers[part] @ candidates.T / norms
@@ -379,7 +386,7 @@ def work(device: str, kernels: str | None) -> None:
         print("begin", number, flush=True)
         alive = functools.partial(print, "alive", number, flush=True)
         os.environ.pop(variable, None)
-        if case.kernel != ADJOINT:
+        if case.kernel not in NO_TILES:
             os.environ[variable] = case.kernel
         try:
             P = matrices[case.kind].columns(form.offset, sum(form.widths), alive)
@@ -393,7 +400,7 @@ def work(device: str, kernels: str | None) -> None:
 
 
 def choose_kernels(info: dict[str, Any], device: str, wanted: str | None) -> list[str]:
-    """Returns the kernels to check: those that are wanted, or else all that the device has, and the adjoint.
+    """Returns the kernels to check: those that are wanted, or else all that the device has, and those of NO_TILES.
 
     On a CPU these are the best instruction set and the portable one. Ends the process where there are none.
     """
@@ -401,9 +408,9 @@ def choose_kernels(info: dict[str, Any], device: str, wanted: str | None) -> lis
     if device == "cuda" and not devices:
         sys.exit("trak_fast finds no CUDA device; is it built with CUDA, and the driver no older than nvcc?")
     found = devices[0]["kernels"] if device == "cuda" else info["instruction_sets"]
-    names = [*found, ADJOINT]
+    names = [*found, *NO_TILES]
     if wanted is None:
-        return names if device == "cuda" else list(dict.fromkeys([found[0], *names[-2:]]))
+        return names if device == "cuda" else list(dict.fromkeys([found[0], *names[-3:]]))
     for name in wanted.split(","):
         if name not in names:
             sys.exit(f"{name!r} is no kernel of this device, which has {', '.join(names)}")
@@ -539,7 +546,7 @@ def check_cases(
     Args:
         device: "cuda" or "cpu".
         limit: Seconds without a sign of life after which a case counts as hung.
-        kernels: Names with commas between them, ADJOINT for the adjoint; None: all that the device has.
+        kernels: Names with commas between them, SPARSE and ADJOINT for theirs; None: all that the device has.
         only: Part of the names of the cases to check.
         seconds: For everything; cases that come later are skipped.
         report: Called with each outcome.
@@ -638,7 +645,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Says for each CUDA kernel whether it is right, within two minutes.")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default cuda)")
     parser.add_argument("--limit", type=float, default=8, help="seconds until a silent case counts as hung (default 8)")
-    parser.add_argument("--kernels", help=f"with commas between them, {ADJOINT} for the adjoint (default: all)")
+    parser.add_argument("--kernels", help=f"with commas between them, also {SPARSE} and {ADJOINT} (default: all)")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="only cases whose names hold this, such as 'B=3 long'"
     )

@@ -82,7 +82,7 @@ using Allocate = std::function<void*(int64_t bytes)>;
 // Projects tensors on a CUDA device. Only launches kernels, in the order of `stream`.
 //   add: adds to the values in out; without it out is written, and need not be set before.
 //   half_table: the normal table's upper half on the device, as bf16 and then as fp16, each kNormalHalf values; unused
-//     for rademacher.
+//     by other kinds.
 //   scratch: called once, before the first launch.
 //   kernel: one of cuda_kernels(device), or empty for the best.
 // Throws std::runtime_error for errors of CUDA.

@@ -9,6 +9,7 @@
 #include "../floats.h"
 #include "launch.cuh"
 #include "panel.h"
+#include "sparse.h"
 #include "tile.cuh"
 
 namespace trak_fast {
@@ -210,6 +211,7 @@ int terms_of(Dtype dtype) { return dtype == Dtype::bfloat16 ? 1 : 3; }
 }  // namespace
 
 void project_adjoint_cuda(const Adjoint& a, const void* half_table, const Allocate& scratch, int device, void* stream) {
+  if (a.kind == Kind::sjlt) return project_adjoint_sparse_cuda(a, scratch, device, stream);
   const int terms = terms_of(a.y.dtype);
   const int64_t panel_columns = launch_rows(a);
   auto* panel = static_cast<uint16_t*>(scratch(std::min(a.batch, kPassSamples) * terms * panel_columns * 2));

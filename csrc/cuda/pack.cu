@@ -11,6 +11,7 @@
 #include "../floats.h"
 #include "launch.cuh"
 #include "panel.h"
+#include "plan.h"
 #include "ptx.cuh"
 
 namespace trak_fast {
@@ -41,7 +42,10 @@ struct Pack {
   int64_t begin, end;   // columns of the panel that this launch makes
   int64_t columns;      // in the whole panel
   int64_t first_sample, samples;
-  uint16_t* panel;
+  void* panel;
+  bool with_signs;
+  uint64_t first_column, seed;  // for signs
+  uint32_t stream;
   DevicePart parts[kMaxParts];
   Shape shapes[kMaxShapes];
 };
@@ -205,7 +209,23 @@ __device__ __forceinline__ int64_t find_begin(const Pack& job, int part) {
   return part == 0 ? job.parts_begin : job.parts[part - 1].end;
 }
 
-template <Source source>
+// Flips the signs of eight neighbouring columns where the sparse matrix has -1.
+__device__ __forceinline__ void flip_signs(const Pack& job, int64_t column, Values<false> (&values)[kRows]) {
+  const auto j = job.first_column + static_cast<uint64_t>(column);
+  const Words words = sign_words(job.seed, job.stream, j / kColumnsPerSigns);
+  const auto n = static_cast<uint32_t>(j % kColumnsPerSigns);
+  const uint32_t low = n % 64 < 32 ? words.v[0] : words.v[1], high = n % 64 < 32 ? words.v[2] : words.v[3];
+  const uint32_t flips = (n < 64 ? low : high) >> n % 32;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      values[r].x[i] = float_from_bits(bits_of_float(values[r].x[i]) ^ (flips << (31 - i) & 0x80000000U));
+    }
+  }
+}
+
+template <Source source, bool floats = false>
 __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack job) {
   constexpr bool raw = source == Source::copied_16_bits;
   const int64_t c = job.begin + (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kGroup;
@@ -239,19 +259,35 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack jo
       }
     }
   }
+  if constexpr (floats) {
+    if (job.with_signs) flip_signs(job, c, values);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (!is_there(r)) break;
-    auto* to = job.panel + (first_row + r) * job.terms * job.columns + c;
-    for (int term = 0; term < job.terms; ++term, to += job.columns) {
-      Vector packed;
-      if constexpr (raw) {
+    for (int r = 0; r < kRows; ++r) {
+      if (!is_there(r)) break;
+      auto* to = static_cast<float*>(job.panel) + (first_row + r) * job.columns + c;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) packed.x[i] = values[r].pairs[i];
-      } else {
-        packed = split_off_term(values[r]);
+      for (int v = 0; v < 2; ++v) {
+        Vector packed;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) packed.x[i] = bits_of_float(values[r].x[4 * v + i]);
+        reinterpret_cast<Vector*>(to)[v] = packed;
       }
-      *reinterpret_cast<Vector*>(to) = packed;
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!is_there(r)) break;
+      auto* to = static_cast<uint16_t*>(job.panel) + (first_row + r) * job.terms * job.columns + c;
+      for (int term = 0; term < job.terms; ++term, to += job.columns) {
+        Vector packed;
+        if constexpr (raw) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) packed.x[i] = values[r].pairs[i];
+        } else {
+          packed = split_off_term(values[r]);
+        }
+        *reinterpret_cast<Vector*>(to) = packed;
+      }
     }
   }
 }
@@ -266,7 +302,7 @@ Source find_source(const PackJob& job, const std::vector<Part>& parts) {
 
 // Adds a part that ends at a column of the panel. Returns false if the launch has no room for it.
 bool add_part(Pack& job, int& shape_count, const Part& part, int64_t end) {
-  const bool side_by_side = part.sizes.empty() || (part.sizes.size() == 1 && part.strides[0] == 1);
+  const bool side_by_side = is_contiguous(part);
   if (part.sizes.size() > kMaxDimensions) {
     throw std::invalid_argument("a gradient has more than " + std::to_string(kMaxDimensions) + " separate dimensions");
   }
@@ -294,18 +330,24 @@ void launch_pack(const PackJob& job, const std::vector<Part>& parts, void* strea
   pack_job.first_sample = job.first_sample;
   pack_job.samples = job.samples;
   pack_job.panel = job.panel;
-  void (*kernel)(Pack) = pack<Source::mixed>;
+  pack_job.with_signs = job.type == PanelType::signed_floats;
+  pack_job.first_column = static_cast<uint64_t>(job.first_column);
+  pack_job.seed = job.seed;
+  pack_job.stream = job.stream;
+  const bool floats = job.type == PanelType::floats || job.type == PanelType::signed_floats;
+  void (*kernel)(Pack) = nullptr;
   switch (find_source(job, parts)) {
     case Source::copied_16_bits:
       kernel = pack<Source::copied_16_bits>;
       break;
     case Source::float32:
-      kernel = pack<Source::float32>;
+      kernel = floats ? pack<Source::float32, true> : pack<Source::float32>;
       break;
     case Source::float64:
-      kernel = pack<Source::float64>;
+      kernel = floats ? pack<Source::float64, true> : pack<Source::float64>;
       break;
     case Source::mixed:
+      kernel = floats ? pack<Source::mixed, true> : pack<Source::mixed>;
       break;
   }
 

@@ -12,6 +12,8 @@ namespace trak_fast {
 enum class PanelType : int {
   copy_16_bits,  // copies of gradients that are all bf16, or all fp16
   bf16_terms,    // `terms` bf16 for each value, in panel rows terms * b to terms * b + terms - 1
+  floats,        // float32, for the sparse kind
+  signed_floats  // the same, times the sign of their column in the sparse matrix of `seed` and `stream`
 };
 
 struct PackJob {
@@ -20,7 +22,9 @@ struct PackJob {
   int64_t first_sample, samples;
   int64_t first_column, columns;  // the panel's absolute columns; multiples of 512
   uint64_t offset;                // absolute column at which the first part begins
-  uint16_t* panel;                // [terms * samples][columns]
+  void* panel;                    // [terms * samples][columns]
+  uint64_t seed = 0;              // of signed_floats
+  uint32_t stream = 0;
 };
 
 // Writes every element of the panel; zeros where no part has a column.

@@ -11,17 +11,16 @@
 #include "../trak_fast.h"
 #include "launch.cuh"
 #include "panel.h"
+#include "plan.h"
+#include "sparse.h"
 #include "tile.cuh"
 
 namespace trak_fast {
 namespace {
 
-constexpr int64_t kPassRows = 256;         // most panel rows in a pass
-constexpr int64_t kPanelBytes = 32 << 20;  // most bytes of a packed chunk, to stay in the L2 cache of a large GPU
+constexpr int64_t kPassRows = 256;  // most panel rows in a pass
 // Most columns in a launch: TMA's coordinates reach no further, and the high block bits stay the same.
 constexpr int64_t kSpanColumns = 1 << 30;
-// A tensor that has fewer columns or elements is packed with its neighbours: a launch of its own would cost more.
-constexpr int64_t kDirectColumns = 1 << 16, kDirectElements = 1 << 22;
 constexpr int kLeastUnits = 4;  // fewest units for which a split is worth starting
 
 enum class Family { sm80, sm90, sm90_wide };
@@ -63,13 +62,6 @@ Family choose_kernel(int device, const std::string& wanted) {
                               " can run: " + known);
 }
 
-// Consecutive parts that are read in place or packed together.
-struct Span {
-  size_t first, last;  // parts first .. last - 1
-  int64_t begin, end;  // their columns, counted from the projection's first column
-  bool direct;         // read in place
-};
-
 // The cut of a projection into passes, spans and launches. It knows everything but the data.
 class Plan {
  public:
@@ -82,7 +74,10 @@ class Plan {
     native_ = same && (first == Dtype::bfloat16 || first == Dtype::float16);
     bf16_ = !native_ || first == Dtype::bfloat16;
     terms_ = native_ ? 1 : projection_.terms;
-    cut_columns();
+    // Kernels fetch 16 bytes at a time from columns that are multiples of 8: TMA from any other is an illegal
+    // instruction.
+    spans_ =
+        cut_columns(projection_, [&](const Part& part, uint64_t column) { return is_panel(part) && column % 8 == 0; });
     for (int64_t b = 0; b < projection_.batch; b += passes_.back().samples) {
       const int64_t samples = pass_samples(b), panel_rows = samples * terms_;
       passes_.push_back({.first = b, .samples = samples, .cut = cut(panel_rows)});
@@ -181,19 +176,9 @@ class Plan {
     c.batch_tiles = static_cast<int>(divide_up(panel_rows, c.shape.width));
     const int64_t blocks = divide_up(projection_.rows, c.shape.rows) * c.batch_tiles;
     const int64_t room = int64_t{multiprocessors_} * c.shape.blocks_per_multiprocessor;
-    // Splits columns until the last wave of blocks is about as full as it gets.
     const int64_t most = std::max<int64_t>(
         1, std::min(std::max<int64_t>(4, room * 2 / blocks), longest_launch(panel_rows) / kLeastUnits));
-    double best = 0;
-    for (int64_t splits = 1; splits <= most; ++splits) {
-      const auto all = static_cast<double>(blocks * splits);
-      const auto waves = static_cast<double>(divide_up(blocks * splits, room));
-      const double full = all / (waves * static_cast<double>(room));
-      if (full > best * 1.03) {
-        best = full;
-        c.splits = static_cast<int>(splits);
-      }
-    }
+    c.splits = choose_splits(blocks, room, most);
     c.sums_bytes = c.splits * projection_.rows * c.batch_tiles * c.shape.width * static_cast<int64_t>(sizeof(float));
     return c;
   }
@@ -225,28 +210,8 @@ class Plan {
 
   // Returns true if a tensor's memory is a panel already.
   bool is_panel(const Part& part) const {
-    const bool inner = part.sizes.empty() || (part.sizes.size() == 1 && part.strides[0] == 1);
     const bool rows = projection_.batch == 1 || (part.batch_stride >= part.columns && part.batch_stride % 8 == 0);
-    return native_ && inner && rows && reinterpret_cast<uintptr_t>(part.data) % 16 == 0;
-  }
-
-  void cut_columns() {
-    int64_t column = 0;
-    for (size_t i = 0; i < projection_.parts.size(); ++i) {
-      const Part& part = projection_.parts[i];
-      // Kernels fetch 16 bytes at a time from columns that are multiples of 8: TMA from any other is an illegal
-      // instruction.
-      const bool aligned = (projection_.offset + static_cast<uint64_t>(column)) % 8 == 0;
-      const bool large = part.columns >= kDirectColumns && part.columns * projection_.batch >= kDirectElements;
-      const bool direct = is_panel(part) && aligned && (large || projection_.parts.size() == 1);
-      if (part.columns > 0 && (direct || spans_.empty() || spans_.back().direct)) {
-        spans_.push_back({.first = i, .last = i + 1, .begin = column, .end = column + part.columns, .direct = direct});
-      } else if (part.columns > 0) {
-        spans_.back().last = i + 1;
-        spans_.back().end = column + part.columns;
-      }
-      column += part.columns;
-    }
+    return native_ && is_contiguous(part) && rows && reinterpret_cast<uintptr_t>(part.data) % 16 == 0;
   }
 
   // Returns columns begin .. end - 1 of a part's samples as a panel, whose first column counts from the part's first.
@@ -259,8 +224,6 @@ class Plan {
 
   Panel pack(const Span& span, int64_t b, int64_t samples, int64_t offset, int64_t first, int64_t columns,
              uint16_t* panel, void* stream) const {
-    const std::vector<Part> parts(projection_.parts.begin() + static_cast<int64_t>(span.first),
-                                  projection_.parts.begin() + static_cast<int64_t>(span.last));
     const PanelType type = native_ ? PanelType::copy_16_bits : PanelType::bf16_terms;
     launch_pack({.type = type,
                  .terms = terms_,
@@ -270,7 +233,7 @@ class Plan {
                  .columns = columns,
                  .offset = static_cast<uint64_t>(offset),
                  .panel = panel},
-                parts, stream);
+                parts_of(projection_, span), stream);
     return {.data = panel, .row_stride = columns, .rows = samples * terms_, .columns = columns, .first = first};
   }
 
@@ -301,6 +264,10 @@ std::vector<std::string> cuda_kernels(int device) {
 
 void project_cuda(const Projection& projection, bool add, const void* half_table, const Allocate& scratch, int device,
                   void* stream, const std::string& kernel) {
+  if (projection.kind == Kind::sjlt) {
+    choose_kernel(device, kernel);  // for its errors: the sparse kind has one kernel for all devices
+    return project_sparse_cuda(projection, add, scratch, device, stream);
+  }
   const Plan plan(projection, device, kernel);
   void* memory = scratch(plan.scratch_bytes());
   const DeviceGuard guard(device);

@@ -60,6 +60,18 @@ __device__ __forceinline__ uint32_t round_to_bf16(float a, float b) {
   return d;
 }
 
+// Sets low and high to the two fp16 of a pair, exactly.
+__device__ __forceinline__ void halves_to_floats(float& low, float& high, uint32_t pair) {
+  asm("{\n"
+      ".reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.f32.f16 %0, l;\n"
+      "cvt.f32.f16 %1, h;\n"
+      "}"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+}
+
 // Barriers -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
@@ -124,6 +136,15 @@ __device__ __forceinline__ void mbarrier_wait_or_fail(uint64_t* barrier, uint32_
 // Starts a copy of 16 bytes: the first `valid` (0..16) come from global memory, the rest are zeros.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
+               : "memory");
+}
+
+// Likewise for 4 or 8 bytes.
+template <int bytes>
+__device__ __forceinline__ void cp_async_narrow(void* shared, const void* global, int valid) {
+  static_assert(bytes == 4 || bytes == 8, "16 bytes have an instruction of their own");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(bytes),
+               "r"(valid)
                : "memory");
 }
 

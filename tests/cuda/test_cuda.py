@@ -30,6 +30,7 @@ from projections import (
     random,
     tolerance,
 )
+from test_sparse import add_up, integers
 
 import trak_fast
 from trak_fast.projection import kernels, reference
@@ -314,6 +315,49 @@ def test_adjoint_of_many_rows_and_added_to_out() -> None:
     g = trak_fast.project_adjoint(y.cuda(), 600, seed=SEED, model_id=MODEL_ID, out=out)
     assert g is out
     check(g - 1, y, y.double().numpy() @ P, "highest")
+
+
+@pytest.mark.parametrize(
+    ("proj_dim", "nonzeros"),
+    [(16, 1), (64, 4), (1024, 4), (2048, 8), (4096, 1), (4096, 4), (16384, 2), (65536, 4), (32768, 1), (2**20, 1)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse_sums_of_integers_are_exact(proj_dim: int, nonzeros: int, dtype: torch.dtype) -> None:
+    """Takes aligned and other tensors of all widths, far columns, `out` with strides, and the adjoint."""
+    kind = {"proj_type": "sjlt", "nonzeros": nonzeros, "seed": SEED, "model_id": MODEL_ID}
+    whole = integers(70, 100_003).to(dtype)
+    for n, batch in enumerate((1, 2, 3, 8, 9, 70)):
+        offset = (0, 4, OFFSET, 77)[n % 4]
+        for grads in (whole[:batch, : 100_000 - n % 2].contiguous(), whole[:batch, 3:5000]):
+            expected = add_up(grads.double().numpy(), proj_dim, nonzeros, offset)
+            on_device = grads.cuda()
+            y = trak_fast.project(on_device, proj_dim, offset=offset, **kind)
+            assert np.array_equal(y.cpu().numpy(), expected)
+            assert torch.equal(trak_fast.project(on_device, proj_dim, offset=offset, **kind), y)
+        out = torch.ones(proj_dim, 2 * batch, device="cuda")[:, ::2].T
+        assert trak_fast.project(on_device, proj_dim, offset=offset, out=out, **kind) is out
+        assert np.array_equal(out.cpu().numpy(), expected + 1)
+        y = integers(batch, proj_dim).to(dtype)
+        columns = np.arange(offset, offset + 3000, dtype=np.uint64)
+        rows = reference.sparse_rows(SEED, MODEL_ID, columns, proj_dim, nonzeros).astype(np.intp)
+        sums = y.double().numpy()[:, rows].sum(axis=1) * reference.sparse_signs(SEED, MODEL_ID, columns)
+        assert np.array_equal(trak_fast.project_adjoint(y.cuda(), 3000, offset=offset, **kind).cpu().numpy(), sums)
+
+
+def test_sparse_projections_of_lists_and_in_graphs() -> None:
+    grads = {name: g.cuda() for name, g in per_parameter_gradients(35).items()}
+    flat = [g.detach().double().cpu().reshape(35, math.prod(g.shape[1:])) for g in grads.values()]
+    expected = add_up(torch.cat(flat, dim=1).numpy(), 512, 4)
+    check(project(grads, 512, "sjlt"), torch.cat(flat, dim=1), expected)
+    large = torch.randn(32, 300_000, device="cuda")
+    out = torch.zeros(32, 4096, device="cuda")
+    first = project(large, 4096, "sjlt")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        project(large, 4096, "sjlt", out=out)
+    graph.replay()
+    assert torch.equal(out, first)
+    check(first, large, project(large.cpu(), 4096, "sjlt").double().numpy())
 
 
 def test_a_compiled_function_projects() -> None:

@@ -36,7 +36,8 @@ def test_dry_run(
     (path,) = tmp_path.glob("*.json")
     report = json.loads(path.read_text())
     for field, values in {
-        "kind": {"rademacher", "normal"},
+        "kind": {"rademacher", "normal", "sjlt"},
+        "nonzeros": {0, 1, 4},
         "dtype": {"bf16", "fp16", "fp32"},
         "B": {1, 8, 16, 32, 64, 128, 256},
         "k": {512, 2048, 4096, 8192, 16384},
@@ -64,6 +65,9 @@ def test_targets(gpu_measure: ModuleType) -> None:
     results.ms |= {(ours, fp32): 1.25, (ours, bf16): 1.0}
     fp16 = Case("rademacher", "fp16", 32, 4096, 10**7)
     results.ms |= {(ours, fp16): 1.0, (gpu_measure.FAST_JL, fp16): 9.9}
+    sparse = {c: Case("sjlt", "fp32", 32, 4096, 10**7, nonzeros=c) for c in (1, 4)}
+    results.ms |= {(gpu_measure.COPY, case): 4.0 for case in sparse.values()}
+    results.ms |= {(ours, sparse[1]): 2.0, (ours, sparse[4]): 3.0}
     results.launch_us = 29.0
     results.extra_bytes = {bf16: 60 * 2**20, fp32: 67 * 2**20}
     verdicts = {target.what: target.verdict for target in results.targets()}
@@ -72,6 +76,9 @@ def test_targets(gpu_measure: ModuleType) -> None:
     assert verdicts["rate / cuBLAS with P resident, B = 64"] == "not measured"
     assert verdicts["fp32 'high' / bf16, B = 16"] == "reached"
     assert verdicts["rate / fast_jl, B = 32"] == "NOT REACHED"
+    assert verdicts["copy / sjlt as predicted, fp32, c = 1"] == "reached"
+    assert verdicts["copy / sjlt as predicted, fp32, c = 4"] == "NOT REACHED"
+    assert verdicts["copy / sjlt as predicted, bf16, c = 4"] == "not measured"
     assert verdicts["30 µs / launch overhead at D = 10^5"] == "reached"
     assert verdicts["memory bound / extra memory"] == "reached"  # 64 MiB and 2 MiB; 4 MiB for two terms
     results.extra_bytes[bf16] = 67 * 2**20

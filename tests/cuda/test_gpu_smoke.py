@@ -22,7 +22,7 @@ import warm
 import trak_fast
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-HOPPER = ["sm90", "sm90_wide", "sm80", "adjoint"]
+HOPPER = ["sm90", "sm90_wide", "sm80", "sparse", "adjoint"]
 LIMIT = 3.0
 
 
@@ -157,16 +157,17 @@ def test_all_is_right(
     short = [row for row in gpu_smoke.PLAN if all(sum(gpu_smoke.FORMS[form].widths) < 10_000 for form in row[0])]
     monkeypatch.setattr(gpu_smoke, "PLAN", short)
     monkeypatch.setenv("OUT", str(tmp_path))
-    options = ["--device", "cpu", "--kernels", "portable,adjoint", "--only", "B=3 "]
+    options = ["--device", "cpu", "--kernels", "portable,sparse,adjoint", "--only", "B=3 "]
     assert gpu_smoke.main(options) == 0
-    cases = [case for case in gpu_smoke.list_cases(["portable", "adjoint"]) if case.B == 3]
+    cases = [case for case in gpu_smoke.list_cases(["portable", "sparse", "adjoint"]) if case.B == 3]
     written = json.loads((tmp_path / "smoke.json").read_text())
     assert [tuple(row[field] for field in gpu_smoke.Case._fields) for row in written] == cases
     assert {row["verdict"] for row in written} == {"ok"}
     combinations = {(row["kernel"], row["kind"], row["dtype"], row["form"].split("@")[0]) for row in written}
-    assert combinations >= set(
-        itertools.product(["portable"], gpu_smoke.KINDS, ["bfloat16", "float16"], ["direct", "packed", "slice"])
-    )
+    for kernel, kinds in {"portable": ["rademacher", "normal"], "sparse": ["sjlt"]}.items():
+        assert combinations >= set(
+            itertools.product([kernel], kinds, ["bfloat16", "float16"], ["direct", "packed", "slice"])
+        )
     assert combinations >= set(
         itertools.product(["adjoint"], gpu_smoke.KINDS, ["bfloat16", "float16", "float32", "float64"], ["adjoint"])
     )
@@ -256,7 +257,7 @@ def test_no_case_begins_after_the_time(gpu_smoke: ModuleType, monkeypatch: pytes
 def test_cases_hit_each_compiled_kernel_in_each_form(gpu_smoke: ModuleType) -> None:
     cases = gpu_smoke.list_cases(HOPPER)
     assert len(set(cases)) == len(cases)
-    assert 450 <= len(cases) <= 550
+    assert 600 <= len(cases) <= 700
     tiles = {max(8, 1 << (B - 1).bit_length()) for B in gpu_smoke.WIDTHS}  # least power of two that holds B
     assert tiles == {8, 16, 32, 64, 128, 256}
     forms = ("direct@0", "packed@77", "direct@8", "direct@72", "direct@77", "long@512")
@@ -269,7 +270,9 @@ def test_cases_hit_each_compiled_kernel_in_each_form(gpu_smoke: ModuleType) -> N
     assert {(case.kind, case.B) for case in wide} == {("rademacher", 256), ("rademacher", 300)}
     adjoint = {(case.kind, case.dtype, case.B) for case in cases if case.kernel == "adjoint"}
     dtypes = ("bfloat16", "float16", "float32", "float64")
-    assert adjoint == set(itertools.product(("rademacher", "normal"), dtypes, (3, 40)))
+    assert adjoint == set(itertools.product(("rademacher", "normal", "sjlt"), dtypes, (3, 40)))
+    sparse = {(case.kind, case.dtype, case.B, case.form) for case in cases if case.kernel == "sparse"}
+    assert sparse >= set(itertools.product(["sjlt"], ("bfloat16", "float16"), (3, 16, 32, 64, 128, 256), forms))
     sizes = [sum(gpu_smoke.FORMS[case.form].widths) for case in cases]
     assert max(sizes[:200]) < 3000
     assert sizes[-1] == max(sizes)
@@ -295,10 +298,10 @@ def test_forms_lie_in_memory_as_they_say(gpu_smoke: ModuleType) -> None:
 def test_kernels_are_those_of_the_device_or_those_that_are_asked_for(gpu_smoke: ModuleType) -> None:
     info = {"instruction_sets": ["amx", "avx2", "portable"], "cuda_devices": [{"kernels": HOPPER[:3]}]}
     assert gpu_smoke.choose_kernels(info, "cuda", None) == HOPPER
-    assert gpu_smoke.choose_kernels(info, "cpu", None) == ["amx", "portable", "adjoint"]
+    assert gpu_smoke.choose_kernels(info, "cpu", None) == ["amx", "portable", "sparse", "adjoint"]
     assert gpu_smoke.choose_kernels(info, "cuda", "sm80,adjoint") == ["sm80", "adjoint"]
     with pytest.raises(
-        SystemExit, match="'sm42' is no kernel of this device, which has sm90, sm90_wide, sm80, adjoint"
+        SystemExit, match="'sm42' is no kernel of this device, which has sm90, sm90_wide, sm80, sparse, adjoint"
     ):
         gpu_smoke.choose_kernels(info, "cuda", "sm80,sm42")
     with pytest.raises(SystemExit, match="no CUDA device"):

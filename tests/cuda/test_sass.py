@@ -24,6 +24,8 @@ import sass
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
+NAMES = r"tile_sm\d\d|adjoint|pack|reduce|sparse_(?:stages|gather|reduce|adjoint)"
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -31,7 +33,7 @@ class Kernel:
     name: str
     parameters: tuple[int, ...]  # of the template
     operations: Counter[str]
-    code: list[sass.Instruction] = field(repr=False)  # nothing but for tile_sm90
+    code: list[sass.Instruction] = field(repr=False)  # nothing but for tile_sm90 and sparse_stages
 
 
 def find_tool(name: str, *folders: Path) -> str | None:
@@ -71,11 +73,11 @@ def kernels() -> list[Kernel]:
     found = []
     for path in objects:
         for architecture, mangled, listing in sass.functions(dump(path)):
-            if match := re.match(r"\S*?\d(tile_sm\d\d|adjoint|pack|reduce)(\S*)", mangled):
-                parameters = tuple(int(number) for number in re.findall(r"E?L(?:NS_4KindE|[bi])(\d+)", match[2]))
+            if match := re.match(rf"\S*?\d({NAMES})(\S*)", mangled):
+                parameters = tuple(int(n) for n in re.findall(r"E?L(?:NS_\d[A-Z][a-z]+E|[bi])(\d+)", match[2]))
                 lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z]+)?)", listing)
                 operations = Counter(line.split(".")[0] for line in lines) + Counter(x for x in lines if "." in x)
-                code = sass.instructions(listing) if match[1] == "tile_sm90" else []
+                code = sass.instructions(listing) if match[1] in ("tile_sm90", "sparse_stages") else []
                 found.append(Kernel(architecture, match[1], parameters, operations, code))
     return found
 
@@ -93,13 +95,37 @@ def test_every_kernel_is_there_for_every_architecture() -> None:
         assert names["tile_sm80"] == 2 * 5 + 2 * 4, names  # types and widths of both kinds
         assert names["tile_sm90"] == (2 * 2 * 6 if architecture == "sm_90a" else 0), names
         assert names["reduce"] == 1
-        assert names["pack"] == 4
+        assert names["pack"] == 4 + 3  # sources; of floats, too
+        assert names["sparse_stages"] == 5 + 2 * 6  # widths and sizes of float32, and of two 16-bit types
+        assert names["sparse_adjoint"] == 5
+        assert names["sparse_gather"] == names["sparse_reduce"] == 1
         assert names["adjoint"] > 0
 
 
 def test_no_spills() -> None:
     for kernel in kernels():
         assert kernel.operations["LDL"] + kernel.operations["STL"] == 0, kernel
+
+
+def test_no_atomics() -> None:
+    for kernel in kernels():
+        assert not {"ATOM", "ATOMG", "ATOMS", "RED"} & set(kernel.operations), kernel
+
+
+def test_sparse_stages() -> None:
+    """A thread adds eight rows of all samples, or all that it has, in a loop of few instructions besides the sums."""
+    for kernel in of_name("sparse_stages"):
+        dtype, samples, _ = kernel.parameters
+        copies = {instruction.operation for instruction in kernel.code if instruction.operation.startswith("LDGSTS")}
+        widest = "128" if dtype == 0 else "64"
+        assert any(widest in copy.split(".") for copy in copies), (kernel, copies)
+        sums = [loop for loop in sass.loops(kernel.code) if sum(i.operation == "FADD" for i in loop) == 64]
+        assert sums, kernel
+        loop = min(sums, key=len)
+        words = 32 if dtype > 0 and samples > 1 else 64
+        assert sum(i.operation.startswith("LDS") for i in loop) == words + 1, kernel  # and a progression
+        # A word of two samples takes two more operations. A row's address takes three, shared by all samples.
+        assert len(loop) <= 64 + words + (64 if words == 32 else 0) + 3 * 64 // samples + 40, (kernel, len(loop))
 
 
 def test_hopper_tiles() -> None:

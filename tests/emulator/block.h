@@ -21,10 +21,10 @@ constexpr uint32_t kSharedBase = 1024;  // the device address of dynamic shared 
 struct Thread;
 using Queue = std::vector<Thread*>;  // threads that wait for one thing
 
-struct Copy {  // 16 bytes of cp.async
+struct Copy {  // of cp.async
   void* to;
   const void* from;
-  int valid;
+  int bytes, valid;
 };
 
 struct Transfer {  // a box of TMA

@@ -54,7 +54,7 @@ void perform(const Transfer& transfer) {
 
 void perform(Copy& copy) {
   if (copy.to == nullptr) return;
-  std::memset(copy.to, 0, 16);
+  std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
   if (copy.valid > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid));
   copy.to = nullptr;
   ++settings.counts["cp.async"];
@@ -100,13 +100,14 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   while (here.phase % 2 == parity) wait_in(here.waiting, "mbarrier at byte", shared_address(barrier) - kSharedBase);
 }
 
-void copy_16(void* shared, const void* global, int valid) {
+void copy_async(void* shared, const void* global, int bytes, int valid) {
   pause();
-  check_shared(shared, 16, 16, "cp.async");
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("cp.async from a misaligned address");
-  if (valid < 0 || valid > 16) fail("cp.async of " + std::to_string(valid) + " bytes");
-  Copy copy = {.to = shared, .from = global, .valid = valid};
-  std::memset(shared, 0xFF, 16);
+  const auto size = static_cast<size_t>(bytes);
+  check_shared(shared, size, size, "cp.async");
+  if (reinterpret_cast<uintptr_t>(global) % size != 0) fail("cp.async from a misaligned address");
+  if (valid < 0 || valid > bytes) fail("cp.async of " + std::to_string(valid) + " bytes");
+  Copy copy = {.to = shared, .from = global, .bytes = bytes, .valid = valid};
+  std::memset(shared, 0xFF, size);
   if (block->work_chance == 256) perform(copy);
   current->copies.back().push_back(copy);
 }

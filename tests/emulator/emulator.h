@@ -41,7 +41,7 @@ void mbarrier_fence();
 void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 
-void copy_16(void* shared, const void* global, int valid);
+void copy_async(void* shared, const void* global, int bytes, int valid);
 void commit_copies();
 void wait_copies(int groups);
 void load_box(void* shared, const CUtensorMap* map, uint64_t* barrier, int32_t x, int32_t y);

@@ -38,6 +38,11 @@ inline uint32_t round_to_bf16(float a, float b) {
   return round(a) | round(b) << 16;
 }
 
+inline void halves_to_floats(float& low, float& high, uint32_t pair) {
+  low = emulator::bf16_or_fp16_to_float(false, pair & 0xFFFF);
+  high = emulator::bf16_or_fp16_to_float(false, pair >> 16);
+}
+
 // Barriers -----------------------------------------------------------------------------------------------------------
 
 inline void block_barrier() { emulator::meet_block(); }
@@ -50,7 +55,14 @@ inline void mbarrier_wait_or_fail(uint64_t* barrier, uint32_t parity) { emulator
 
 // Copies to shared memory --------------------------------------------------------------------------------------------
 
-inline void cp_async_16(void* shared, const void* global, int valid) { emulator::copy_16(shared, global, valid); }
+inline void cp_async_16(void* shared, const void* global, int valid) {
+  emulator::copy_async(shared, global, 16, valid);
+}
+template <int bytes>
+void cp_async_narrow(void* shared, const void* global, int valid) {
+  static_assert(bytes == 4 || bytes == 8, "16 bytes have an instruction of their own");
+  emulator::copy_async(shared, global, bytes, valid);
+}
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int n>
 void cp_async_wait() {

@@ -50,6 +50,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrComputeCapabilityMinor:
       *value = settings.capability % 10;
       break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = shared_limit();
+      break;
   }
   return cudaSuccess;
 }

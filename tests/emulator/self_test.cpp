@@ -137,6 +137,9 @@ void test_bits() {
   expect(ptx::permute_bytes(0x33221100, 0x77665544, 0x7250) == 0x77225500, "bytes in order of the selector");
   expect(ptx::permute_bytes(0x80FF7F01, 0, 0xBA98) == 0xFFFF0000, "sign bytes");
   expect(ptx::and_xor(0xF0F0F0F0, 0x3C3C3C3C, 0xFFFF0000) == 0xCFCF3030, "and_xor");
+  float low, high;
+  ptx::halves_to_floats(low, high, 0x8001BC00);
+  expect(low == -1 && high == -0x1p-24F, "halves_to_floats");
 }
 
 // TMA, mbarrier, wgmma -----------------------------------------------------------------------------------------------
@@ -331,13 +334,21 @@ void test_mbarrier_phases() {
 
 enum class Copy { right, no_wait, no_barrier, no_second_barrier };
 
-// Each thread copies a piece and reads another thread's piece, three times through the same memory.
+// Each thread copies a piece, in each round by copies of another size, and reads another thread's piece, three times
+// through the same memory.
 template <Copy fault>
 void copy_kernel(const uint32_t* from, uint32_t* to) {
   auto* shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
   const unsigned me = threadIdx.x, next = (me + 37) % blockDim.x;
   for (int round = 0; round < 3; ++round, from += 4 * blockDim.x, to += 4 * blockDim.x) {
-    ptx::cp_async_16(shared + 4 * me, from + 4 * me, 12);
+    if (round == 0) {
+      ptx::cp_async_16(shared + 4 * me, from + 4 * me, 12);
+    } else if (round == 1) {
+      ptx::cp_async_narrow<8>(shared + 4 * me, from + 4 * me, 8);
+      ptx::cp_async_narrow<8>(shared + 4 * me + 2, from + 4 * me + 2, 4);
+    } else {
+      for (unsigned i = 0; i < 4; ++i) ptx::cp_async_narrow<4>(shared + 4 * me + i, from + 4 * me + i, i < 3 ? 4 : 0);
+    }
     ptx::cp_async_commit();
     if (fault != Copy::no_wait) ptx::cp_async_wait<0>();
     if (fault != Copy::no_barrier) ptx::block_barrier();
@@ -391,6 +402,10 @@ void test_reports() {
   });
   expect_kernel_report(32, "cp.async outside of shared memory, at byte 1016 of 1024",
                        [] { ptx::cp_async_16(ptx::dynamic_shared() + 1016, nullptr, 0); });
+  expect_kernel_report(32, "cp.async from a misaligned address", [] {
+    alignas(8) static const char from[12] = {};
+    ptx::cp_async_narrow<8>(ptx::dynamic_shared(), from + 4, 8);
+  });
   expect_kernel_report(32, "mbarrier used before it was initialised",
                        [] { ptx::mbarrier_arrive(reinterpret_cast<uint64_t*>(ptx::dynamic_shared())); });
   expect_kernel_report(32, "more arrivals than it was initialised for", [] {

@@ -71,6 +71,14 @@ def instructions(listing: str) -> list[Instruction]:
     return found
 
 
+def loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
+    """The instructions of each loop: those from where a branch leads back to, to the branch."""
+    index = {instruction.address: i for i, instruction in enumerate(code)}
+    for i, instruction in enumerate(code):
+        if instruction.operation == "BRA" and (first := index[int(instruction.operands[-1], 16)]) <= i:
+            yield code[first : i + 1]
+
+
 def waits(code: list[Instruction]) -> list[int]:
     """Counts the groups that each wait for HGMMAs leaves in flight, in the order of the code.
 
