@@ -10,8 +10,9 @@
 //   normal      2t+1, all sixteen bits     | 2t, all sixteen bits
 //
 // The sparse kind is a sparse Johnson-Lindenstrauss matrix (Kane and Nelson, "Sparser Johnson-Lindenstrauss
-// transforms", JACM 2014, the block construction): its k rows are c blocks of K, and a column has one entry in each
-// block. Columns come in chunks of K, and in each block a chunk's columns meet the rows by a permutation.
+// transforms", JACM 2014, the block construction, with one sign a column): its k rows are c blocks of K, and a column
+// has one entry in each block. Columns come in chunks of K, and in each block a chunk's columns meet the rows by a
+// permutation.
 //
 // Kernels generate the same words many rows at a time. This header is what they are tested against, and the only place
 // that says where an entry's bits stand. A change of any entry is a new definition number.

@@ -183,7 +183,7 @@ def test_sparse_features_have_the_scale_of_dense_ones(
 def test_sparse_projectors_of_either_scale_give_the_same_features(tmp_path: Path) -> None:
     rows = []
     for kind in (Projector, BasicProjector):
-        traker = build(tmp_path, projector=kind(131, 64, SEED, "sjlt", "cpu"), load_from_save_dir=not rows)
+        traker = build(tmp_path, projector=kind(131, 64, SEED, "sjlt", "cpu", nonzeros=4), load_from_save_dir=not rows)
         traker.load_checkpoint(CHECKPOINTS[0], 0)
         traker.featurize(TRAIN, num_samples=N)
         rows.append(np.array(traker.store.train(0).features))

@@ -57,7 +57,7 @@ def test_failures_do_not_stop_the_rest(tmp_path: Path) -> None:
             "good": {("ok", None)},
             "failing": {("failed", "RuntimeError: out of luck")},
             "dying": {("failed", "its process ended with status 3")},
-            "picky": {("skipped", "dtype float32: it has float64")},
+            "picky": {("skipped", "it does not have dtype float32, but float64")},
         }
     assert results.left == {"hanging": 2}
     assert not results.finished
@@ -235,14 +235,16 @@ def test_candidates_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         *ours, "torch, index_add_", "sjlt", "dattri sjlt",
     }  # fmt: skip
     assert there["sjlt"].refusal(sparse, 2**25) == "its matrix takes 0.0 GiB, 0.0 are to be had"
-    assert there["sjlt"].refusal(case, free) == "kind rademacher: it has sjlt"
+    assert there["sjlt"].refusal(case, free) == "it does not have kind rademacher, but sjlt"
     uneven = dataclasses.replace(sparse, proj_dim=700)
     assert there["sjlt"].refusal(uneven, free) is None
     for name in ours:
         assert there[name].refusal(dataclasses.replace(case, proj_dim=700), free) is None
-        assert str(there[name].refusal(uneven, free)).endswith("not 700; with nonzeros=4, 512 and 1024 are nearest")
+        assert str(there[name].refusal(uneven, free)).endswith(
+            "not 700; near it with nonzeros=4: 512 and 1024; the dense kinds take any"
+        )
     assert refusals["dattri"] == refusals["torch, matrix in memory"] == ("its matrix takes 8.0 GiB, 4.0 are to be had")
-    assert refusals["fast_jl"] == "dtype bfloat16: it has float32, float16"
+    assert refusals["fast_jl"] == "it does not have dtype bfloat16, but float32, float16"
     half = dataclasses.replace(case, dtype="float16")
     assert there["fast_jl"].refusal(half, free) is None
     assert there["fast_jl"].refusal(dataclasses.replace(half, proj_dim=700), free) == (

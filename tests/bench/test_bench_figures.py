@@ -165,7 +165,7 @@ def test_the_sparse_kind_stands_beside_the_others() -> None:
 
 
 def test_cases_that_are_not_for_a_candidate_are_one_line() -> None:
-    reason = "kind sjlt: it has rademacher, normal"
+    reason = "it does not have kind sjlt, but rademacher, normal"
     other = dataclasses.replace(SPARSE_CASE, batch=1)
     whole = results(timing("trak_fast amx", [[0.1]]))
     whole.timings += [Omission("a", case, "skipped", reason) for case in (SPARSE_CASE, other)]
@@ -264,7 +264,7 @@ def every_entry() -> Results:
     """Results with an entry of each type, on a GPU that this machine need not have."""
     whole = results(timing("a", [[0.1, 0.2], [0.3]]), timing("sparse", [[1.0]], SPARSE_CASE))
     whole.timings.append(Omission("b", CASE, "failed", "RuntimeError: out of luck"))
-    whole.checks.append(Omission("b", CASE, "skipped", "dtype float32: it has float16"))
+    whole.checks.append(Omission("b", CASE, "skipped", "it does not have dtype float32, but float16"))
     whole.candidates |= {"a": Present("1.0", 10, 0.5), "b": Absent("failed", "ValueError")}
     whole.left = {"a": 3}
     whole.settings = dataclasses.replace(whole.settings, device="cuda", only=("a", "b"))

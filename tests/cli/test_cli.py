@@ -71,9 +71,11 @@ INTEGERS = {  # and the least and the largest value of each
     "plan": {
         "--params": (1, 2**48), "--proj-dim": (1, 2**32), "--samples": (1, 2**48), "--targets": (0, 2**48),
         "--checkpoints": (1, 2**32), "--batch": (1, 2**32), "--tokens": (1, 2**48), "--processes": (1, 2**32),
-        "--nonzeros": (1, 8),
     },
 }  # fmt: skip
+FEW = {"plan": {"--nonzeros": "1, 2, 4, 8"}}
+"""Integers of which only a few are taken."""
+
 REALS = {
     "demo": {"--flipped": ("0", "0.51")}, "bench": {"--budget": ("0", "1e8")}, "plan": {"--gradient-seconds": ("1e10",)}
 }  # fmt: skip
@@ -98,6 +100,12 @@ def wrong_arguments() -> Iterator[tuple[str, str, str, str]]:
         for flag, (low, high) in flags.items():
             for value in (low - 1, -1, high + 1, 10**30):
                 yield command, flag, str(value), rf"in \[{low}, [0-9* -]+\], not {value}"
+            for text in (*NOT_FINITE, "1.5", "many", ""):
+                yield command, flag, text, r"an integer, not (str|float) \(.+\)"
+    for command, few in FEW.items():
+        for flag, allowed in few.items():
+            for value in (0, -1, 3, 10**30):
+                yield command, flag, str(value), rf"one of {allowed}, not {value}"
             for text in (*NOT_FINITE, "1.5", "many", ""):
                 yield command, flag, text, r"an integer, not (str|float) \(.+\)"
     for command, reals in REALS.items():
@@ -140,7 +148,7 @@ def test_no_flag_is_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - without
-        assert flags == {*INTEGERS[command], *REALS[command], *CHOICES.get(command, {})}
+        assert flags == {*INTEGERS[command], *FEW.get(command, {}), *REALS[command], *CHOICES.get(command, {})}
 
 
 @pytest.mark.parametrize("command", ["bench", "plan"])

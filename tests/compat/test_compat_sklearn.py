@@ -280,7 +280,7 @@ def test_names_and_parameters_of_the_sparse_one() -> None:
     assert clone(projection).get_params() == projection.get_params()
     assert projection.fit(np.ones((2, 5))).get_feature_names_out()[63] == "fusedsparseprojection63"
     for bad, error, message in [
-        ({"n_components": 1000}, ValueError, "not 1000; with nonzeros=4, 512 and 1024 are nearest"),
+        ({"n_components": 1000}, ValueError, "not 1000; near it with nonzeros=4: 512 and 1024"),
         ({"n_components": "many"}, ValueError, "n_components must be 'auto' or an integer, not 'many'"),
         ({"n_components": 64, "nonzeros": 3}, ValueError, "nonzeros must be one of 1, 2, 4, 8, not 3"),
         ({"nonzeros": 0}, ValueError, r"nonzeros must be in \[1, 8\], not 0"),

@@ -47,14 +47,14 @@ def test_the_sparse_kind_costs_its_entries(nonzeros: int | None) -> None:
     assert dataclasses.replace(found.seconds, projection=0) == dataclasses.replace(dense.seconds, projection=0)
     assert (found.memory, found.disk) == (dense.memory, dense.disk)
     text = plan.text(job, found)
-    assert f"projection (sjlt, {nonzeros or 4} entries a column) 1,000 GFLOP/s" in text
-    assert "no bound for sjlt" in text
+    assert f"projection sjlt, nonzeros = {nonzeros or 4}, {5e11 / (nonzeros or 4):.2e} entries/s" in text
+    assert "it is proved for dense matrices alone" in text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"proj_dim": 1000, "proj_type": "sjlt"}, "not 1000; with nonzeros=4, 512 and 1024 are nearest"),
+        ({"proj_dim": 1000, "proj_type": "sjlt"}, "not 1000; near it with nonzeros=4: 512 and 1024"),
         ({"proj_dim": 1024, "proj_type": "sjlt", "nonzeros": 3}, "nonzeros must be one of 1, 2, 4, 8, not 3"),
         ({"proj_dim": 1024, "nonzeros": 4}, "nonzeros belongs to proj_type='sjlt'"),
     ],

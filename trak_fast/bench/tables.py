@@ -132,8 +132,8 @@ def terminal(results: Results) -> str:
         if (sparse := sparse_timing(case, results.measured)) is not None:
             ratio = min(timing.median for timing in timings) / sparse.median
             lines.append(
-                f"{sparse.candidate} with {SPARSE}: {seconds_text(sparse.median)}, "
-                f"{ratio:.3g} times as fast as the fastest of these"
+                f"the sparse kind, {SPARSE}, takes {seconds_text(sparse.median)} ({sparse.candidate}); the fastest above "
+                f"takes {ratio:.3g} times as long"
             )
         parts.append("\n".join(lines))
     if not all(timing.warm for timing in results.measured):

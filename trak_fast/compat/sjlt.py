@@ -170,8 +170,9 @@ def patch() -> Patch:
         try:
             module = importlib.import_module("sjlt")
         except ModuleNotFoundError as error:
-            raise ImportError(
-                "sjlt is not installed: write `from trak_fast.compat.sjlt import SJLTProjection` in its place"
+            raise ModuleNotFoundError(
+                "sjlt is not installed: write `from trak_fast.compat.sjlt import SJLTProjection` in its place",
+                name=error.name,
             ) from error
         _patch = Patch(module, {"SJLTProjection": SJLTProjection})
     return _patch

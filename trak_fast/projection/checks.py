@@ -135,11 +135,11 @@ def nonzeros_of(kind: int, proj_dim: int, nonzeros: SupportsIndex | None) -> int
         ValueError: `nonzeros` is no such number or is given for a dense kind, or k does not fit it.
         TypeError: `nonzeros` is no integer.
     """
+    number = DEFAULT_NONZEROS if nonzeros is None else one_of("nonzeros", nonzeros, NONZEROS)
     if kind != KINDS[SPARSE]:
         if nonzeros is not None:
             raise ValueError(f"nonzeros belongs to proj_type={SPARSE!r}: leave it out for a dense kind")
         return 0
-    number = DEFAULT_NONZEROS if nonzeros is None else one_of("nonzeros", nonzeros, NONZEROS)
     low, high = BLOCK_ROWS
     rows, rest = divmod(proj_dim, number)
     if rest or rows & (rows - 1) or not low <= rows <= high:
