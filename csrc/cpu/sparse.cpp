@@ -197,6 +197,7 @@ class SparsePass {
     Piece* staged = nullptr;  // not added yet
     bool fresh = true;
     for (int64_t from = begin, turn = 0; from < end; ++turn) {
+      if (!team_.goes_on(worker)) return;
       const int64_t to = std::min((from / piece_columns_ + 1) * piece_columns_, end);
       Piece& piece = w.pieces[turn % 2];
       prepare(piece, from, to, w);

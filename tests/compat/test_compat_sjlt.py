@@ -65,6 +65,14 @@ def test_seeds_are_drawn_as_torch_s_numbers_are() -> None:
     assert not torch.equal(second(x), first(x))
 
 
+def test_torch_s_default_device_does_not_matter() -> None:
+    torch.manual_seed(5)
+    expected = SJLTProjection(100, 64, device="cpu").seed
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        assert SJLTProjection(100, 64, device="cpu").seed == expected
+
+
 def test_the_matrix_is_in_the_state() -> None:
     first, other = (SJLTProjection(100, 64, 4, seed=seed) for seed in (2**64 - 1, 2))
     x = torch.randn(3, 100)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,26 @@ def test_calibration_measures_every_rate(proj_type: str, nonzeros: int | None, m
     names = {field.name for field in dataclasses.fields(rates.Rates)} - {"source", "sync", "gradient"}
     assert all(1e5 < getattr(found, name) < 1e18 for name in names)
     assert 0 < found.sync < 60
+
+
+def test_calibration_leaves_out_what_a_call_takes_whatever_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of 10 ms and a microsecond a column: the rate is that of the columns."""
+    calls: list[int] = []
+
+    def timed(call: Callable[[], object], device: torch.device) -> float:
+        calls.clear()
+        call()
+        return 0.01 + 1e-6 * calls[0] if calls else 1.0
+
+    def project(grads: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append(grads.shape[1])
+        return grads
+
+    monkeypatch.setattr(rates.projection, "project", project)
+    monkeypatch.setattr(rates, "_seconds", timed)
+    for kind, k, entries in [("sjlt", 2**18, 4), ("rademacher", 64, 64)]:
+        found = rates.calibrate(Job(10**7, k, 100, batch=4, proj_type=kind))
+        assert found.projection == pytest.approx(2 * 4 * entries / 1e-6)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

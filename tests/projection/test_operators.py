@@ -81,6 +81,17 @@ def test_compiled_for_seeds_that_change() -> None:
         assert torch.equal(compiled(g, seed, n), project(g, 7, seed=seed, model_id=n))
 
 
+def test_compiled_for_sizes_of_the_sparse_kind_that_change() -> None:
+    def back_and_forth(g: Tensor, k: int, nonzeros: int) -> Tensor:
+        y = project(g, k, proj_type="sjlt", nonzeros=nonzeros)
+        return project_adjoint(y, 50, proj_type="sjlt", nonzeros=nonzeros)
+
+    compiled = torch.compile(back_and_forth, fullgraph=True, backend="eager", dynamic=True)
+    g = random(3, 50)
+    for k, nonzeros in [(64, 4), (128, 4), (256, 2), (16, 1)]:
+        assert torch.equal(compiled(g, k, nonzeros), back_and_forth(g, k, nonzeros))
+
+
 def test_operators_check_the_tensors_that_they_are_given() -> None:
     """Operators can be called by hand, and a trace may have seen less of a tensor than matters."""
     ops, matrix = torch.ops.trak_fast, ("rademacher", 0, 0, 0)

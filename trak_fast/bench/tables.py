@@ -132,7 +132,7 @@ def terminal(results: Results) -> str:
         if (sparse := sparse_timing(case, results.measured)) is not None:
             ratio = min(timing.median for timing in timings) / sparse.median
             lines.append(
-                f"the sparse kind, {SPARSE}, takes {seconds_text(sparse.median)} ({sparse.candidate}); the fastest above "
+                f"{sparse.candidate} with {SPARSE} takes {seconds_text(sparse.median)}; the fastest of the above "
                 f"takes {ratio:.3g} times as long"
             )
         parts.append("\n".join(lines))

@@ -13,10 +13,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..arguments import choice
+from ..projection import reference
 from ..projection.checks import SPARSE
 from ..projection.functions import matrix, project
 from .patching import Patch, fitting_nonzeros
@@ -108,8 +110,10 @@ def _sparse_row_norms(seed: int, model_id: int, rows: int, columns: int) -> Tens
     nonzeros = fitting_nonzeros(rows)
     whole, rest = divmod(columns, rows // nonzeros)
     # each chunk of columns meets every row once, the last one some of them
-    last = matrix(SPARSE, seed, model_id, range(rows), range(columns - rest, columns), proj_dim=rows, nonzeros=nonzeros)
-    return (whole + last.abs().sum(1)).clamp_min(1).sqrt()
+    last = np.arange(columns - rest, columns, dtype=np.uint64)
+    met = reference.sparse_rows(seed, model_id, last, rows, nonzeros).ravel().astype(np.intp)
+    counts = torch.from_numpy(whole + np.bincount(met, minlength=rows))
+    return counts.clamp_min(1).sqrt().float()
 
 
 def patch() -> Patch:

@@ -67,7 +67,7 @@ class SJLTProjection(nn.Module):
         self.device = torch.device(device)
         self.normalization_factor = 1 / math.sqrt(self.c)
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         self._projector = self._with_seed(seed)
 
     @property

@@ -16,7 +16,7 @@ from sklearn.random_projection import johnson_lindenstrauss_min_dim
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-from ..arguments import integer, real
+from ..arguments import integer, one_of, real
 from ..projection.checks import BLOCK_ROWS, DEFAULT_NONZEROS, NONZEROS, SPARSE
 from ..projection.functions import matrix, project_adjoint
 from ..projection.projector import Projector
@@ -42,10 +42,11 @@ class _FusedProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     n_components_: int
     n_features_in_: int
     seed_: int
+    projector_: Projector
 
     @abstractmethod
-    def _projector(self) -> Projector:
-        """Makes the projector of the fitted transformer, and checks its parameters."""
+    def _make_projector(self) -> Projector:
+        """Makes the projector of the parameters, and checks them."""
 
     @abstractmethod
     def _divisor(self) -> float:
@@ -82,7 +83,7 @@ class _FusedProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             self.n_components_ = integer("n_components", self.n_components, 1)
         high, low = check_random_state(self.random_state).randint(0, 2**32, 2, dtype=np.uint64).tolist()
         self.seed_ = high << 32 | low
-        self._projector()  # checks the rest
+        self.projector_ = self._make_projector()  # checks the rest
         if self.compute_inverse_components:
             self.inverse_components_ = self._inverse(np.eye(self.n_components_)).T.astype(X.dtype)
         return self
@@ -101,7 +102,7 @@ class _FusedProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         """
         check_is_fitted(self)
         X = self._validated(X, reset=False)
-        projector = self._projector()
+        projector = self.projector_
         result = np.empty((X.shape[0], self.n_components_), X.dtype)
         for rows in gen_batches(X.shape[0], max(1, _DENSE // X.shape[1] if hasattr(X, "toarray") else X.shape[0])):
             block = X[rows].toarray() if hasattr(X, "toarray") else X[rows]
@@ -202,6 +203,7 @@ class FusedRandomProjection(_FusedProjection):
         n_features_in_: Number of features seen by `fit`.
         feature_names_in_: Names of the features seen by `fit`, if they have any.
         seed_: The seed of the matrix, drawn by `fit`.
+        projector_: The projector of the matrix, which later changes of parameters do not reach.
         components_: The scaled matrix (n_components, n_features), made anew at each access.
         inverse_components_: Its pseudo-inverse (n_features, n_components), if `compute_inverse_components`.
     """
@@ -225,11 +227,11 @@ class FusedRandomProjection(_FusedProjection):
     def components_(self) -> NDArray[np.float32]:
         """The scaled matrix (n_components, n_features)."""
         check_is_fitted(self)
-        P = matrix(self.proj_type, self.seed_, 0, range(self.n_components_), range(self.n_features_in_))
+        P = matrix(self.projector_.proj_type, self.seed_, 0, range(self.n_components_), range(self.n_features_in_))
         components: NDArray[np.float32] = P.div_(self._divisor()).numpy()
         return components
 
-    def _projector(self) -> Projector:
+    def _make_projector(self) -> Projector:
         if self.proj_type == SPARSE:
             raise ValueError(
                 f"proj_type must be one of 'rademacher', 'normal', not {SPARSE!r}; FusedSparseProjection has it"
@@ -240,7 +242,8 @@ class FusedRandomProjection(_FusedProjection):
         return math.sqrt(self.n_components_)
 
     def _entries(self, rows: slice, columns: slice) -> Entries:
-        P = matrix(self.proj_type, self.seed_, 0, range(rows.start, rows.stop), range(columns.start, columns.stop))
+        kind = self.projector_.proj_type
+        P = matrix(kind, self.seed_, 0, range(rows.start, rows.stop), range(columns.start, columns.stop))
         entries: NDArray[np.float64] = P.double().div_(self._divisor()).numpy()
         return entries
 
@@ -269,6 +272,7 @@ class FusedSparseProjection(_FusedProjection):
         n_features_in_: Number of features seen by `fit`.
         feature_names_in_: Names of the features seen by `fit`, if they have any.
         seed_: The seed of the matrix, drawn by `fit`.
+        projector_: The projector of the matrix, which later changes of parameters do not reach.
         density_: Share of the matrix that is not 0, nonzeros / n_components.
         components_: The scaled matrix (n_components, n_features) in CSR format, made anew at each access.
         inverse_components_: Its pseudo-inverse (n_features, n_components), if `compute_inverse_components`.
@@ -313,7 +317,7 @@ class FusedSparseProjection(_FusedProjection):
     def density_(self) -> float:
         """The share of the matrix that is not 0."""
         check_is_fitted(self)
-        return self.nonzeros / self.n_components_
+        return self._nonzeros() / self.n_components_
 
     @property
     def components_(self) -> csr_matrix:
@@ -323,11 +327,11 @@ class FusedSparseProjection(_FusedProjection):
         return csr_matrix(entries.astype(np.float32))
 
     def _fitting(self, components: int) -> int:
-        nonzeros = integer("nonzeros", self.nonzeros, NONZEROS[0], NONZEROS[-1])
+        nonzeros = one_of("nonzeros", self.nonzeros, NONZEROS)
         rows = max(BLOCK_ROWS[0], -(-components // nonzeros))
         return nonzeros << (rows - 1).bit_length()
 
-    def _projector(self) -> Projector:
+    def _make_projector(self) -> Projector:
         return Projector(
             self.n_features_in_,
             self.n_components_,
@@ -338,14 +342,20 @@ class FusedSparseProjection(_FusedProjection):
         )
 
     def _divisor(self) -> float:
-        return math.sqrt(self.nonzeros)
+        return math.sqrt(self._nonzeros())
+
+    def _nonzeros(self) -> int:
+        """Returns the entries of a column of the fitted matrix."""
+        number = self.projector_.nonzeros
+        assert number is not None
+        return number
 
     def _entries(self, rows: slice, columns: slice) -> Entries:
-        nonzeros, count = self.nonzeros, columns.stop - columns.start
+        nonzeros, count = self._nonzeros(), columns.stop - columns.start
         block = self.n_components_ // nonzeros
-        places = torch.zeros(nonzeros, self.n_components_)
+        places = torch.zeros(nonzeros, self.n_components_, dtype=torch.float32, device="cpu")
         for q in range(nonzeros):
-            places[q, q * block : (q + 1) * block] = torch.arange(1, block + 1)
+            places[q, q * block : (q + 1) * block] = torch.arange(1, block + 1, device="cpu")
         # entry j of row q: the sign of column j times 1 + the place of its entry in block q
         found = project_adjoint(
             places, count, proj_type=SPARSE, seed=self.seed_, offset=columns.start, nonzeros=nonzeros

@@ -85,16 +85,20 @@ def calibrate(job: Job) -> Rates:
     """
     device = torch.device(job.device)
     dtype = dtype_of(job.dtype)
-    columns = min(job.params, 1 << 12)
+    # the sparse kind adds to all k results for each k / nonzeros columns, or part of them
+    columns = min(job.params, max(1 << 12, 4 * (job.proj_dim // job.column_entries)))
     _check_memory(job, columns)
     while True:  # longer until it takes long enough; the time is in proportion to D
         grads = torch.randn(job.batch, columns, device=device).to(dtype)
-        project = partial(projection.project, grads, job.proj_dim, proj_type=job.proj_type, nonzeros=job.nonzeros)
-        seconds = _seconds(project, device)
+        project = partial(projection.project, proj_dim=job.proj_dim, proj_type=job.proj_type, nonzeros=job.nonzeros)
+        seconds = _seconds(partial(project, grads), device)
         large = 2 * grads.numel() * 4 > CALIBRATION_BYTES
         if seconds > CALIBRATION_SECONDS / 4 or columns >= job.params or large:
             break
         columns = min(job.params, 2 * columns)
+    if columns < job.params:  # what a call takes for its results, whatever D is, counts for nothing in the long run
+        first = grads[:, : columns // 4].contiguous()
+        seconds = max(seconds - _seconds(partial(project, first), device), seconds / 4) / 0.75
     side = min(2048, max(256, job.proj_dim))
     rates = {}
     for name in {"float64", "float32", job.dtype}:

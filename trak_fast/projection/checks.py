@@ -141,8 +141,8 @@ def nonzeros_of(kind: int, proj_dim: int, nonzeros: SupportsIndex | None) -> int
             raise ValueError(f"nonzeros belongs to proj_type={SPARSE!r}: leave it out for a dense kind")
         return 0
     low, high = BLOCK_ROWS
-    rows, rest = divmod(proj_dim, number)
-    if rest or rows & (rows - 1) or not low <= rows <= high:
+    rows = proj_dim // number  # divmod would not be traced where k is dynamic
+    if proj_dim % number or rows & (rows - 1) or not low <= rows <= high:
         below = 1 << max(rows.bit_length() - 1, 0)
         nearest = sorted({number * min(max(size, low), high) for size in (below, 2 * below)})
         others = [n for n in NONZEROS if proj_dim in [n << bits for bits in range(4, 21)]]

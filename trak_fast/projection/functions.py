@@ -57,16 +57,17 @@ def project(
         offset: Column of P that belongs to the first column of ``grads``, for gradients that come in slices: the
             slices' results add up to the whole's (up to fp32 rounding).
         precision: The form in which float32 and float64 gradients enter where the processor multiplies bfloat16 (AMX;
-            elsewhere they are multiplied as float32): as 1 (``"medium"``), 2 (``"high"``) or 3 (``"highest"``) bfloat16
-            terms. The first changes an element by at most 2**-8 of itself, the second by 2**-17, the third not at all
-            (float64: 2**-24, from float32); elements below 1e-33 by at most 2**-126, where bfloat16 products end.
-            It has no influence on ``"sjlt"``. Default: ``"high"`` for float32 (some 2.5e-6 of the result, where the projection itself distorts by 1/√k),
-            and ``"highest"`` for float64. bfloat16 and float16 are always exact. On CUDA, tensor cores round sums
-            toward zero besides: a result shrinks by up to 1e-5 of itself at any precision (8.4e-6 measured on an H100).
+            elsewhere, and by ``"sjlt"``, they are taken as float32): as 1 (``"medium"``), 2 (``"high"``) or 3
+            (``"highest"``) bfloat16 terms. The first changes an element by at most 2**-8 of itself, the second by
+            2**-17, the third not at all (float64: 2**-24, from float32); elements below 1e-33 by at most 2**-126, where
+            bfloat16 products end. Default: ``"high"`` for float32 (some 2.5e-6 of the result, where the projection
+            itself distorts by 1/√k), and ``"highest"`` for float64. bfloat16 and float16 are always exact. On CUDA,
+            tensor cores round sums toward zero besides: a result shrinks by up to 1e-5 of itself at any precision
+            (8.4e-6 measured on an H100).
         nonzeros: c, the entries in each column of ``"sjlt"``: 1, 2, 4 (the default) or 8. k / c must be a power of two,
             16 to 2**20. The work is c additions for each element of the gradients, whatever k is. (The block
-            construction of Kane and Nelson, "Sparser Johnson-Lindenstrauss transforms", JACM 2014, but with one sign for
-            all entries of a column.)
+            construction of Kane and Nelson, "Sparser Johnson-Lindenstrauss transforms", JACM 2014, but with one sign
+            for all entries of a column.)
         out: Float32 tensor (B, k) on the gradients' device that the projection is added to, in place.
         differentiable: Records the projection for autograd (torch 2.4 or newer; P'y is its derivative, see
             :func:`project_adjoint`; torch.func transforms are not supported). By default nothing is recorded, even if

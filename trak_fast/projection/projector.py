@@ -181,6 +181,8 @@ class Accumulator:
     def add(self, grads: Gradients, offset: int) -> None:
         """Adds the projection of columns ``offset`` onwards of the gradients.
 
+        A call that an exception such as KeyboardInterrupt ends may have added a part: begin the sum anew then.
+
         Args:
             grads: (batch_size, columns), or a mapping or sequence of (batch_size, ...).
             offset: The slice's first column within the whole gradient.
