@@ -1,4 +1,4 @@
-// The sparse kind on CUDA; see sparse.cu. Both do what their namesakes in trak_fast.h say.
+// The sparse kind on CUDA; see sparse.cu and sparse_adjoint.cu. Both do what their namesakes in trak_fast.h say.
 #pragma once
 #include "../trak_fast.h"
 
