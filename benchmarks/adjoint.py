@@ -25,11 +25,24 @@ K = 4096
 COLUMNS = 2**17
 
 
-def median_seconds(tasks: Mapping[str, Callable[[], object]], count: int, title: str) -> dict[str, float]:
-    """Returns the median seconds of each task in `count` interleaved rounds, after one round of warm-up."""
+def median_seconds(
+    tasks: Mapping[str, Callable[[], object]], count: int, title: str, pause: float = 0
+) -> dict[str, float]:
+    """Returns the median seconds of each task in `count` interleaved rounds, after one round of warm-up.
+
+    Args:
+        tasks: The tasks by their names.
+        count: The number of rounds.
+        title: The title of the progress bar.
+        pause: Seconds before each task, which then runs once untimed and once timed. torch's threads stay awake for
+            some milliseconds after a task, and take processors from the next one; a pause sends processors to sleep.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for i in tqdm(range(count + 1), desc=title, leave=False):
         for name, task in tasks.items():
+            if pause:
+                time.sleep(pause)
+                task()
             start = time.perf_counter()
             task()
             if i:

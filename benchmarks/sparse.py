@@ -25,6 +25,9 @@ from sklearn.random_projection import SparseRandomProjection
 import trak_fast
 
 K = 4096
+PAUSE = 0.02
+"""Seconds between measurements."""
+
 NONZEROS = (1, 2, 4, 8)
 
 MEMORY = """
@@ -75,7 +78,7 @@ def measure_bandwidth(batch: int, rounds: int) -> list[dict[str, Any]]:
     tasks |= {f"c = {c}": project_sparse(grads, c) for c in NONZEROS}
     tasks["bfloat16, c = 4"] = project_sparse(grads.bfloat16(), 4)
     tasks["k = 65,536, c = 4"] = project_sparse(grads, 4, 65536)
-    seconds = median_seconds(tasks, rounds, f"B = {batch}")
+    seconds = median_seconds(tasks, rounds, f"B = {batch}", PAUSE)
     moved = grads.numel() * 4
     return [
         {
@@ -94,14 +97,15 @@ def measure_others(grad_dim: int, rounds: int) -> list[dict[str, Any]]:
     """Compares with other projections, B = 32."""
     grads = torch.randn(32, grad_dim)
     tasks = {
-        "trak_fast sjlt": project_sparse(grads, 4),
+        "trak_fast sjlt, c = 4": project_sparse(grads, 4),
         "trak_fast rademacher": functools.partial(trak_fast.project, grads, K),
         "scikit-learn sparse": add_by_scikit_learn(grads),
+        "trak_fast sjlt, c = 1": project_sparse(grads, 1),
         "torch index_add_, c = 4": add_by_index(grads, 4),
         "torch index_add_, c = 1": add_by_index(grads, 1),
     }
-    seconds = median_seconds(tasks, rounds, f"D = {grad_dim:,}")
-    ours = seconds["trak_fast sjlt"]
+    seconds = median_seconds(tasks, rounds, f"D = {grad_dim:,}", PAUSE)
+    ours = seconds["trak_fast sjlt, c = 4"]
     return [
         {"what": name, "B": 32, "D": grad_dim, "seconds": time, "times as long as ours": time / ours}
         for name, time in seconds.items()

@@ -21,7 +21,7 @@ namespace {
 // Multiply-adds below which starting threads costs more than it gains.
 constexpr double kWorkForThreads = 4e6;
 
-constexpr int kPatience = 64;  // turns in which a waiting thread stays awake
+constexpr int kPatience = 1000;  // turns, of less than a microsecond, in which a waiting thread stays awake
 
 template <class T>
 struct FreeMemory {

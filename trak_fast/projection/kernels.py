@@ -40,8 +40,12 @@ def project(projection: checks.Projection, out: Tensor | None = None) -> Tensor:
     on_cuda = device.type == "cuda"
     add = out is not None
     if out is None:
-        new = torch.empty if on_cuda and not nothing else torch.zeros  # the CPU's kernels always add
-        out = new(batch, projection.proj_dim, dtype=torch.float32, device=device)
+        out = torch.empty(batch, projection.proj_dim, dtype=torch.float32, device=device)
+        if not on_cuda:  # its kernels always add
+            # not by torch, whose threads would stay awake for milliseconds and take the processors from the kernels'
+            out.numpy().fill(0)
+        elif nothing:
+            out.zero_()
     if nothing:
         return out
     if on_cuda:
