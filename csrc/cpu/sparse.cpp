@@ -153,7 +153,7 @@ class SparsePass {
     threads = threads_for(threads, additions, group_count * segments);
     const bool whole_groups = group_count % threads == 0 || group_count >= 4 * threads;
     const int64_t units = whole_groups ? group_count : group_count * segments;
-    totals_ = allocate<float>(begins_.back());
+    if (segments > 1) totals_ = allocate<float>(begins_.back());
     for (int i = 0; i < threads; ++i) workers_.emplace_back(*this);
     return team_.run(threads, 1, units, keep_going, [&](int64_t, int64_t unit, int worker) {
       if (!whole_groups) {
@@ -178,7 +178,11 @@ class SparsePass {
     explicit Worker(const SparsePass& pass)
         : sums(allocate<float>(pass.projection_.rows * pass.lanes_)),
           samples(allocate<float>((pass.lanes_ + 1) * kUnit)) {
-      for (Piece& piece : pieces) piece.staged = allocate<float>(pass.piece_columns_ * pass.lanes_);
+      const bool stages =
+          std::any_of(pass.groups_.begin(), pass.groups_.end(), [&](const Group& g) { return !pass.scatters(g); });
+      for (Piece& piece : pieces) {
+        if (stages) piece.staged = allocate<float>(pass.piece_columns_ * pass.lanes_);
+      }
     }
 
     Aligned<float> sums;
@@ -192,8 +196,7 @@ class SparsePass {
     const Group& g = groups_[static_cast<size_t>(group)];
     const int64_t begin = std::max(segment * segment_columns_, begin_);
     const int64_t end = std::min((segment + 1) * segment_columns_, end_);
-    const bool scatters = projection_.nonzeros == 1 && g.kernel->lanes > 1;
-    if (scatters) std::fill(w.sums.get(), w.sums.get() + g.size, 0.0F);
+    if (scatters(g)) std::fill(w.sums.get(), w.sums.get() + g.size, 0.0F);
     Piece* staged = nullptr;  // not added yet
     bool fresh = true;
     for (int64_t from = begin, turn = 0; from < end; ++turn) {
@@ -201,7 +204,7 @@ class SparsePass {
       const int64_t to = std::min((from / piece_columns_ + 1) * piece_columns_, end);
       Piece& piece = w.pieces[turn % 2];
       prepare(piece, from, to, w);
-      if (scatters) {
+      if (scatters(g)) {
         scatter(g, piece, w);
       } else {
         stage(g, piece, staged, fresh, w);
@@ -216,6 +219,8 @@ class SparsePass {
     }
     merge(group, segment, worker);
   }
+
+  bool scatters(const Group& g) const { return projection_.nonzeros == 1 && g.kernel->lanes > 1; }
 
   // Makes the signs and rows of the columns from .. to - 1.
   void prepare(Piece& piece, int64_t from, int64_t to, Worker& w) const {
@@ -294,9 +299,15 @@ class SparsePass {
     return {.samples = samples, .raw_bf16 = columns_.all_bf16(), .signs = nullptr, .staged = nullptr};
   }
 
-  // Adds a segment's sums to the group's total, after those of all segments before it.
+  // Adds a segment's sums to the group's total, after those of all segments before it; and the last total, or the only
+  // segment's sums, to the output.
   void merge(int64_t group, int64_t segment, int worker) {
     const Group& g = groups_[static_cast<size_t>(group)];
+    const float* sums = workers_[static_cast<size_t>(worker)].sums.get();
+    if (end_segment_ - first_segment_ == 1) {
+      write(g, sums);
+      return;
+    }
     std::atomic<int64_t>& merged = merged_[static_cast<size_t>(group)];
     for (int turn = 0; merged.load(std::memory_order_acquire) != segment - first_segment_; ++turn) {
       if (!team_.goes_on(worker)) return;
@@ -306,7 +317,6 @@ class SparsePass {
         std::this_thread::sleep_for(std::chrono::microseconds(50));
       }
     }
-    const float* sums = workers_[static_cast<size_t>(worker)].sums.get();
     float* total = totals_.get() + begins_[static_cast<size_t>(group)];
     for (int64_t i = 0; i < g.size; ++i) total[i] += sums[i];
     if (segment + 1 == end_segment_) write(g, total);
