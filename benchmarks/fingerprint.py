@@ -58,26 +58,27 @@ def draw(seed: int, *shape: int) -> Tensor:
 def projections() -> Iterator[tuple[str, str]]:
     """Computes digests of projections, adjoints and entries of the matrix, for each instruction set and kind."""
     whole = draw(0, 9, 3000)
-    for isa, kind in itertools.product(trak_fast.info()["instruction_sets"], ("rademacher", "normal")):
+    for isa, kind in itertools.product(trak_fast.info()["instruction_sets"], trak_fast.info()["proj_types"]):
+        k, k_parts, rows = (256, 64, 128) if kind == "sjlt" else (300, 65, 70)
         os.environ["TRAK_FAST_ISA"] = isa
         options: dict[str, Any] = {"proj_type": kind, "seed": 2**63 + 5, "model_id": 7}
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             name = f"{isa} {kind} {str(dtype).removeprefix('torch.')}"
-            yield f"project {name}", digest(trak_fast.project(whole.to(dtype), 300, **options))
+            yield f"project {name}", digest(trak_fast.project(whole.to(dtype), k, **options))
         parts = {"a": whole[:, :1001].reshape(9, 7, 143).mT, "b": whole[:, 1001:1002], "c": whole[:, 1002::2]}
-        yield f"project {isa} {kind} parts", digest(trak_fast.project(parts, 65, offset=2**40 + 3, **options))
+        yield f"project {isa} {kind} parts", digest(trak_fast.project(parts, k_parts, offset=2**40 + 3, **options))
         for precision in ("medium", "high", "highest"):
             result = trak_fast.project(whole, 64, precision=precision, **options)
             yield f"project {isa} {kind} {precision}", digest(result)
-        yield f"adjoint {isa} {kind}", digest(trak_fast.project_adjoint(draw(1, 5, 70), 2000, offset=77, **options))
+        yield f"adjoint {isa} {kind}", digest(trak_fast.project_adjoint(draw(1, 5, rows), 2000, offset=77, **options))
         projector = trak_fast.Projector(3000, 64, seed=3, proj_type=kind)
         accumulator = projector.accumulator(9, model_id=2)
         accumulator.add([whole[:, :100], whole[:, 100:700]], 0)
         accumulator.add(whole[:, 700:], 700)
         yield f"accumulator {isa} {kind}", digest(accumulator.result())
     os.environ.pop("TRAK_FAST_ISA", None)
-    for kind in ("rademacher", "normal"):
-        entries = trak_fast.matrix(kind, 5, 6, range(100), [*range(1000), 2**48 - 1])
+    for kind in trak_fast.info()["proj_types"]:
+        entries = trak_fast.matrix(kind, 5, 6, range(100), [*range(1000), 2**48 - 1], proj_dim=256)
         yield f"matrix {kind}", digest(entries)
 
 
