@@ -381,7 +381,7 @@ def test_the_command_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureF
     output = capsys.readouterr().out
     for kind in ("rademacher", "sjlt"):
         assert f"B = 4, D = 2,000, k = 64, float32, {kind}" in output
-    assert f"{ours} with sjlt: " in output
+    assert f"{ours} with sjlt takes " in output
     assert "<svg" not in output
     assert ours in (tmp_path / "index.html").read_text()
     assert main(["bench", "--compare", str(tmp_path / "results.json"), str(tmp_path / "results.json")]) == 0

@@ -397,6 +397,7 @@ def test_a_manifest_says_what_features_depend_on() -> None:
     assert manifest == {
         "matrix_definition": manifest["matrix_definition"],
         "proj_type": "normal",
+        "nonzeros": None,
         "seed": 5,
         "proj_dim": 8,
         "grad_dim": 7,
