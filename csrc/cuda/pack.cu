@@ -18,8 +18,9 @@ namespace trak_fast {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kGroup = 8;  // columns that a thread makes
-constexpr int kRows = 4;   // samples of a thread, whose loads are under way together
+constexpr int kBlocks = 4;  // of a multiprocessor; without a number the compiler keeps to 64 registers, and spills
+constexpr int kGroup = 8;   // columns that a thread makes
+constexpr int kRows = 4;    // samples of a thread, whose loads are under way together
 constexpr int kMaxParts = 64, kMaxShapes = 8, kMaxDimensions = 6;  // room in a launch
 static_assert(kMaxParts >= kGroup && kMaxShapes >= kGroup, "a launch must have room for a whole group of columns");
 
@@ -209,24 +210,17 @@ __device__ __forceinline__ int64_t find_begin(const Pack& job, int part) {
   return part == 0 ? job.parts_begin : job.parts[part - 1].end;
 }
 
-// Flips the signs of eight neighbouring columns where the sparse matrix has -1.
-__device__ __forceinline__ void flip_signs(const Pack& job, int64_t column, Values<false> (&values)[kRows]) {
+// Returns a bit for each of eight neighbouring columns, set where the sparse matrix has -1.
+__device__ __forceinline__ uint32_t find_signs(const Pack& job, int64_t column) {
   const auto j = job.first_column + static_cast<uint64_t>(column);
   const Words words = sign_words(job.seed, job.stream, j / kColumnsPerSigns);
   const auto n = static_cast<uint32_t>(j % kColumnsPerSigns);
   const uint32_t low = n % 64 < 32 ? words.v[0] : words.v[1], high = n % 64 < 32 ? words.v[2] : words.v[3];
-  const uint32_t flips = (n < 64 ? low : high) >> n % 32;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      values[r].x[i] = float_from_bits(bits_of_float(values[r].x[i]) ^ (flips << (31 - i) & 0x80000000U));
-    }
-  }
+  return (n < 64 ? low : high) >> n % 32;
 }
 
 template <Source source, bool floats = false>
-__global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack job) {
+__global__ void __launch_bounds__(kThreads, kBlocks) pack(const __grid_constant__ Pack job) {
   constexpr bool raw = source == Source::copied_16_bits;
   const int64_t c = job.begin + (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kGroup;
   if (c >= job.end) return;
@@ -237,6 +231,10 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack jo
   const int64_t row = job.first_sample + first_row;
   const auto is_there = [&](int r) { return first_row + r < job.samples; };
 
+  uint32_t signs = 0;  // found before there are values, which take the registers
+  if constexpr (floats) {
+    if (job.with_signs) signs = find_signs(job, c);
+  }
   Values<raw> values[kRows] = {};
   if (neighbours) {
     const char* start = place(job, first, row, c - find_begin(job, p));
@@ -260,7 +258,6 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack jo
     }
   }
   if constexpr (floats) {
-    if (job.with_signs) flip_signs(job, c, values);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (!is_there(r)) break;
@@ -269,7 +266,10 @@ __global__ void __launch_bounds__(kThreads) pack(const __grid_constant__ Pack jo
       for (int v = 0; v < 2; ++v) {
         Vector packed;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) packed.x[i] = bits_of_float(values[r].x[4 * v + i]);
+        for (int i = 0; i < 4; ++i) {
+          const int column = 4 * v + i;
+          packed.x[i] = bits_of_float(values[r].x[column]) ^ (signs << (31 - column) & 0x80000000U);
+        }
         reinterpret_cast<Vector*>(to)[v] = packed;
       }
     }
