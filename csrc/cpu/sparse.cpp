@@ -428,9 +428,9 @@ class AdjointSparsePass {
                          .stride = kUnit});
       const int64_t begin = std::max(first, from), end = std::min(first + piece_columns, to);
       for (int64_t b = 0; b < g.samples; ++b) {
-        const float* value = values + b * kUnit - first;
-        float* out = adjoint_.out + (g.first + b) * adjoint_.out_batch_stride - begin_ * adjoint_.out_column_stride;
-        for (int64_t c = begin; c < end; ++c) out[c * adjoint_.out_column_stride] += value[c];
+        const float* value = values + b * kUnit;
+        float* out = adjoint_.out + (g.first + b) * adjoint_.out_batch_stride;
+        for (int64_t c = begin; c < end; ++c) out[(c - begin_) * adjoint_.out_column_stride] += value[c - first];
       }
     }
   }
