@@ -7,7 +7,6 @@ from scipy.sparse.linalg import LinearOperator, lsqr, svds
 from trak_fast.compat.scipy import ProjectionOperator
 from trak_fast.projection import reference
 
-RNG = np.random.default_rng(0)
 DTYPES = [np.float32, np.float64, np.float16, np.int64]
 
 
@@ -20,10 +19,10 @@ def operator_and_matrix(kind: str = "normal", scale: float = 0.25) -> tuple[Proj
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["rademacher", "normal", "sjlt"])
-def test_products(kind: str, dtype: type) -> None:
+def test_products(rng: np.random.Generator, kind: str, dtype: type) -> None:
     operator, P = operator_and_matrix(kind)
     assert (operator.shape, operator.dtype) == (P.shape, np.float32)
-    x, y = (4 * RNG.standard_normal((700, 5))).astype(dtype), (4 * RNG.standard_normal((len(P), 6))).astype(dtype)
+    x, y = (4 * rng.standard_normal((700, 5))).astype(dtype), (4 * rng.standard_normal((len(P), 6))).astype(dtype)
     close = {"rtol": 0, "atol": 3e-4}
     np.testing.assert_allclose(operator.matvec(x[:, 0]), P @ x[:, 0], **close)
     np.testing.assert_allclose(operator.matvec(x[:, :1]), P @ x[:, :1], **close)
@@ -41,12 +40,12 @@ def test_products(kind: str, dtype: type) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.25, 1e-30, 1e25])
-def test_columns_of_any_scale(scale: float) -> None:
+def test_columns_of_any_scale(rng: np.random.Generator, scale: float) -> None:
     """float64 columns beyond float32 and denormal ones, where the result is within float32."""
     operator, P = operator_and_matrix(scale=scale)
     powers = np.round(np.log2(1 / scale)).astype(int) + np.array([0, 110, -100, 60, 0])
     for matrix, multiply in ((P, operator.matmat), (P.T, operator.rmatmat)):
-        unit = RNG.standard_normal((matrix.shape[1], 5)) * np.array([1, 1, 1, 1, 0])
+        unit = rng.standard_normal((matrix.shape[1], 5)) * np.array([1, 1, 1, 1, 0])
         result = multiply(np.ldexp(unit, powers))
         assert result.dtype == np.float32
         error = np.ldexp(result.astype(np.float64), -powers) - matrix @ unit
@@ -72,13 +71,13 @@ def test_columns_whose_result_float32_cannot_hold_are_refused(size: float) -> No
     assert not np.isfinite(operator.matvec(x)).all()  # as in NumPy
 
 
-def test_algebra_and_solvers_of_scipy() -> None:
+def test_algebra_and_solvers_of_scipy(rng: np.random.Generator) -> None:
     operator, P = operator_and_matrix()
     gram = operator @ operator.H
     assert isinstance(gram, LinearOperator)
-    v = RNG.standard_normal(40)
+    v = rng.standard_normal(40)
     np.testing.assert_allclose(gram @ v, P @ (P.T @ v), rtol=1e-5, atol=1e-3)
-    b = RNG.standard_normal(40)
+    b = rng.standard_normal(40)
     solution = lsqr(operator, b, atol=1e-6, btol=1e-6)[0]
     np.testing.assert_allclose(solution, np.linalg.lstsq(P, b)[0], rtol=0, atol=1e-5)
     top = svds(operator, k=3, return_singular_vectors=False)

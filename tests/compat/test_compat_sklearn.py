@@ -18,8 +18,6 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from trak_fast.compat.sklearn import FusedRandomProjection, FusedSparseProjection
 from trak_fast.projection import reference
 
-RNG = np.random.default_rng(0)
-
 
 class OfSixteen(FusedSparseProjection):
     """The sparse projection in scikit-learn's checks, which set `n_components = 1`: here that becomes 16."""
@@ -49,8 +47,8 @@ def test_scikit_learn_s_own_checks(check: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kind", ["normal", "rademacher"])
-def test_transform(kind: str, dtype: type) -> None:
-    X = RNG.standard_normal((30, 500)).astype(dtype)
+def test_transform(rng: np.random.Generator, kind: str, dtype: type) -> None:
+    X = rng.standard_normal((30, 500)).astype(dtype)
     projection = FusedRandomProjection(n_components=40, proj_type=kind, random_state=3).fit(X)
     P = reference.matrix(kind, projection.seed_, 0, range(40), range(500)).astype(np.float64) / 40**0.5
     np.testing.assert_allclose(projection.components_, P, rtol=1e-6)
@@ -76,8 +74,8 @@ def test_sparse_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("k", "nonzeros"), [(16, 1), (64, 2), (512, 4), (128, 8)])
-def test_transform_by_a_sparse_matrix(k: int, nonzeros: int, dtype: type) -> None:
-    X = RNG.standard_normal((30, 500)).astype(dtype)
+def test_transform_by_a_sparse_matrix(rng: np.random.Generator, k: int, nonzeros: int, dtype: type) -> None:
+    X = rng.standard_normal((30, 500)).astype(dtype)
     projection = FusedSparseProjection(n_components=k, nonzeros=nonzeros, random_state=3).fit(X)
     P = sparse_matrix(projection, nonzeros)
     assert projection.density_ == nonzeros / k
@@ -126,12 +124,12 @@ def sparse_matrix(projection: FusedSparseProjection, nonzeros: int) -> np.ndarra
 @pytest.mark.parametrize("shape", [(64, 4, 200), (64, 4, 40), (128, 8, 128), (32, 2, 33), (16, 1, 3), (16, 1, 16)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_inverse_transform_of_a_sparse_matrix(
-    shape: tuple[int, int, int], dtype: type, monkeypatch: pytest.MonkeyPatch
+    rng: np.random.Generator, shape: tuple[int, int, int], dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pseudo-inverse by singular values, of the matrix whole; here it is made in blocks."""
     k, nonzeros, D = shape
     monkeypatch.setattr("trak_fast.compat.sklearn._DENSE", 3 * k)
-    X, Y = RNG.standard_normal((6, D)).astype(dtype), RNG.standard_normal((6, k)).astype(dtype)
+    X, Y = rng.standard_normal((6, D)).astype(dtype), rng.standard_normal((6, k)).astype(dtype)
     for stored in (False, True):
         projection = FusedSparseProjection(
             n_components=k, nonzeros=nonzeros, random_state=1, compute_inverse_components=stored
@@ -147,10 +145,10 @@ def test_inverse_transform_of_a_sparse_matrix(
 
 @pytest.mark.parametrize("kind", ["normal", "rademacher"])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_samples_of_any_scale(kind: str, sparse: bool) -> None:
+def test_samples_of_any_scale(rng: np.random.Generator, kind: str, sparse: bool) -> None:
     """float64 samples beyond float32, beside ordinary ones and one of zeros, are right to float32's precision."""
     powers = np.array([0, 700, 200, 126, 0, -126, -149, -300, -1000])
-    unit = RNG.standard_normal((9, 300)) * np.array([1, 1, 1, 1, 0, 1, 1, 1, 1])[:, None]
+    unit = rng.standard_normal((9, 300)) * np.array([1, 1, 1, 1, 0, 1, 1, 1, 1])[:, None]
     X = np.ldexp(unit, powers[:, None])
     projection = FusedRandomProjection(n_components=20, proj_type=kind, random_state=3).fit(X)
     result = projection.transform(scipy.sparse.csr_matrix(X) if sparse else X)
@@ -183,13 +181,13 @@ def test_results_that_the_dtype_cannot_hold_are_refused() -> None:
 @pytest.mark.parametrize("shape", [(30, 200), (5, 5), (12, 12), (40, 7), (1, 3), (3, 1)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_inverse_transform_is_by_the_pseudo_inverse(
-    kind: str, shape: tuple[int, int], dtype: type, monkeypatch: pytest.MonkeyPatch
+    rng: np.random.Generator, kind: str, shape: tuple[int, int], dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pseudo-inverse by singular values, of the matrix whole; here it is made in blocks."""
     monkeypatch.setattr("trak_fast.compat.sklearn._DENSE", 3 * shape[0])
     k, D = shape
-    X = RNG.standard_normal((6, D)).astype(dtype)
-    Y = RNG.standard_normal((6, k)).astype(dtype)
+    X = rng.standard_normal((6, D)).astype(dtype)
+    Y = rng.standard_normal((6, k)).astype(dtype)
     P = None
     for stored in (False, True):
         projection = FusedRandomProjection(
@@ -212,13 +210,13 @@ def test_inverse_transform_is_by_the_pseudo_inverse(
         projection.inverse_transform(np.ones((2, k + 1)))
 
 
-def test_inverse_transform_as_in_scikit_learn() -> None:
-    X = RNG.standard_normal((20, 60))
+def test_inverse_transform_as_in_scikit_learn(rng: np.random.Generator) -> None:
+    X = rng.standard_normal((20, 60))
     ours, theirs = (cls(n_components=10, random_state=0) for cls in (FusedRandomProjection, GaussianRandomProjection))
     theirs.fit(X)
     ours.fit(X)
     theirs.components_ = ours.components_.astype(np.float64)
-    Y = RNG.standard_normal((4, 10))
+    Y = rng.standard_normal((4, 10))
     np.testing.assert_allclose(ours.inverse_transform(Y), theirs.inverse_transform(Y), rtol=0, atol=1e-6)
 
 
