@@ -1,4 +1,4 @@
-// The sparse kind on the CPU: the projection and its adjoint, on threads.
+// The sparse kind's projection on the CPU, on threads.
 //
 // The batch is cut into groups of samples that are computed side by side, and the columns into segments of 64 chunks. A
 // unit of work sums one segment for one group, and adds it to the group's total. Totals take their segments in order,
@@ -11,119 +11,15 @@
 #include <atomic>
 #include <thread>
 
-#include "../floats.h"
+#include "sparse_parts.h"
 #include "team.h"
 
 namespace trak_fast {
 namespace {
 
 constexpr int64_t kSegmentChunks = 64;
-constexpr int64_t kSumsBytes = 512 << 10;     // most bytes of a wide group's sums, to stay in a second-level cache
-constexpr int64_t kNarrow = 4;                // samples in a group whose sums may have four times as many bytes
-constexpr int64_t kSingles = 2;               // samples that are faster one by one than side by side
-constexpr int64_t kTotalsBytes = 2 << 20;     // bytes of totals for each thread in a pass
-constexpr int64_t kPieceColumns = 4096;       // most columns that are staged at once, if that is more than a chunk
-constexpr int64_t kPieceChunks = 8;           // most chunks that are staged at once, if a unit does not hold more
-constexpr int64_t kColumnsPerTask = 4096;     // of the adjoint
-constexpr double kAdditionsForThreads = 5e5;  // below which starting threads costs more than it gains
-
-// Samples that are computed side by side.
-struct Group {
-  int64_t first, samples;
-  const SparseKernel* kernel;
-  int64_t size;  // rows of P times the kernel's lanes: floats of its sums
-};
-
-// Cuts a batch into groups. The sums of a wide group with many rows would leave the cache; few samples would leave most
-// lanes empty.
-std::vector<Group> make_groups(int64_t batch, int64_t rows, const SparseBackend& backend) {
-  std::vector<const SparseKernel*> usable;
-  for (const SparseKernel& kernel : backend.kernels) {
-    const int64_t most = kernel.lanes > kNarrow ? kSumsBytes : 4 * kSumsBytes;
-    if (kernel.lanes == 1 || (kernel.lanes > 1 && rows * kernel.lanes * 4 <= most)) usable.push_back(&kernel);
-  }
-  std::vector<Group> groups;
-  for (int64_t first = 0; first < batch;) {
-    const int64_t left = batch - first;
-    const SparseKernel* kernel = left <= kSingles ? usable.back() : usable.front();
-    for (const SparseKernel* narrow : usable) {
-      if (left > kSingles && narrow->lanes >= left) kernel = narrow;
-    }
-    const int64_t samples = std::min(left, kernel->lanes);
-    groups.push_back({.first = first, .samples = samples, .kernel = kernel, .size = rows * kernel->lanes});
-    first += samples;
-  }
-  return groups;
-}
-
-// Calls pass(groups) for consecutive groups whose floats fit into memory together, while it returns true.
-template <class Pass>
-bool for_passes(const std::vector<Group>& groups, int threads, const Pass& pass) {
-  const int64_t most = std::max(1, threads) * kTotalsBytes / 4;
-  for (size_t begin = 0; begin < groups.size();) {
-    size_t end = begin;
-    int64_t size = 0;
-    while (end < groups.size() && (end == begin || size + groups[end].size <= most)) size += groups[end++].size;
-    if (!pass(std::vector<Group>(groups.begin() + static_cast<int64_t>(begin),
-                                 groups.begin() + static_cast<int64_t>(end)))) {
-      return false;
-    }
-    begin = end;
-  }
-  return true;
-}
-
-// Where each group's floats begin, and at the end their number.
-std::vector<int64_t> find_begins(const std::vector<Group>& groups) {
-  std::vector<int64_t> begins{0};
-  for (const Group& group : groups) begins.push_back(begins.back() + group.size);
-  return begins;
-}
-
-int64_t most_lanes(const std::vector<Group>& groups) {
-  int64_t lanes = 1;
-  for (const Group& group : groups) lanes = std::max(lanes, group.kernel->lanes);
-  return lanes;
-}
-
-int threads_for(int threads, double additions, int64_t units) {
-  return additions < kAdditionsForThreads ? 1 : static_cast<int>(std::min<int64_t>(threads, units));
-}
-
-// Makes the progressions of chunks: the row that a place meets, in each block, [chunks][nonzeros].
-template <class Matrix>
-void make_progressions(const SparseBackend& backend, const Matrix& matrix, int64_t chunk, int64_t chunks,
-                       std::vector<Words>& words, std::vector<Progression>& rows) {
-  words.resize(static_cast<size_t>(chunks));
-  rows.resize(static_cast<size_t>(chunks * matrix.nonzeros));
-  for (int64_t q = 0; q < matrix.nonzeros; ++q) {
-    backend.words({.seed = matrix.seed,
-                   .stream = matrix.stream,
-                   .tag = kPlacesTag,
-                   .first = static_cast<uint64_t>(chunk),
-                   .second = static_cast<uint32_t>(q),
-                   .count = chunks,
-                   .words = words.data()});
-    for (int64_t i = 0; i < chunks; ++i) {
-      rows[static_cast<size_t>(i * matrix.nonzeros + q)] = rows_of_places(words[static_cast<size_t>(i)]);
-    }
-  }
-}
-
-// Makes the signs of units of 512 columns.
-template <class Matrix>
-void make_signs(const SparseBackend& backend, const Matrix& matrix, int64_t unit, int64_t units,
-                std::vector<Words>& signs) {
-  constexpr int64_t calls = kUnit / kColumnsPerSigns;
-  signs.resize(static_cast<size_t>(units * calls));
-  backend.words({.seed = matrix.seed,
-                 .stream = matrix.stream,
-                 .tag = kSignsTag,
-                 .first = static_cast<uint64_t>(unit * calls),
-                 .second = 0,
-                 .count = units * calls,
-                 .words = signs.data()});
-}
+constexpr int64_t kPieceColumns = 4096;  // most columns that are staged at once, if that is more than a chunk
+constexpr int64_t kPieceChunks = 8;      // most chunks that are staged at once, if a unit does not hold more
 
 class SparsePass {
  public:
@@ -349,101 +245,6 @@ class SparsePass {
   Team team_;
 };
 
-class AdjointSparsePass {
- public:
-  AdjointSparsePass(const Adjoint& adjoint, const Columns& y, const SparseBackend& backend,
-                    const std::vector<Group>& groups)
-      : adjoint_(adjoint),
-        y_(y),
-        backend_(backend),
-        groups_(groups),
-        begins_(find_begins(groups)),
-        lanes_(most_lanes(groups)),
-        block_rows_(y.count() / adjoint.nonzeros),
-        begin_(static_cast<int64_t>(adjoint.offset)),
-        end_(begin_ + adjoint.columns) {}
-
-  bool run(int threads, bool (*keep_going)()) {
-    const auto group_count = static_cast<int64_t>(groups_.size());
-    const int64_t first_task = begin_ / kColumnsPerTask, end_task = divide_up(end_, kColumnsPerTask);
-    const int64_t tasks = group_count * (end_task - first_task);
-    const double additions =
-        static_cast<double>(adjoint_.columns) * static_cast<double>(group_count * lanes_ * adjoint_.nonzeros);
-    threads = threads_for(threads, additions, tasks);
-    panels_ = allocate<float>(begins_.back());
-    values_ = allocate<float>(threads * lanes_ * kUnit);
-    std::vector<Scratch> scratch(static_cast<size_t>(threads));
-    return Team().run(threads, 2, std::max(group_count, tasks), keep_going, [&](int64_t phase, int64_t i, int worker) {
-      if (phase == 0 && i < group_count) pack(i);
-      if (phase == 1 && i < tasks) {
-        const int64_t task = first_task + i / group_count;
-        collect(i % group_count, std::max(task * kColumnsPerTask, begin_), std::min((task + 1) * kColumnsPerTask, end_),
-                scratch[static_cast<size_t>(worker)], values_.get() + worker * lanes_ * kUnit);
-      }
-    });
-  }
-
- private:
-  struct Scratch {
-    std::vector<Words> signs, words;
-    std::vector<Progression> rows;
-  };
-
-  // Writes y as [rows][lanes].
-  void pack(int64_t group) const {
-    const Group& g = groups_[static_cast<size_t>(group)];
-    float* panel = panels_.get() + begins_[static_cast<size_t>(group)];
-    alignas(64) char buffer[kUnit * 4];
-    for (int64_t b = 0; b < g.samples; ++b) {
-      for (int64_t row = 0; row < y_.count(); row += kUnit) {
-        const int64_t count = std::min(kUnit, y_.count() - row);
-        const void* values = y_.read(g.first + b, row, count, buffer);
-        for (int64_t i = 0; i < count; ++i) {
-          panel[(row + i) * g.kernel->lanes + b] = y_.all_bf16()
-                                                       ? bf16_to_float(static_cast<const uint16_t*>(values)[i])
-                                                       : static_cast<const float*>(values)[i];
-        }
-      }
-    }
-  }
-
-  void collect(int64_t group, int64_t from, int64_t to, Scratch& scratch, float* values) const {
-    const Group& g = groups_[static_cast<size_t>(group)];
-    make_signs(backend_, adjoint_, from / kUnit, divide_up(to, kUnit) - from / kUnit, scratch.signs);
-    make_progressions(backend_, adjoint_, from / block_rows_, divide_up(to, block_rows_) - from / block_rows_,
-                      scratch.words, scratch.rows);
-    // Pieces lie within one chunk and one unit, and begin at multiples of 16.
-    const int64_t piece_columns = std::min(block_rows_, kUnit);
-    for (int64_t piece = from / piece_columns; piece * piece_columns < to; ++piece) {
-      const int64_t first = piece * piece_columns, chunk = first / block_rows_;
-      g.kernel->collect({.y = panels_.get() + begins_[static_cast<size_t>(group)],
-                         .nonzeros = adjoint_.nonzeros,
-                         .block_rows = static_cast<uint32_t>(block_rows_),
-                         .rows = scratch.rows.data() + (chunk - from / block_rows_) * adjoint_.nonzeros,
-                         .first_place = static_cast<uint32_t>(first - chunk * block_rows_),
-                         .columns = piece_columns,
-                         .signs = scratch.signs.front().v,
-                         .first_sign = first - from / kUnit * kUnit,
-                         .values = values,
-                         .stride = kUnit});
-      const int64_t begin = std::max(first, from), end = std::min(first + piece_columns, to);
-      for (int64_t b = 0; b < g.samples; ++b) {
-        const float* value = values + b * kUnit;
-        float* out = adjoint_.out + (g.first + b) * adjoint_.out_batch_stride;
-        for (int64_t c = begin; c < end; ++c) out[(c - begin_) * adjoint_.out_column_stride] += value[c - first];
-      }
-    }
-  }
-
-  const Adjoint& adjoint_;
-  const Columns& y_;
-  const SparseBackend& backend_;
-  const std::vector<Group>& groups_;
-  const std::vector<int64_t> begins_;
-  const int64_t lanes_, block_rows_, begin_, end_;
-  Aligned<float> panels_, values_;
-};
-
 }  // namespace
 
 bool project_sparse(const Projection& projection, const Columns& columns, const SparseBackend& backend, int threads,
@@ -452,13 +253,6 @@ bool project_sparse(const Projection& projection, const Columns& columns, const 
                     [&](const std::vector<Group>& groups) {
                       return SparsePass(projection, columns, backend, groups).run(threads, keep_going);
                     });
-}
-
-bool project_adjoint_sparse(const Adjoint& adjoint, const Columns& y, const SparseBackend& backend, int threads,
-                            bool (*keep_going)()) {
-  return for_passes(make_groups(adjoint.batch, y.count(), backend), threads, [&](const std::vector<Group>& groups) {
-    return AdjointSparsePass(adjoint, y, backend, groups).run(threads, keep_going);
-  });
 }
 
 }  // namespace trak_fast
