@@ -73,10 +73,12 @@ class SparsePass {
   struct Worker {
     explicit Worker(const SparsePass& pass)
         : sums(allocate<float>(pass.projection_.rows * pass.lanes_)),
-          samples(allocate<float>((pass.lanes_ + 1) * kUnit)) {
+          samples(allocate<float>((pass.lanes_ + 1) * kUnit)),
+          draws(pass.piece_columns_, pass.block_rows_) {
       const bool stages =
           std::any_of(pass.groups_.begin(), pass.groups_.end(), [&](const Group& g) { return !pass.scatters(g); });
       for (Piece& piece : pieces) {
+        piece.places.reserve(draws.chunks.capacity() * static_cast<size_t>(pass.projection_.nonzeros));
         if (stages) piece.staged = allocate<float>(pass.piece_columns_ * pass.lanes_);
       }
     }
@@ -84,7 +86,7 @@ class SparsePass {
     Aligned<float> sums;
     Aligned<float> samples;  // a unit of each sample, where it is not read in place, and a unit of zeros
     Piece pieces[2];         // one is added while the other is staged
-    std::vector<Words> signs, words;
+    Draws draws;
   };
 
   void add_segment(int64_t group, int64_t segment, int worker) {
@@ -127,8 +129,8 @@ class SparsePass {
     piece.first_unit = from / kUnit;
     piece.end_unit = divide_up(to, kUnit);
     piece.base = std::min(piece.first_chunk * block_rows_, piece.first_unit * kUnit);
-    make_signs(backend_, projection_, piece.first_unit, piece.end_unit - piece.first_unit, w.signs);
-    make_progressions(backend_, projection_, piece.first_chunk, piece.end_chunk - piece.first_chunk, w.words,
+    make_signs(backend_, projection_, piece.first_unit, piece.end_unit - piece.first_unit, w.draws);
+    make_progressions(backend_, projection_, piece.first_chunk, piece.end_chunk - piece.first_chunk, w.draws,
                       piece.places);
   }
 
@@ -142,7 +144,7 @@ class SparsePass {
     const void* samples[kMostLanes];
     for (int64_t i = 0; i < units; ++i) {
       SparseStage unit = read(g, piece.first_unit + i, samples, w);
-      unit.signs = w.signs[static_cast<size_t>(i * (kUnit / kColumnsPerSigns))].v;
+      unit.signs = w.draws.signs[static_cast<size_t>(i * (kUnit / kColumnsPerSigns))].v;
       unit.staged = place((piece.first_unit + i) * kUnit);
       if (other == nullptr) {
         g.kernel->stage_and_add(&unit, nullptr);
@@ -173,7 +175,7 @@ class SparsePass {
     const void* samples[kMostLanes];
     for (int64_t unit = piece.first_unit; unit < piece.end_unit; ++unit) {
       SparseStage stage = read(g, unit, samples, w);
-      stage.signs = w.signs[static_cast<size_t>((unit - piece.first_unit) * (kUnit / kColumnsPerSigns))].v;
+      stage.signs = w.draws.signs[static_cast<size_t>((unit - piece.first_unit) * (kUnit / kColumnsPerSigns))].v;
       const int64_t first = unit * kUnit;
       g.kernel->scatter({.stage = stage,
                          .begin = std::max<int64_t>(piece.from - first, 0),

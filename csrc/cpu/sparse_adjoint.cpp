@@ -36,7 +36,8 @@ class AdjointSparsePass {
     threads = threads_for(threads, additions, tasks);
     panels_ = allocate<float>(begins_.back());
     values_ = allocate<float>(threads * lanes_ * kUnit);
-    std::vector<Scratch> scratch(static_cast<size_t>(threads));
+    std::vector<Scratch> scratch;
+    for (int i = 0; i < threads; ++i) scratch.emplace_back(*this);
     return Team().run(threads, 2, std::max(group_count, tasks), keep_going, [&](int64_t phase, int64_t i, int worker) {
       if (phase == 0 && i < group_count) pack(i);
       if (phase == 1 && i < tasks) {
@@ -49,7 +50,11 @@ class AdjointSparsePass {
 
  private:
   struct Scratch {
-    std::vector<Words> signs, words;
+    explicit Scratch(const AdjointSparsePass& pass) : draws(kColumnsPerTask, pass.block_rows_) {
+      rows.reserve(draws.chunks.capacity() * static_cast<size_t>(pass.adjoint_.nonzeros));
+    }
+
+    Draws draws;
     std::vector<Progression> rows;
   };
 
@@ -73,9 +78,9 @@ class AdjointSparsePass {
 
   void collect(int64_t group, int64_t from, int64_t to, Scratch& scratch, float* values) const {
     const Group& g = groups_[static_cast<size_t>(group)];
-    make_signs(backend_, adjoint_, from / kUnit, divide_up(to, kUnit) - from / kUnit, scratch.signs);
+    make_signs(backend_, adjoint_, from / kUnit, divide_up(to, kUnit) - from / kUnit, scratch.draws);
     make_progressions(backend_, adjoint_, from / block_rows_, divide_up(to, block_rows_) - from / block_rows_,
-                      scratch.words, scratch.rows);
+                      scratch.draws, scratch.rows);
     // Pieces lie within one chunk and one unit, and begin at multiples of 16.
     const int64_t piece_columns = std::min(block_rows_, kUnit);
     for (int64_t piece = from / piece_columns; piece * piece_columns < to; ++piece) {
@@ -86,7 +91,7 @@ class AdjointSparsePass {
                          .rows = scratch.rows.data() + (chunk - from / block_rows_) * adjoint_.nonzeros,
                          .first_place = static_cast<uint32_t>(first - chunk * block_rows_),
                          .columns = piece_columns,
-                         .signs = scratch.signs.front().v,
+                         .signs = scratch.draws.signs.front().v,
                          .first_sign = first - from / kUnit * kUnit,
                          .values = values,
                          .stride = kUnit});

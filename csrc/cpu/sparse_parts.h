@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../floats.h"
 #include "../trak_fast.h"
 #include "backend.h"
 
@@ -78,11 +79,22 @@ inline int threads_for(int threads, double additions, int64_t units) {
   return additions < kAdditionsForThreads ? 1 : static_cast<int>(std::min<int64_t>(threads, units));
 }
 
+// The random words that a thread draws for some columns, with memory that is there before the tasks run.
+struct Draws {
+  // For up to `columns` columns that begin at a multiple of that number.
+  Draws(int64_t columns, int64_t block_rows) {
+    signs.reserve(static_cast<size_t>(divide_up(columns, kUnit) * (kUnit / kColumnsPerSigns)));
+    chunks.reserve(static_cast<size_t>(divide_up(columns, block_rows)));
+  }
+
+  std::vector<Words> signs, chunks;
+};
+
 // Makes the progressions of chunks: the row that a place meets, in each block, [chunks][nonzeros].
 template <class Matrix>
-void make_progressions(const SparseBackend& backend, const Matrix& matrix, int64_t chunk, int64_t chunks,
-                       std::vector<Words>& words, std::vector<Progression>& rows) {
-  words.resize(static_cast<size_t>(chunks));
+void make_progressions(const SparseBackend& backend, const Matrix& matrix, int64_t chunk, int64_t chunks, Draws& draws,
+                       std::vector<Progression>& rows) {
+  draws.chunks.resize(static_cast<size_t>(chunks));
   rows.resize(static_cast<size_t>(chunks * matrix.nonzeros));
   for (int64_t q = 0; q < matrix.nonzeros; ++q) {
     backend.words({.seed = matrix.seed,
@@ -91,26 +103,25 @@ void make_progressions(const SparseBackend& backend, const Matrix& matrix, int64
                    .first = static_cast<uint64_t>(chunk),
                    .second = static_cast<uint32_t>(q),
                    .count = chunks,
-                   .words = words.data()});
+                   .words = draws.chunks.data()});
     for (int64_t i = 0; i < chunks; ++i) {
-      rows[static_cast<size_t>(i * matrix.nonzeros + q)] = rows_of_places(words[static_cast<size_t>(i)]);
+      rows[static_cast<size_t>(i * matrix.nonzeros + q)] = rows_of_places(draws.chunks[static_cast<size_t>(i)]);
     }
   }
 }
 
 // Makes the signs of units of 512 columns.
 template <class Matrix>
-void make_signs(const SparseBackend& backend, const Matrix& matrix, int64_t unit, int64_t units,
-                std::vector<Words>& signs) {
+void make_signs(const SparseBackend& backend, const Matrix& matrix, int64_t unit, int64_t units, Draws& draws) {
   constexpr int64_t calls = kUnit / kColumnsPerSigns;
-  signs.resize(static_cast<size_t>(units * calls));
+  draws.signs.resize(static_cast<size_t>(units * calls));
   backend.words({.seed = matrix.seed,
                  .stream = matrix.stream,
                  .tag = kSignsTag,
                  .first = static_cast<uint64_t>(unit * calls),
                  .second = 0,
                  .count = units * calls,
-                 .words = signs.data()});
+                 .words = draws.signs.data()});
 }
 
 }  // namespace trak_fast

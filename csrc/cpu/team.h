@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -67,7 +67,8 @@ class DefaultFloats {
 class Team {
  public:
   // Runs task(phase, i, worker) for i < tasks in each phase, phases one after the other. `worker` < threads is the
-  // number of the thread that runs it; the caller's is 0. Returns false if keep_going said no.
+  // number of the thread that runs it; the caller's is 0. Returns false if keep_going said no. Tasks throw nothing, and
+  // so allocate nothing.
   template <class Task>
   bool run(int threads, int64_t phases, int64_t tasks, bool (*keep_going)(), const Task& task) {
     keep_going_ = keep_going;
@@ -82,6 +83,7 @@ class Team {
       }
     };
     std::vector<std::thread> others;
+    others.reserve(static_cast<size_t>(threads));
     try {
       while (static_cast<int>(others.size()) + 1 < threads) {
         others.emplace_back([&, worker = static_cast<int>(others.size()) + 1] {
@@ -89,8 +91,8 @@ class Team {
           work(worker);
         });
       }
-    } catch (const std::system_error&) {
-      // The system refuses more threads: go on with those that started.
+    } catch (const std::exception&) {
+      // The system refuses more threads, or memory for them: go on with those that started.
     }
     size_.store(static_cast<int>(others.size()) + 1);
     size_.notify_all();

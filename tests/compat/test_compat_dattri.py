@@ -134,6 +134,9 @@ def test_grass_is_sjlt_of_some_columns(name: str, kept: int) -> None:
     flat = torch.cat([f.reshape(5, -1) for f in features.values()], 1)
     for given in (features, flat):
         np.testing.assert_allclose(again(given, 1).numpy(), flat.numpy() @ matrices[1].T, rtol=0, atol=1e-5)
+    mixed = {"first": flat[:, :60].half(), "second": flat[:, 60:]}
+    result, wide = again(mixed, 1), again(torch.cat([mixed["first"].float(), mixed["second"]], 1), 1)
+    assert torch.equal(result, wide.half())  # the dtype of the first, as for the other kinds
     with pytest.raises(ValueError, match="grads has 66 columns, but grad_dim is 67"):
         again(flat[:, 1:])
 
@@ -161,6 +164,7 @@ def test_grass_of_a_large_model_draws_no_more_than_it_keeps() -> None:
         (("grass", 40), "not 40; 32 and 64 are nearest"),
         (("grass_0", 64), "grass_multiplier must be at least 1, not 0"),
         (("grass_x", 64), "proj_type must be 'grass' or 'grass_N' with an integer N, not 'grass_x'"),
+        (("grass_\uff12", 64), "with an integer N, not 'grass_\uff12'"),
     ],
 )
 def test_sparse_kinds_that_are_refused(options: tuple[str, int], message: str) -> None:

@@ -303,6 +303,7 @@ def test_names_and_parameters_of_the_sparse_one() -> None:
         ({"n_components": 64, "nonzeros": 3}, ValueError, "nonzeros must be one of 1, 2, 4, 8, not 3"),
         ({"nonzeros": 0}, ValueError, r"nonzeros must be one of 1, 2, 4, 8, not 0"),
         ({"nonzeros": "4"}, TypeError, "nonzeros must be an integer, not str"),
+        ({"n_components": 64, "nonzeros": None}, TypeError, "nonzeros must be an integer, not NoneType"),
         ({"eps": 1}, ValueError, r"eps must be in \(0, 1\), not 1"),
     ]:
         with pytest.raises(error, match=message):

@@ -82,6 +82,14 @@ def test_tensors_whose_memory_is_elsewhere_or_gone(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.splitlines()) == (0, [f"{name} True" for name in names]), done.stderr
 
 
+def test_memory_that_runs_out_is_an_error(tmp_path: Path) -> None:
+    """Whatever the limit: threads have all their memory before they start, as they could not say that it is missing."""
+    command = [warm.python(), Path(__file__).resolve().parents[1] / "programs/scarce_memory.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    expected = [f"{name}, MemoryError, passed" for name in ("dense", "sparse", "sparse adjoint")]
+    assert (done.returncode, done.stdout.splitlines()) == (0, expected), done.stderr
+
+
 def test_tensors_inside_transforms() -> None:
     stack = torch.ones(2, 3, 5)
     refused(TypeError, lambda: torch.func.vmap(lambda g: project(g, 4))(stack), "grads", "vmap")

@@ -133,7 +133,7 @@ class GrassProjector:
             part.reshape(len(part), size)[:, torch.from_numpy(inside - end + size).to(part.device)]
             for part, size, end, inside in zip(parts, sizes, ends, chosen, strict=True)
         ]
-        return self._second.project(torch.cat(kept, 1), ensemble_id)
+        return self._second.project(torch.cat(kept, 1), ensemble_id).to(parts[0].dtype)
 
     dict_project = project
 
@@ -277,7 +277,7 @@ def _parsed(proj_type: str | enum.Enum) -> tuple[str, dict[str, int]]:
     number = name.removeprefix(_GRASS)
     if number in (name, ""):
         return name, {}
-    if not (number.startswith("_") and number[1:].isdecimal()):
+    if not (number.startswith("_") and number.isascii() and number[1:].isdecimal()):
         raise ValueError(f"proj_type must be 'grass' or 'grass_N' with an integer N, not {name!r}")
     return _GRASS, {"grass_multiplier": int(number[1:])}
 

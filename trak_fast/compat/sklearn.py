@@ -338,7 +338,7 @@ class FusedSparseProjection(_FusedProjection):
             self.seed_,
             SPARSE,
             precision="highest",
-            nonzeros=self.nonzeros,
+            nonzeros=one_of("nonzeros", self.nonzeros, NONZEROS),
         )
 
     def _divisor(self) -> float:
