@@ -54,6 +54,7 @@ def golden() -> dict[str, list[list[str]]]:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
+    """Makes a generator that starts anew in each test."""
     return np.random.default_rng(0)
 
 

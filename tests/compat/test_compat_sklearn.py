@@ -97,9 +97,9 @@ def test_transform_by_a_sparse_matrix(rng: np.random.Generator, k: int, nonzeros
 
 
 @pytest.mark.parametrize("kind", [FusedSparseProjection, FusedRandomProjection])
-def test_the_matrix_is_that_of_fit(kind: type) -> None:
+def test_the_matrix_is_that_of_fit(rng: np.random.Generator, kind: type) -> None:
     """Parameters that change afterwards, and torch's defaults, have no part in it."""
-    X = np.random.default_rng(0).standard_normal((5, 300)).astype(np.float32)
+    X = rng.standard_normal((5, 300)).astype(np.float32)
     projection = kind(n_components=2048, random_state=3).fit(X)
     expected = projection.transform(X)
     projection.set_params(n_components=512, **({"proj_type": "rademacher"} if kind is FusedRandomProjection else {}))

@@ -97,14 +97,10 @@ def project(
 def bound(grads: torch.Tensor, proj_dim: int, nonzeros: int, offset: int = 0) -> NDArray[np.float64]:
     """Computes the bound above, (B, k)."""
     sizes = grads.double().abs().numpy()
-    columns = np.arange(offset, offset + grads.shape[1], dtype=np.uint64)
-    sums = np.zeros((proj_dim, len(sizes)))
-    for rows in reference.sparse_rows(SEED, MODEL_ID, columns, proj_dim, nonzeros):
-        np.add.at(sums, rows.astype(np.intp), sizes.T)
     chunks = grads.shape[1] * nonzeros // proj_dim + 2
     slices = min(chunks, 32 + chunks // 32)
     depth = min(1024, chunks) + chunks // 1024 + slices + 1 + (grads.dtype == torch.float64)
-    return depth * 2.0**-24 * (1 + 2.0**-10) * sums.T
+    return depth * 2.0**-24 * (1 + 2.0**-10) * add_up(sizes, proj_dim, nonzeros, offset, with_signs=False)
 
 
 @pytest.mark.parametrize(("proj_dim", "nonzeros"), SIZES)

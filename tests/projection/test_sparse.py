@@ -44,26 +44,24 @@ def project(grads: object, proj_dim: int, nonzeros: int, **options: object) -> t
     return trak_fast.project(grads, proj_dim, **kind, **options)  # type: ignore[arg-type]
 
 
-def add_up(grads: NDArray[np.float64], proj_dim: int, nonzeros: int, offset: int = 0) -> NDArray[np.float64]:
-    """Computes P g for each row of (B, D), column by column, in float64."""
+def add_up(
+    grads: NDArray[np.float64], proj_dim: int, nonzeros: int, offset: int = 0, with_signs: bool = True
+) -> NDArray[np.float64]:
+    """Computes P g for each row of (B, D), column by column, in float64; without signs, by |P|."""
     columns = np.arange(offset, offset + grads.shape[1], dtype=np.uint64)
-    signed = grads * reference.sparse_signs(SEED, MODEL_ID, columns)
+    added = grads * reference.sparse_signs(SEED, MODEL_ID, columns) if with_signs else grads
     result = np.zeros((proj_dim, len(grads)))
     for rows in reference.sparse_rows(SEED, MODEL_ID, columns, proj_dim, nonzeros):
-        np.add.at(result, rows.astype(np.intp), signed.T)
+        np.add.at(result, rows.astype(np.intp), added.T)
     return result.T
 
 
 def bound(grads: torch.Tensor, proj_dim: int, nonzeros: int, offset: int = 0) -> NDArray[np.float64]:
     """Computes the bound above, (B, k)."""
     sizes = grads.detach().double().abs().numpy()
-    columns = np.arange(offset, offset + grads.shape[1], dtype=np.uint64)
-    sums = np.zeros((proj_dim, len(sizes)))
-    for rows in reference.sparse_rows(SEED, MODEL_ID, columns, proj_dim, nonzeros):
-        np.add.at(sums, rows.astype(np.intp), sizes.T)
     chunks = grads.shape[1] * nonzeros // proj_dim + 2
     depth = min(64, chunks) + chunks // 64 + 2 + (grads.dtype == torch.float64)
-    return depth * 2.0**-24 * (1 + 2.0**-10) * sums.T
+    return depth * 2.0**-24 * (1 + 2.0**-10) * add_up(sizes, proj_dim, nonzeros, offset, with_signs=False)
 
 
 def integers(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -85,7 +85,7 @@ class DattriProjector:
         """Does nothing: there is no matrix to free."""
 
 
-class GrassProjector:
+class GrassProjector(DattriProjector):
     """A projector of dattri's kind "grass": keeps random columns of the features, and projects these by "sjlt".
 
     As with dattri, results are as large as the kept columns, not as all: E‖result‖² = (columns kept / D) · ‖features‖².
@@ -110,14 +110,10 @@ class GrassProjector:
         dtype: torch.dtype = torch.float32,
         grass_multiplier: SupportsIndex = _MULTIPLIER,
     ) -> None:
-        self.feature_dim = feature_dim
-        self.proj_dim = proj_dim
-        self.seed = seed
-        self.proj_type = proj_type
-        self.device = torch.device(device)
-        self.dtype = dtype
         kept = min(feature_dim, integer("grass_multiplier", grass_multiplier, 1) * proj_dim)
-        self._second = DattriProjector(kept, proj_dim, seed, SPARSE, device, dtype)
+        super().__init__(kept, proj_dim, seed, SPARSE, device, dtype)
+        self.feature_dim = feature_dim
+        self.proj_type = proj_type
         self._columns: tuple[int, NDArray[np.int64]] | None = None
 
     def project(self, features: Tensor | Mapping[str, Tensor], ensemble_id: SupportsIndex = 0) -> Tensor:
@@ -133,7 +129,7 @@ class GrassProjector:
             part.reshape(len(part), size)[:, torch.from_numpy(inside - end + size).to(part.device)]
             for part, size, end, inside in zip(parts, sizes, ends, chosen, strict=True)
         ]
-        return self._second.project(torch.cat(kept, 1), ensemble_id).to(parts[0].dtype)
+        return super().project(torch.cat(kept, 1), ensemble_id).to(parts[0].dtype)
 
     dict_project = project
 
@@ -145,8 +141,7 @@ class GrassProjector:
         """Returns the columns that an ensemble keeps, in increasing order."""
         if self._columns is None or self._columns[0] != ensemble:
             generator = np.random.default_rng([bits("proj_seed", self.seed, 64), ensemble])
-            kept = self._second.feature_dim
-            drawn = generator.choice(self.feature_dim, kept, replace=False, shuffle=False)
+            drawn = generator.choice(self.feature_dim, self._projector.grad_dim, replace=False, shuffle=False)
             self._columns = ensemble, np.sort(drawn)
         return self._columns[1]
 
