@@ -217,8 +217,8 @@ def random_project(
         proj_dim: k.
         proj_max_batch_size: Has no influence.
         proj_seed: Any integer; its low 64 bits count.
-        proj_type: "normal", "rademacher", "sjlt", "grass" or "grass_N", which keeps N k columns, as a string or an
-            enum member; other kinds are left to dattri.
+        proj_type: "normal", "rademacher", "sjlt", "grass" or "grass_N", as a string or an enum member; other kinds are
+            left to dattri. "grass_N" leaves out all but N k columns (4 k without N), and their share of norms.
         device: The device that features are moved to.
 
     Returns:
