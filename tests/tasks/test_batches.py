@@ -51,6 +51,7 @@ class Keyed:
         (CausalLM(), {"labels": LABELS, "attention_mask": MASK, "input_ids": IDS}, [IDS, MASK, LABELS]),
         (CausalLM(), {"labels": None, "attention_mask": MASK, "input_ids": IDS}, [IDS, MASK]),
         (CausalLM(), {"token_type_ids": TYPES, "attention_mask": MASK, "input_ids": IDS, "n": 2}, [IDS, MASK]),
+        (CausalLM(), {"label": CLASSES, "attention_mask": MASK, "input_ids": IDS}, [IDS, MASK]),
         (MaskedLM(), {"labels": LABELS, "attention_mask": MASK, "input_ids": IDS}, [IDS, MASK, LABELS]),
         (Seq2SeqLM(), {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}, [IDS, MASK, LABELS]),
         (

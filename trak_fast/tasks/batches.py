@@ -30,8 +30,8 @@ def batch_tensors(batch: Batch, task: object) -> Sequence[Tensor]:
     """Returns the tensors of a batch in the order in which a task takes them.
 
     Args:
-        batch: Tensors (B, ...), or such by name. "label" is taken for a field "labels" that is absent, None counts as
-            absent, and keys that are no fields of the task have no influence.
+        batch: Tensors (B, ...), or such by name. "label" is taken for a field "labels" that is required and absent,
+            None counts as absent, and keys that are no fields of the task have no influence.
         task: The task; one that has `fields` takes batches by name (`tasks.NamedBatches`).
 
     Returns:
@@ -51,7 +51,8 @@ def batch_tensors(batch: Batch, task: object) -> Sequence[Tensor]:
     found = {}
     missing = []
     for field in fields:
-        key = ALIASES.get(field, field) if field not in keys else field
+        # an optional field is not looked for: the label of a text's class says nothing to a language model
+        key = field if field in keys or field in optional else ALIASES.get(field, field)
         value = named[key] if key in keys else None
         if isinstance(value, Tensor):
             found[field] = value
