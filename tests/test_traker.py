@@ -497,8 +497,8 @@ def test_options_of_wrong_types_are_named(tmp_path: Path, options: dict[str, Any
         ({"num_samples": 2, "batch": [TRAIN[0][:2], None]}, TypeError, r"batch\[1\] must be .*, not NoneType$"),
         (
             {"num_samples": 2, "batch": {"image": TRAIN[0][:2], "label": TRAIN[1][:2]}},
-            TypeError,
-            r"in the order that the task takes them, not dict; give \[batch\[name\] .* its keys image, label$",
+            ValueError,
+            r"batch must have the keys 'pixel_values', 'labels', not 'image', 'label'; add 'pixel_values'",
         ),
         ({"num_samples": 2, "batch": (x[:2] for x in TRAIN)}, TypeError, r"not generator; list\(batch\) may be one"),
         ({"num_samples": 2, "batch": None}, TypeError, "not NoneType$"),

@@ -36,7 +36,7 @@ from .store.files import DENIED, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import manifest_of
 from .store.rows import Rows, require_same_samples
-from .tasks import Task, resolve_task
+from .tasks import Batch, Task, batch_tensors, resolve_task
 
 _FIXED = {
     "model": "model",
@@ -359,11 +359,11 @@ class TRAKer:
         self._recorder.open_training(model_id, train, others)
         self._saver.load_current_store(model_id)
 
-    def featurize(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
+    def featurize(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features and weightings of a batch of training samples that are not stored yet.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each.
+            batch: The tensors that the task asks for, (B, ...) each: in its order, or by name (`tasks.NamedBatches`).
             inds: (B,) the samples' numbers in the training set, each once.
             num_samples: B, instead of `inds`: the samples follow those of the previous call.
 
@@ -441,13 +441,13 @@ class TRAKer:
         self._seen.add(model_id)
         self._saver.load_current_store(model_id)
 
-    def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
+    def score(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
 
         Features that are stored for these targets are replaced, so that an experiment can be repeated with others.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each.
+            batch: The tensors that the task asks for, (B, ...) each: in its order, or by name (`tasks.NamedBatches`).
             inds: (B,) the targets' numbers, each once.
             num_samples: B, instead of `inds`: the targets follow those of the previous call.
 
@@ -651,7 +651,7 @@ class TRAKer:
     def _record(
         self,
         record: Callable[[Sequence[Tensor], Indices | None, int | None], None],
-        batch: Sequence[Tensor],
+        batch: Batch,
         inds: Indices | None,
         num_samples: int | None,
     ) -> None:
@@ -662,7 +662,7 @@ class TRAKer:
                 "model each)"
             )
         try:
-            record(batch, inds, num_samples)
+            record(batch_tensors(batch, self.task), inds, num_samples)
         finally:
             if self._weights is not None:
                 self._weights = self._contents()  # embeddings with max_norm change their own
