@@ -58,7 +58,7 @@ class _Call:
     Attributes:
         known: The layer.
         shapes: Shapes of its outputs that are floating-point tensors.
-        arguments: What it was called with, None in place of tensors; for a layer without a rule.
+        arguments: All that a layer without a rule was called with, None in place of tensors.
         structure: The structure of these.
         is_shared: True where all samples share its output.
         is_shown: True once gradients of such an output were taken from the sums that it is a summand of.
