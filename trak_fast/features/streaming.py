@@ -33,7 +33,7 @@ from ..gradients.layers import rule_of
 from ..gradients.modes import checkpointing, no_key_caches, requiring_grad, uncompiled
 from ..gradients.parameters import columns_of, layers_of, listed
 from ..gradients.pieces import Piece, Whole
-from ..gradients.repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
+from ..gradients.repeatable import GRADIENT_ROUNDINGS, RANDOM, RandomOutputsError, differ, tolerance_of
 from ..projection.projector import Projector
 from ..scales import exponents_of
 from ..tasks.base import Task, copy_tensors, evaluation_mode, restored, weighs_by_outputs
@@ -477,15 +477,16 @@ class GradientProjector(ParameterGradients):
             expected[check.sample] = check.outputs[0]
         if not differ(expected, outputs, self._output_tolerance):
             return True
+        worst = int((expected.double() - outputs.double()).abs().nan_to_num(torch.inf).argmax())
+        single = [x[worst : worst + 1] for x in batch]
         with self._running(()), torch.no_grad():
-            single = [x[check.sample : check.sample + 1] for x in batch]
             first = self._outputs_alone(single)
             second = self._outputs_alone(single)
-        if differ(first, second, self._output_tolerance) or differ(
-            first, expected[check.sample : check.sample + 1], self._output_tolerance
-        ):
-            raise RandomOutputsError(RANDOM)
-        self._refuse_padding(single, first, outputs[check.sample : check.sample + 1])
+            if differ(first, second, self._output_tolerance) or differ(
+                first, expected[worst : worst + 1], self._output_tolerance
+            ):
+                raise RandomOutputsError(RANDOM)
+            self._refuse_padding(single, first, outputs[worst : worst + 1])
         return False
 
     def _refuse_padding(self, single: Sequence[Tensor], alone: Tensor, in_batch: Tensor) -> None:
@@ -510,8 +511,13 @@ class GradientProjector(ParameterGradients):
         """Returns the names of the parameters whose gradients differ by more than rounding explains."""
         if not all(math.isfinite(norm) for norm in expected.norms.values()):
             return []
-        negligible = tolerance_of(NEGLIGIBLE_ROUNDINGS, self._dtypes)
-        return differing(found, expected, self._gradient_tolerance, negligible)
+        dtypes = {*self._dtypes, torch.float32}  # in which sketches are computed
+        return differing(
+            found,
+            expected,
+            tolerance=tolerance_of(GRADIENT_ROUNDINGS, dtypes),
+            negligible=tolerance_of(NEGLIGIBLE_ROUNDINGS, dtypes),
+        )
 
     def _after_failure(self, batch: Sequence[Tensor], seeds: Tensor, error: Exception) -> tuple[Tensor, Tensor]:
         """Differentiates samples alone from now on, if that works where a batch has failed."""
