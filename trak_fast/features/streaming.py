@@ -60,6 +60,10 @@ OptimizerState = Optimizer | Mapping[str, Any] | str | os.PathLike[str]
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
 
 
+class PaddingError(RuntimeError):
+    """The outputs of a model depend on how far its inputs are padded."""
+
+
 class GradientProjector(ParameterGradients):
     """Projects the gradients of samples, which never exist as a whole: features of models of any size.
 
@@ -218,7 +222,7 @@ class GradientProjector(ParameterGradients):
             (B, k) float32, on the model's device. The same batch gives the same bits each time.
 
         Raises:
-            RuntimeError: The model cannot be differentiated, or its outputs are random.
+            RuntimeError: The model cannot be differentiated, or its outputs are random or depend on padding.
             ValueError: The batch is not what the task takes.
             TypeError: The batch is no sequence of tensors.
         """
@@ -297,7 +301,7 @@ class GradientProjector(ParameterGradients):
                     check = self._begin_check(batch, seeds)
                 streamed = self._stream(batch, seeds, check)
             except Exception as error:
-                if is_out_of_memory(error) or isinstance(error, RandomOutputsError):
+                if is_out_of_memory(error) or isinstance(error, (RandomOutputsError, PaddingError)):
                     raise
                 if not self._adds and "modified inplace" in str(error):
                     self._adds = True
@@ -493,7 +497,7 @@ class GradientProjector(ParameterGradients):
         """Refuses a model whose f of a sample depends on how far the sample is padded.
 
         Raises:
-            RuntimeError: So it is; the message says what may help.
+            PaddingError: So it is; the message says what may help.
         """
         if not hasattr(self.task, "without_spare_padding"):
             return
@@ -501,7 +505,7 @@ class GradientProjector(ParameterGradients):
         if differ(alone, padded, self._output_tolerance) and not differ(in_batch, padded, self._output_tolerance):
             used = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
             other = "sdpa" if used == "eager" else "eager"
-            raise RuntimeError(
+            raise PaddingError(
                 f"padding changes the model's outputs: f of a sample is {alone.item():.6g} alone and "
                 f"{padded.item():.6g} padded to {single[0].shape[1]} positions; load the model with "
                 f"attn_implementation={other!r} (it has {used!r}), or give batches of texts of one length"
