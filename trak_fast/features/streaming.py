@@ -355,7 +355,7 @@ class GradientProjector(ParameterGradients):
         """Has the model run as it is written, and `chosen` parameters alone require gradients."""
         with ExitStack() as modes:
             modes.enter_context(restored(self.model))
-            modes.enter_context(uncompiled())
+            modes.enter_context(uncompiled(self.model))
             modes.enter_context(no_key_caches(self.model))
             modes.enter_context(checkpointing(self.model))
             modes.enter_context(requiring_grad(self.parameters.values(), chosen))
