@@ -53,23 +53,23 @@ def measure_rounds(names: list[str], settings: Settings, options: argparse.Names
     return rounds
 
 
-def summarise(name: str, rounds: list[Facts], settings: Settings) -> dict[str, Any]:
+def summarise(name: str, rounds: list[Facts], settings: Settings, clock: str) -> dict[str, Any]:
     """Returns a row: medians of the rounds, or the reason why there are none."""
     if missing := [facts["missing"] for facts in rounds if "missing" in facts]:
         return {"way": name, "missing": missing[0]}
     row = {key: statistics.median(facts[key] for facts in rounds) for key in rounds[0]}
     tokens = settings.batch * settings.tokens
-    return {"way": name, "tokens a second": tokens / row["seconds"], **row, "rounds": rounds}
+    return {"way": name, "tokens a second": tokens / row[clock], **row, "rounds": rounds}
 
 
-def add_ratios(rows: list[dict[str, Any]]) -> None:
+def add_ratios(rows: list[dict[str, Any]], clock: str) -> None:
     """Adds the speed relative to the yardstick, and what streaming takes beyond it relative to the projection alone."""
-    seconds = {row["way"]: row["seconds"] for row in rows if "missing" not in row}
+    seconds = {row["way"]: row[clock] for row in rows if "missing" not in row}
     if FROZEN not in seconds:
         return
     for row in rows:
         if row["way"] in seconds:
-            row["share of yardstick"] = seconds[FROZEN] / row["seconds"]
+            row["share of yardstick"] = seconds[FROZEN] / row[clock]
     for way, alone in (("streamed ±1", ALONE["rademacher"]), ("streamed sjlt", ALONE["sjlt"])):
         row = next((row for row in rows if row["way"] == way and way in seconds), None)
         if row is not None and alone in seconds:
@@ -87,8 +87,8 @@ def print_row(row: dict[str, Any]) -> None:
     if "share in projection" in row:
         notes += f"  {row['share in projection']:.0%} of the time in projection"
     print(
-        f"{row['way']:34} {row['tokens a second']:10,.0f} tokens/s {row['seconds']:9.3f} s {row['CPU seconds']:9.3f} CPU s"
-        f" {row['MiB']:8,.0f} MiB"
+        f"{row['way']:34} {row['tokens a second']:10,.0f} tokens/s {row['seconds']:9.3f} s"
+        f" {row['CPU seconds']:9.3f} CPU s {row['MiB']:8,.0f} MiB"
         f"  D = {row.get('columns', 0):13,.0f}  features {row.get('features', 0):9,.0f}"
         f"  {row.get('share of yardstick', 0):5.2f} of the yardstick's speed{notes}"
     )
@@ -106,6 +106,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="batches timed in each process after the first one")
+    parser.add_argument(
+        "--clock", choices=("seconds", "CPU seconds"), default="seconds",
+        help="the time that speeds and ratios are of; other programs disturb the processor's little",
+    )  # fmt: skip
     parser.add_argument("--limit", type=float, default=1800, help="seconds that a process may take")
     parser.add_argument("--ways", nargs="+", default=[""], help="ways to measure: those whose names contain a text")
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -117,12 +121,12 @@ def main() -> None:
     settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
     names = [name for name in WAYS if any(text in name for text in options.ways)]
     rounds = measure_rounds(names, settings, options)
-    rows = [summarise(name, rounds[name], settings) for name in names]
-    add_ratios(rows)
+    rows = [summarise(name, rounds[name], settings, options.clock) for name in names]
+    add_ratios(rows, options.clock)
     print(settings)
     for row in rows:
         print_row(row)
-    save(options.output, {"settings": dataclasses.asdict(settings), "rows": rows})
+    save(options.output, {"settings": dataclasses.asdict(settings), "clock": options.clock, "rows": rows})
 
 
 if __name__ == "__main__":
