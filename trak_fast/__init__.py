@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import gradients, scoring, tasks
+from .features.streaming import GradientProjector
 from .gradients import HookGradientComputer
 from .projection import Projector, info, matrix, project, project_adjoint
 from .scoring import save_table
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FunctionTask",
+    "GradientProjector",
     "HookGradientComputer",
     "Projector",
     "TRAKer",

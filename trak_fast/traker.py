@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from .arguments import Indices, integer
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
-from .features.featurizer import Featurizer, ProjectedGradients
+from .features.featurizer import FeatureComputer, Featurizer, ProjectedGradients
+from .features.streaming import GradientProjector
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
-from .gradients.base import Contents
+from .gradients.base import Contents, description_of
 from .projection.projector import NoProjection, Projector, ProjectorLike
 from .recorder import Recorder
 from .scales import beyond_float32
@@ -35,7 +36,7 @@ from .store.files import DENIED, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import manifest_of
 from .store.rows import Rows, require_same_samples
-from .tasks import Task, resolve_task
+from .tasks import Batch, Task, batch_tensors, resolve_task
 
 _FIXED = {
     "model": "model",
@@ -106,7 +107,7 @@ class TRAKer:
         save_dir: str | os.PathLike[str] = "./trak_results",
         load_from_save_dir: bool = True,
         device: str | torch.device | None = None,
-        gradient_computer: type[GradientComputer] = FunctionalGradientComputer,
+        gradient_computer: type[GradientComputer] | None = None,
         projector: ProjectorLike | None = None,
         saver: None = None,
         score_computer: None = None,
@@ -140,7 +141,10 @@ class TRAKer:
             load_from_save_dir: If False, the stored features of a checkpoint are deleted when it is first loaded, and
                 other checkpoints in the folder are ignored.
             device: The device to compute on; the model is moved there. By default, the model's.
-            gradient_computer: A class with the constructor and methods of `FunctionalGradientComputer`.
+            gradient_computer: A class with the constructor and methods of `gradients.GradientComputer`, such as
+                `HookGradientComputer`, whose gradients are projected whole. By default they are never whole where the
+                task computes batches (`get_outputs`, as all named ones do): `GradientProjector` projects each layer's
+                as the backward pass makes them. Otherwise it is `gradients.FunctionalGradientComputer`.
             projector: An object with `proj_dim` (0: as many as parameters), `proj_type`, `project(grads, model_id)`
                 and `free_memory()`. By default `trak_fast.Projector` with the arguments below.
             saver: Not supported; features are stored by `trak_fast.store`.
@@ -197,7 +201,9 @@ class TRAKer:
 
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        if not callable(gradient_computer) or hasattr(type(gradient_computer), "compute_per_sample_grad"):
+        if gradient_computer is not None and (
+            not callable(gradient_computer) or hasattr(type(gradient_computer), "compute_per_sample_grad")
+        ):
             raise TypeError(
                 f"gradient_computer must be a class, not {gradient_computer!r}; "
                 "gradient_computer=trak_fast.HookGradientComputer gives one"
@@ -220,14 +226,6 @@ class TRAKer:
                 f"{sum(parameter.numel() for parameter in every):,}",
                 ": those that require gradients (grad_wrt=['*'] takes all)" if grad_wrt is None else "",
             )
-        self.gradient_computer = gradient_computer(
-            model=model,
-            task=self.task,
-            grad_dim=self.grad_dim,
-            dtype=first.dtype,
-            device=self.device,
-            grad_wrt=None if grad_wrt is None and len(parameters) == len(every) else list(parameters),
-        )
         if nonzeros is not None and (projector is not None or proj_dim == 0):
             raise ValueError("nonzeros has no influence beside projector or proj_dim=0: leave it out")
         if projector is None and proj_dim == 0:
@@ -245,9 +243,33 @@ class TRAKer:
             raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector
         self.proj_dim = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48) or self.grad_dim
+        chosen = None if grad_wrt is None and len(parameters) == len(every) else list(parameters)
+        gradient_bytes = 0
+        computer: FeatureComputer
+        if gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs"):
+            computer = self.gradient_computer = GradientProjector.with_projector(model, self.task, projector, chosen)
+            self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
+        else:
+            self.gradient_computer = (gradient_computer or FunctionalGradientComputer)(
+                model=model,
+                task=self.task,
+                grad_dim=self.grad_dim,
+                dtype=first.dtype,
+                device=self.device,
+                grad_wrt=chosen,
+            )
+            computer = ProjectedGradients(self.gradient_computer, projector)
+            gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
         contents = manifest_of(
-            projector, self.proj_dim, self.task, model, parameters, self.train_set_size, use_half_precision
+            projector,
+            self.proj_dim,
+            self.task,
+            model,
+            parameters,
+            self.train_set_size,
+            use_half_precision,
+            description_of(self.gradient_computer),
         )
         self._ranks = Ranks(distributed)
         with self._ranks.together():
@@ -257,10 +279,10 @@ class TRAKer:
         featurizer = Featurizer(
             model,
             self.task,
-            computer=ProjectedGradients(self.gradient_computer, projector),
+            computer=computer,
             gradient_computer=self.gradient_computer,
             proj_dim=self.proj_dim,
-            gradient_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()),
+            gradient_bytes=gradient_bytes,
             device=self.device,
             chunk_size=chunk_size,
             memory_budget=memory_budget,
@@ -337,11 +359,11 @@ class TRAKer:
         self._recorder.open_training(model_id, train, others)
         self._saver.load_current_store(model_id)
 
-    def featurize(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
+    def featurize(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features and weightings of a batch of training samples that are not stored yet.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each.
+            batch: The tensors that the task asks for, (B, ...) each: in its order, or by name (`tasks.NamedBatches`).
             inds: (B,) the samples' numbers in the training set, each once.
             num_samples: B, instead of `inds`: the samples follow those of the previous call.
 
@@ -419,13 +441,13 @@ class TRAKer:
         self._seen.add(model_id)
         self._saver.load_current_store(model_id)
 
-    def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
+    def score(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
 
         Features that are stored for these targets are replaced, so that an experiment can be repeated with others.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each.
+            batch: The tensors that the task asks for, (B, ...) each: in its order, or by name (`tasks.NamedBatches`).
             inds: (B,) the targets' numbers, each once.
             num_samples: B, instead of `inds`: the targets follow those of the previous call.
 
@@ -629,7 +651,7 @@ class TRAKer:
     def _record(
         self,
         record: Callable[[Sequence[Tensor], Indices | None, int | None], None],
-        batch: Sequence[Tensor],
+        batch: Batch,
         inds: Indices | None,
         num_samples: int | None,
     ) -> None:
@@ -640,7 +662,7 @@ class TRAKer:
                 "model each)"
             )
         try:
-            record(batch, inds, num_samples)
+            record(batch_tensors(batch, self.task), inds, num_samples)
         finally:
             if self._weights is not None:
                 self._weights = self._contents()  # embeddings with max_norm change their own

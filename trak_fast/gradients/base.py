@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -101,6 +101,8 @@ class ParameterGradients(ABC):
         buffers: The checkpoint's buffers, by name. Each evaluation of the model gets copies.
     """
 
+    _fuses_attention = True  # False where vmap has to batch it
+
     def __init__(
         self,
         model: nn.Module,
@@ -141,37 +143,32 @@ class ParameterGradients(ABC):
         self._evaluation: _Evaluation | None = None
         self._is_first_batch = True
 
-    def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Computes the gradient of each sample's model output.
+    def _compute(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Computes results of `_differentiate` that are no random numbers, and keeps the outputs for `compute_loss_grad`.
 
         Args:
-            batch: The batch's tensors, (B, ...) each. The model gets copies of them.
-
-        Returns:
-            For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
+            batch: The batch's tensors, (B, ...) each, at least one sample. The model gets copies of them.
 
         Raises:
             RuntimeError: The model cannot be differentiated, or its outputs are random.
         """
-        if not len(batch[0]):
-            return {name: p.detach().new_zeros(0, *p.shape) for name, p in self.selected.items()}
-        with differentiable(self.model):
+        with differentiable(self.model, fused=self._fuses_attention):
             watch = RandomWatch(self._device, self._generators)
-            grads, outputs = self._differentiate(batch)
+            results, outputs = self._differentiate(batch)
             if watch.drawn():
                 again, others = self._differentiate(batch)
                 require_same(outputs, others, self._output_tolerance)
-                for name, value in grads.items():
+                for name, value in results.items():
                     require_same(value, again[name], self._gradient_tolerance)
             elif self._is_first_batch:
                 require_same(outputs, self._evaluate(batch), self._output_tolerance)
         self._is_first_batch = False
         self._evaluation = _Evaluation(outputs, self._contents(batch))
-        return grads
+        return results
 
     @abstractmethod
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Computes the gradients of `compute_per_sample_grad`, and f of each sample, (B,), detached."""
+        """Computes results that follow from gradients, (B, ...) by name, and f of each sample, (B,), detached."""
 
     @abstractmethod
     def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
@@ -184,7 +181,7 @@ class ParameterGradients(ABC):
         """
         evaluation = self._evaluation
         self._evaluation = None
-        with differentiable(self.model):
+        with differentiable(self.model, fused=self._fuses_attention):
             if not weighs_by_outputs(self.task):
                 return self._own_weightings(batch)
             if evaluation is not None and evaluation.made_from.same_as(self._contents(batch)):
@@ -222,6 +219,26 @@ class ParameterGradients(ABC):
         with restored(self.model):
             return self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(self.buffers), batch).detach()
 
+    def _outputs(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes f of each sample of a batch, (B,); of one sample for a task that takes single ones."""
+        batch = copy_tensors(batch)
+        buffers = copy_buffers(self.buffers)
+        if hasattr(self.task, "get_outputs"):
+            with restored(self.model):
+                outputs: Tensor = self.task.get_outputs(self.model, self.parameters, buffers, batch)
+            if outputs.numel() != len(batch[0]):
+                raise ValueError(
+                    f"{type(self.task).__name__}.get_outputs must return ({len(batch[0])},), one number a sample, "
+                    f"not {tuple(outputs.shape)}"
+                )
+            return outputs.reshape(-1)
+        with restored(self.model):
+            return self.task.get_output(self.model, self.parameters, buffers, *[x[0] for x in batch]).reshape(1)
+
+    def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes f of each sample in a batch of one, (B,), detached."""
+        return torch.cat([self._outputs(sample).detach() for sample in singles_of(batch)])
+
     def _contents(self, batch: Sequence[Tensor]) -> Contents:
         """Notes the contents that outputs are made from."""
         return Contents([*batch, *self.parameters.values()])
@@ -244,3 +261,43 @@ class ParameterGradients(ABC):
     @property
     def _gradient_tolerance(self) -> float:
         return tolerance_of(GRADIENT_ROUNDINGS, self._dtypes)
+
+
+def description_of(computer: object) -> dict[str, str | None]:
+    """Describes the way to gradients for the manifest of the features that are made from them.
+
+    The computers of this package give the same gradients up to rounding, so their features go together; those of others
+    are known by their class.
+    """
+    if hasattr(computer, "describe"):
+        described: dict[str, str | None] = computer.describe()
+        return described
+    exact = type(computer).__module__.startswith(f"{__name__.partition('.')[0]}.")
+    name = "exact" if exact else type(computer).__qualname__
+    return {"gradient_computer": name, "sketch": "full", "preconditioner": None}
+
+
+class WholeGradients(ParameterGradients):
+    """Base class of the computers whose results are the gradients themselves."""
+
+    def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Computes the gradient of each sample's model output.
+
+        Args:
+            batch: The batch's tensors, (B, ...) each. The model gets copies of them.
+
+        Returns:
+            For each selected parameter, in the model's order, (B, *shape) in its dtype, detached.
+
+        Raises:
+            RuntimeError: The model cannot be differentiated, or its outputs are random.
+        """
+        if not len(batch[0]):
+            return {name: p.detach().new_zeros(0, *p.shape) for name, p in self.selected.items()}
+        return self._compute(batch)
+
+
+def singles_of(batch: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields the samples of a batch as batches of one."""
+    for i in range(len(batch[0])):
+        yield [x[i : i + 1] for x in batch]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from ..tasks.base import copy_buffers, copy_tensors, restored
-from .base import ParameterGradients
+from .base import WholeGradients
 from .errors import is_out_of_memory
 from .modes import requiring_grad
 from .repeatable import RANDOM, RandomOutputsError, RandomWatch
@@ -18,12 +18,14 @@ from .repeatable import RANDOM, RandomOutputsError, RandomWatch
 T = TypeVar("T")
 
 
-class FunctionalGradientComputer(ParameterGradients):
+class FunctionalGradientComputer(WholeGradients):
     """Per-sample gradients by vmap over grad; only the selected parameters are differentiated.
 
     The model runs in the mode it is in. Random operations that are active even in evaluation mode are an error, as
     features would not be repeatable.
     """
+
+    _fuses_attention = False
 
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         # detached, as autograd outside of torch.func would record a graph through every gradient and keep it alive

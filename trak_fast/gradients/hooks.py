@@ -25,11 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tasks.base import copy_buffers, copy_tensors, restored
-from .base import ParameterGradients
+from ..tasks.base import restored
+from .base import WholeGradients, singles_of
 from .errors import is_out_of_memory
+from .graph import edges_of
 from .layers import Rule, rule_of
 from .modes import requiring_grad
+from .parameters import layers_of
 from .repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
 
 logger = logging.getLogger("trak_fast")
@@ -96,7 +98,7 @@ COUPLED = "samples of a batch change each other's results (by statistics of the 
 """The reason for which samples are computed alone that makes earlier batches doubtful."""
 
 
-class HookGradientComputer(ParameterGradients):
+class HookGradientComputer(WholeGradients):
     """Per-sample gradients for models that torch.func cannot take; the same as `FunctionalGradientComputer`'s.
 
     A task without `get_outputs` (`BatchOutputs`) is evaluated sample by sample.
@@ -110,13 +112,10 @@ class HookGradientComputer(ParameterGradients):
         """Takes the parameters and buffers of `model`, without copying them."""
         super().load_model_params(model)
         self._at_once = 0  # samples of this checkpoint that came in batches
-        model_names = {id(parameter): name for name, parameter in self.selected.items()}
         self._layers: dict[nn.Module, _Layer] = {}
         explained: set[str] = set()
-        for layer in model.modules():
-            own = layer.named_parameters(recurse=False)
-            names = {name: model_names[id(p)] for name, p in own if id(p) in model_names}
-            if names and (rule := rule_of(layer)) is not None:
+        for layer, names in layers_of(model, self.selected).items():
+            if (rule := rule_of(layer)) is not None:
                 self._layers[layer] = _Layer(rule, names)
                 explained |= set(names.values())
         self._unexplained = frozenset(self.selected) - explained  # parameters of layers without a rule
@@ -226,33 +225,13 @@ class HookGradientComputer(ParameterGradients):
             raise RandomOutputsError(RANDOM)
         return False
 
-    def _outputs(self, batch: Sequence[Tensor]) -> Tensor:
-        """Computes f of each sample of a batch, (B,); of one sample for a task that takes single ones."""
-        batch = copy_tensors(batch)
-        buffers = copy_buffers(self.buffers)
-        if hasattr(self.task, "get_outputs"):
-            with restored(self.model):
-                outputs: Tensor = self.task.get_outputs(self.model, self.parameters, buffers, batch)
-            if outputs.numel() != len(batch[0]):
-                raise ValueError(
-                    f"{type(self.task).__name__}.get_outputs must return ({len(batch[0])},), one number a sample, "
-                    f"not {tuple(outputs.shape)}"
-                )
-            return outputs.reshape(-1)
-        with restored(self.model):
-            return self.task.get_output(self.model, self.parameters, buffers, *[x[0] for x in batch]).reshape(1)
-
-    def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
-        """Computes f of each sample in a batch of one, (B,), detached."""
-        return torch.cat([self._outputs(sample).detach() for sample in _singles(batch)])
-
     def _in_batches_of_one(self, batch: Sequence[Tensor], names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes some gradients, and all outputs, by a forward and a backward pass for each sample."""
         chosen = [self.selected[name] for name in names]
         rows: list[list[Tensor]] = []
         outputs: list[Tensor] = []
         with requiring_grad(self.parameters.values(), chosen):
-            for sample in _singles(batch):
+            for sample in singles_of(batch):
                 output = self._outputs(sample)[0]
                 rows.append(_gradients(output, chosen))
                 outputs.append(output.detach())
@@ -363,7 +342,7 @@ class HookGradientComputer(ParameterGradients):
         """
         shared = {call.output: call for call in recording.calls if call.output is not None}
         handles = []
-        for node, following in _edges(outputs.grad_fn) if shared else ():
+        for node, following in edges_of(outputs.grad_fn) if shared else ():
             if following in shared and node.name() == "AddBackward0":
                 handles.append(node.register_prehook(_keep_gradient(shared[following])))
         probes = [call.probe for call in recording.calls]
@@ -408,13 +387,16 @@ class HookGradientComputer(ParameterGradients):
     def _apply(self, known: _Layer, layer: nn.Module, inputs: Tensor, output_grad: Tensor) -> dict[str, Tensor] | None:
         """Applies the rule of a layer; returns None if the layer, of a subclass perhaps, has another kind of input."""
         try:
-            found = known.rule.gradients(layer, inputs, output_grad)
+            pieces = known.rule.gradients(layer, inputs, output_grad)
+            values = {
+                known.names[name]: piece.rows(0, piece.height)
+                for name, piece in pieces.items()
+                if name in known.names and known.names[name] not in self.singly
+            }
+            values = {name: value.reshape(len(value), *self.selected[name].shape) for name, value in values.items()}
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            return None
-        values = {known.names[name]: value for name, value in found.items() if name in known.names}
-        if any(value.shape[1:] != self.selected[name].shape for name, value in values.items()):
             return None
         return {name: value.to(self.selected[name].dtype) for name, value in values.items()}
 
@@ -460,12 +442,6 @@ def _replaced(outputs: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
     return replaced
 
 
-def _singles(batch: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields the samples of a batch as batches of one."""
-    for i in range(len(batch[0])):
-        yield [x[i : i + 1] for x in batch]
-
-
 def _gradients(output: Tensor, inputs: Sequence[Tensor], retain_graph: bool = False) -> list[Tensor]:
     """Differentiates a number by autograd; gradients are dense, and 0 where the number does not depend on an input."""
     if not inputs or not output.requires_grad:
@@ -486,20 +462,6 @@ def _largest(values: Iterable[Tensor]) -> Tensor:
     devices = {norm.device for norm in norms}
     together = [norm if len(devices) == 1 else norm.cpu() for norm in norms]
     return torch.stack([norm.double() for norm in together]).cpu() if norms else torch.zeros(0, dtype=torch.float64)
-
-
-def _edges(last: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields each pair of a node of autograd's graph and a node whose result it takes."""
-    seen = {last}
-    waiting = [last]
-    while waiting:
-        node = waiting.pop()
-        for following, _ in node.next_functions:
-            if following is not None:
-                yield node, following
-                if following not in seen:
-                    seen.add(following)
-                    waiting.append(following)
 
 
 def _keep_gradient(call: _Call) -> Callable[[tuple[Tensor, ...]], None]:

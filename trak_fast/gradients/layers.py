@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-LayerGradients = dict[str, Tensor]
-"""Per-sample gradients (B, *shape) by the parameters' names in their layer."""
+from .pieces import Convolved, Lookup, Outer, Piece, Summed, Whole
+
+LayerGradients = Mapping[str, Piece]
+"""Per-sample gradients by the parameters' names in their layer."""
 
 
 def _covers_all(layer: nn.Module) -> bool:
@@ -37,51 +38,53 @@ class Rule:
     least_dims: int = 2
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """Returns (B, ..., C) with its middle dimensions as one, (B, T, C)."""
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
 def _linear(layer: nn.Module, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
-    inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-    output_grads = output_grads.reshape(len(output_grads), -1, output_grads.shape[-1])
-    return {"weight": output_grads.mT @ inputs, "bias": output_grads.sum(1)}
+    output_grads = _tokens(output_grads)
+    right = _tokens(inputs).to(output_grads.dtype)  # under autocast the product is in the output's dtype
+    return {"weight": Outer(left=output_grads, right=right), "bias": Summed(output_grads)}
 
 
 def _transposed_linear(layer: nn.Module, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     """Differentiates what transformers calls Conv1D: a linear layer whose weight is (in, out)."""
-    grads = _linear(layer, inputs, output_grads)
-    return {"weight": grads["weight"].mT, "bias": grads["bias"]}
+    output_grads = _tokens(output_grads)
+    left = _tokens(inputs).to(output_grads.dtype)
+    return {"weight": Outer(left=left, right=output_grads), "bias": Summed(output_grads)}
 
 
 def _embedding(layer: nn.Embedding, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
-    """Adds the gradient of each output to the row of its word, in a matrix of all samples' rows one after the other."""
-    count = len(inputs)
     size, width = layer.weight.shape
-    first_rows = size * torch.arange(count, device=inputs.device).view(-1, *[1] * (inputs.ndim - 1))
-    rows = (inputs + first_rows).flatten()
-    weight = output_grads.new_zeros(count * size, width).index_add_(0, rows, output_grads.reshape(-1, width))
-    weight = weight.view(count, size, width)
+    indices = inputs.reshape(len(inputs), -1)
+    values = output_grads.reshape(len(inputs), -1, width)
     if layer.padding_idx is not None:
-        weight[:, layer.padding_idx] = 0
-    return {"weight": weight}
+        values = values * (indices != layer.padding_idx).unsqueeze(2)
+    return {"weight": Lookup(indices=indices, values=values, height=size)}
+
+
+def _scaled_embedding(layer: Any, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
+    """Differentiates an embedding that multiplies what it has read by `embed_scale`, as those of Gemma do."""
+    scale = torch.as_tensor(layer.embed_scale, device=output_grads.device).to(output_grads.dtype)
+    return _embedding(layer, inputs, output_grads * scale)
 
 
 def _is_plain_embedding(layer: nn.Embedding) -> bool:
     """Tells if rows are looked up as they are, and their gradients neither rescaled nor sparse."""
+    return not hasattr(layer, "embed_scale") and _is_dense_embedding(layer)
+
+
+def _is_dense_embedding(layer: nn.Embedding) -> bool:
+    """Tells if an embedding's gradients are neither rescaled nor sparse."""
     return not (layer.max_norm or layer.scale_grad_by_freq or layer.sparse)
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
-    """Takes the samples for groups of channels of one sample, so that one convolution keeps them apart."""
-    function = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}[inputs.ndim - 2]
-    count = len(inputs)
-    out_channels, in_channels, *kernel = layer.weight.shape
-    weight = function(  # type: ignore[no-untyped-call]
-        inputs.reshape(1, -1, *inputs.shape[2:]),
-        (count * out_channels, in_channels, *kernel),
-        output_grads.reshape(1, -1, *output_grads.shape[2:]),
-        layer.stride,
-        0 if layer.padding == "valid" else layer.padding,
-        layer.dilation,
-        count * layer.groups,
-    )
-    return {"weight": weight.view(count, out_channels, in_channels, *kernel), "bias": output_grads.flatten(2).sum(2)}
+    inputs = inputs.to(output_grads.dtype)
+    bias = Summed(output_grads.flatten(2).mT)
+    return {"weight": Convolved(layer, inputs=inputs, output_grads=output_grads), "bias": bias}
 
 
 def _is_padded_by_zeros(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
@@ -89,31 +92,40 @@ def _is_padded_by_zeros(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     return layer.padding_mode == "zeros" and layer.padding != "same"
 
 
-def _scale_and_shift(normalised: Tensor, output_grads: Tensor, axes: range) -> LayerGradients:
-    """Differentiates weight · normalised + bias, where both are the same along `axes`."""
-    product = normalised * output_grads
-    dims = tuple(axes)
-    return {
-        "weight": product.sum(dims) if dims else product,
-        "bias": output_grads.sum(dims) if dims else output_grads,
-    }
+def _exact(x: Tensor) -> Tensor:
+    """Returns numbers in float32 at least: products of half-precision numbers are rounded once they are summed."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _layer_norm(layer: nn.LayerNorm, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
+    """Differentiates weight · normalised + bias, (B, ..., *normalized_shape)."""
     shape = layer.normalized_shape
-    normalised = F.layer_norm(inputs, shape, None, None, layer.eps)
-    return _scale_and_shift(normalised, output_grads, range(1, inputs.ndim - len(shape)))
+    product = F.layer_norm(_exact(inputs), shape, None, None, layer.eps) * output_grads
+    middle = range(1, inputs.ndim - len(shape))
+    if len(shape) == 1:
+        return {"weight": Summed(_tokens(product)), "bias": Summed(_tokens(output_grads))}
+    dims = tuple(middle)
+    if not dims:
+        return {"weight": Whole(product), "bias": Whole(output_grads)}
+    return {"weight": Whole(product.sum(dims)), "bias": Whole(_exact(output_grads).sum(dims))}
+
+
+def _channels(product: Tensor, output_grads: Tensor) -> LayerGradients:
+    """Differentiates weight · normalised + bias, both one number a channel of (B, C, ...)."""
+    return {"weight": Summed(product.flatten(2).mT), "bias": Summed(output_grads.flatten(2).mT)}
 
 
 def _group_norm(layer: nn.GroupNorm, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
-    normalised = F.group_norm(inputs, layer.num_groups, None, None, layer.eps)
-    return _scale_and_shift(normalised, output_grads, range(2, inputs.ndim))
+    normalised = F.group_norm(_exact(inputs), layer.num_groups, None, None, layer.eps)
+    return _channels((normalised * output_grads).unsqueeze(-1), output_grads.unsqueeze(-1))
 
 
 def _batch_norm(layer: Any, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     """Differentiates a batch norm in evaluation mode."""
-    normalised = F.batch_norm(inputs, layer.running_mean, layer.running_var, None, None, False, 0.0, layer.eps)
-    return _scale_and_shift(normalised, output_grads, range(2, inputs.ndim))
+    inputs = _exact(inputs)
+    mean, variance = layer.running_mean.to(inputs.dtype), layer.running_var.to(inputs.dtype)
+    normalised = F.batch_norm(inputs, mean, variance, None, None, False, 0.0, layer.eps)
+    return _channels((normalised * output_grads).unsqueeze(-1), output_grads.unsqueeze(-1))
 
 
 def _has_running_statistics(layer: Any) -> bool:
@@ -123,8 +135,9 @@ def _has_running_statistics(layer: Any) -> bool:
 def _rms_norm(layer: Any, inputs: Tensor, output_grads: Tensor) -> LayerGradients:
     eps = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
     eps = torch.finfo(inputs.dtype).eps if eps is None else eps
-    product = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps) * output_grads
-    return {"weight": product.reshape(len(inputs), -1, inputs.shape[-1]).sum(1)}
+    exact = _exact(inputs)
+    normalised = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return {"weight": Summed(_tokens(normalised * output_grads))}
 
 
 def _has_weight_vector(layer: nn.Module) -> bool:
@@ -151,6 +164,7 @@ RULES: dict[type, Rule] = {
 
 RULES_BY_NAME: dict[str, Rule] = {
     "Conv1D": Rule(_transposed_linear),
+    "*ScaledWordEmbedding": Rule(_scaled_embedding, covers=_is_dense_embedding, least_dims=1),
     "*RMSNorm": Rule(_rms_norm, covers=_has_weight_vector),
 }
 """Rules of classes that many libraries define for themselves, by patterns of the classes' names."""
@@ -159,13 +173,12 @@ RULES_BY_NAME: dict[str, Rule] = {
 def rule_of(layer: nn.Module) -> Rule | None:
     """Finds the rule of a layer by its class, the nearest class that it inherits from, or its class's name.
 
-    A subclass, or a class that only has the name, may compute something else: `HookGradientComputer` compares the first
-    batch with autograd's gradients.
+    A subclass, or a class that only has the name, may compute something else: results are compared with autograd's.
 
     Returns:
         The rule; None where there is none, or the one found does not cover the layer's options.
     """
     layer_type = type(layer)
-    found = [RULES[base] for base in layer_type.__mro__ if base in RULES]
+    found = [RULES[base] for base in layer_type.__mro__ if base in RULES][:1]
     found += [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(layer_type.__name__, pattern)]
-    return found[0] if found and found[0].covers(layer) else None
+    return next((rule for rule in found if rule.covers(layer)), None)

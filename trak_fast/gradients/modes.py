@@ -88,17 +88,70 @@ def no_caches() -> Iterator[None]:
 
 
 @contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Lets autograd record all operations, whatever mode the caller is in, none of them fused or from a cache."""
+def differentiable(model: nn.Module, fused: bool = False) -> Iterator[None]:
+    """Lets autograd record all operations, whatever mode the caller is in, none of them from a cache.
+
+    Args:
+        model: The model.
+        fused: Leaves attention fused.
+    """
     with ExitStack() as modes:
         modes.enter_context(no_caches())
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
-        modes.enter_context(_UNFUSED_ATTENTION)
+        if not fused:
+            modes.enter_context(_UNFUSED_ATTENTION)
         modes.enter_context(_NO_FAST_PATH)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             modes.enter_context(_NO_CUDNN)
         yield
+
+
+@contextmanager
+def no_key_caches(model: nn.Module) -> Iterator[None]:
+    """Keeps language models from caching keys and values, to which activation checkpointing would add twice."""
+    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Has the layers of transformers checkpoint their activations where the user has enabled that.
+
+    They do so in training mode only. Their own flag is set and not that of what is in them: dropout stays off.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False) is True
+        and any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+    ]
+    before = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer, mode in zip(layers, before, strict=True):
+            layer.training = mode
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Runs what torch.compile has compiled as it was before: compiled layers call no hooks."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6 or newer
+    if set_stance is None:
+        yield
+    else:
+        with set_stance("force_eager"):
+            yield
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import chain
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 Parameters = dict[str, nn.Parameter]
@@ -48,6 +49,39 @@ def select_parameters(model: nn.Module, grad_wrt: Iterable[str] | None = None) -
             "them out with grad_wrt"
         )
     return {name: parameter for name, parameter in parameters.items() if name in names}
+
+
+def layers_of(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[nn.Module, dict[str, str]]:
+    """Lists the modules that selected parameters belong to, each with the model's names by its own names of them."""
+    model_names = {id(parameter): name for name, parameter in selected.items()}
+    layers = {}
+    for layer in model.modules():
+        own = layer.named_parameters(recurse=False)
+        if names := {name: model_names[id(parameter)] for name, parameter in own if id(parameter) in model_names}:
+            layers[layer] = names
+    return layers
+
+
+class Columns(NamedTuple):
+    """The columns of the projection matrix that belong to a parameter, its entries row by row.
+
+    Attributes:
+        first: The first column.
+        count: Their number.
+    """
+
+    first: int
+    count: int
+
+
+def columns_of(parameters: Mapping[str, Tensor]) -> dict[str, Columns]:
+    """Numbers the columns of parameters, one after the other in their order."""
+    columns: dict[str, Columns] = {}
+    first = 0
+    for name, parameter in parameters.items():
+        columns[name] = Columns(first=first, count=parameter.numel())
+        first += parameter.numel()
+    return columns
 
 
 def _requiring_gradients(parameters: Parameters) -> list[str]:

@@ -42,7 +42,7 @@ from .locks import let_go
 from .manifest import differences, digest
 from .rows import LOCK_FILE, Rows, claimed_for_deletion
 
-FORMAT = 4
+FORMAT = 5
 """The number of the folder's format, which each manifest has."""
 
 LONGEST_NAME = 150

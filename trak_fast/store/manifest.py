@@ -136,6 +136,7 @@ def manifest_of(
     parameters: Mapping[str, Tensor],
     train_set_size: int,
     half: bool = False,
+    gradients: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes down all that features depend on.
 
@@ -149,6 +150,7 @@ def manifest_of(
         parameters: The parameters that gradients are taken with respect to, in this order.
         train_set_size: Training samples, n.
         half: If True, features are stored in float16.
+        gradients: Entries that describe the way to gradients.
 
     Returns:
         A JSON object.
@@ -173,6 +175,7 @@ def manifest_of(
         "task_settings": described.lines,
         "task_code": described.code,
         "dtype": "float16" if half else "float32",
+        **(gradients or {}),
         "modules": [f"{name} {type(module).__qualname__}".lstrip() for name, module in model.named_modules()],
         "parameters": [f"{name} {p.dtype} {tuple(p.shape)}" for name, p in parameters.items()],
     }

@@ -1,0 +1,598 @@
+"""Projected gradients of large models: each layer's gradients are projected the moment the backward pass makes them.
+
+One forward and one backward pass over a batch serve all its samples. A tap on each layer (taps.py) gives the pieces of
+its parameters' per-sample gradients, of which some rows at a time are formed, projected at their own columns of the
+matrix, and dropped. Projection is linear, so tied weights, layers that are called several times, and rows of any number
+add up to the projection of the whole gradient, which is never there.
+
+Batches are checked. Of the first batch, and of one sample in 32 from then on, the streamed gradients are compared with
+those that autograd gives for the sample alone, by the unaltered model. Parameters that fail, and those of the model
+itself, are differentiated sample by sample, each in a forward and a backward pass of its own, streamed as well.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..arguments import integer
+from ..gradients.base import ParameterGradients, singles_of
+from ..gradients.errors import is_out_of_memory
+from ..gradients.layers import rule_of
+from ..gradients.modes import checkpointing, no_key_caches, requiring_grad, uncompiled
+from ..gradients.parameters import Columns, columns_of, layers_of, listed
+from ..gradients.pieces import Lookup, Piece, Whole
+from ..gradients.repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
+from ..projection.functions import project
+from ..projection.projector import Projector
+from ..scales import exponents_of
+from ..tasks.base import Task, evaluation_mode, restored
+from ..tasks.registry import resolve_task
+from . import memory
+from .check import NEGLIGIBLE_ROUNDINGS, Sketches, differing
+from .taps import TappedLayer, Taps
+
+logger = logging.getLogger("trak_fast")
+
+SLICE_BYTES = 64 << 20
+"""Bytes of per-sample gradients that are formed at a time unless a budget says otherwise."""
+
+SAMPLES_A_CHECK = 32
+"""Samples for each one that is differentiated alone, to compare with."""
+
+COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
+
+
+class FeatureSums:
+    """Sums of the projections of pieces, (B, k)."""
+
+    def __init__(
+        self,
+        projector: Projector,
+        columns: Mapping[str, Columns],
+        count: int,
+        *,
+        model_id: int,
+        slice_bytes: int,
+        sketches: Sketches | None,
+    ) -> None:
+        """Starts with zeros.
+
+        Args:
+            projector: Names the matrix.
+            columns: The columns of each parameter.
+            count: Samples, B.
+            model_id: The checkpoint's number.
+            slice_bytes: Bytes of gradients that are formed at a time.
+            sketches: Gets the rows of one sample too, for a check.
+        """
+        self._projector = projector
+        self._columns = columns
+        self._count = count
+        self._model_id = model_id
+        self._slice_bytes = slice_bytes
+        self._sketches = sketches
+        self._sums: dict[torch.device, Tensor] = {}
+
+    def add(self, name: str, piece: Piece, start: int) -> None:
+        """Adds a piece of a parameter's gradient, for samples from `start` on."""
+        if isinstance(piece, Lookup):
+            self._add_lookup(name, piece, start)
+            return
+        step = piece.height if isinstance(piece, Whole) else self._rows_at_once(piece)
+        for first in range(0, piece.height, step):
+            rows = piece.rows(first, min(first + step, piece.height))
+            self._add_rows(name, rows, first * piece.width, start)
+            del rows  # before the next ones are formed
+
+    def _rows_at_once(self, piece: Piece) -> int:
+        return max(1, self._slice_bytes // max(1, 4 * piece.count * piece.width))
+
+    def _add_lookup(self, name: str, piece: Lookup, start: int) -> None:
+        """Adds the rows of a table that tokens have read, and no others."""
+        tokens, places = torch.unique(piece.indices, return_inverse=True)
+        step = self._rows_at_once(piece)
+        for low in range(0, len(tokens), step):
+            chosen = tokens[low : low + step]
+            inside = None if step >= len(tokens) else (places >= low) & (places < low + step)
+            rows = piece.at(places - low, len(chosen), inside)
+            # rows next to each other in the table go together
+            ends = (chosen.diff() != 1).nonzero().flatten().add(1).tolist()
+            for first, last in zip([0, *ends], [*ends, len(chosen)], strict=True):
+                self._add_rows(name, rows[:, first:last], int(chosen[first]) * piece.width, start)
+
+    def _add_rows(self, name: str, rows: Tensor, column: int, start: int) -> None:
+        """Adds the projection of rows (B, r, width) that begin at a column of a parameter."""
+        sums = self._sums_on(rows.device)[start : start + len(rows)]
+        projector = self._projector
+        project(
+            [rows],
+            projector.proj_dim,
+            proj_type=projector.proj_type,
+            seed=projector.seed,
+            model_id=self._model_id,
+            offset=self._columns[name].first + column,
+            precision=projector.precision,
+            nonzeros=projector.nonzeros,
+            out=sums,
+        )
+        if self._sketches is not None:
+            self._sketches.add_rows(name, rows, column, start)
+
+    def _sums_on(self, device: torch.device) -> Tensor:
+        if device not in self._sums:
+            self._sums[device] = torch.zeros(self._count, self._projector.proj_dim, device=device)
+        return self._sums[device]
+
+    def result(self, device: torch.device) -> Tensor:
+        """Returns the sum over all devices, (B, k) float32."""
+        total = self._sums_on(device)
+        for other, sums in self._sums.items():
+            if other != device:
+                total += sums.to(device)
+        return total
+
+
+class GradientProjector(ParameterGradients):
+    """Projects the gradients of samples, which never exist as a whole: features of models of any size.
+
+    The result is that of `trak_fast.project` on the per-sample gradients of the task's model output f, flattened in the
+    model's order of parameters, up to rounding: for any `nn.Module`, whole or with adapters (LoRA), frozen in part, with
+    activation checkpointing, in mixed or half precision.
+
+    Attributes:
+        grad_dim: Size of a sample's gradient, D.
+        proj_dim: Size of a feature, k.
+        columns: The columns of the projection matrix that belong to each parameter, (first, count) by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: str | Task | Callable[..., Tensor],
+        proj_dim: int,
+        *,
+        proj_type: str = "rademacher",
+        seed: int = 0,
+        nonzeros: int | None = None,
+        grad_wrt: Iterable[str] | None = None,
+        memory_budget: int | None = None,
+        precision: str | None = None,
+    ) -> None:
+        """Prepares the projection of a model's gradients.
+
+        Args:
+            model: The model. It is run in evaluation mode, with the weights that it has at each call.
+            task: A name (see `tasks.TASKS`), a `Task`, or a function; with `get_outputs` (`BatchOutputs`) a batch takes
+                one pass, without it one a sample.
+            proj_dim: Size of a feature, k.
+            proj_type: See `trak_fast.project`.
+            seed: See `trak_fast.project`.
+            nonzeros: See `trak_fast.project`.
+            grad_wrt: Names or patterns of the parameters to differentiate with respect to; None: those that require
+                gradients, which of a model with adapters (PEFT) are these alone.
+            memory_budget: Bytes for gradients beside the model and its activations: rows of a layer's gradients are
+                formed as many at a time as it takes. By default 64 MiB.
+            precision: See `trak_fast.project`.
+
+        Raises:
+            ValueError: A number is out of range, or `grad_wrt` fits no parameter.
+            TypeError: An argument has the wrong type.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        self.slice_bytes = SLICE_BYTES
+        if memory_budget is not None:
+            self.slice_bytes = integer("memory_budget", memory_budget, 1, 2**62)
+        self._ways: dict[str, _Way] = {}  # to the gradients of parameters whose first way was wrong
+        super().__init__(model, resolve_task(task), grad_wrt=grad_wrt)
+        self.projector = Projector(
+            self.grad_dim, proj_dim, seed=seed, proj_type=proj_type, precision=precision, nonzeros=nonzeros
+        )
+        self._is_alone = False  # True once samples of a batch have changed each other
+        self._adds = False  # True once a layer's output was changed in place
+        self._compared_all = False  # True once all samples of a batch were compared with their outputs alone
+        self._model_id = 0
+
+    @classmethod
+    def with_projector(
+        cls, model: nn.Module, task: Task, projector: Projector, grad_wrt: Iterable[str] | None
+    ) -> GradientProjector:
+        """Prepares the projection by the matrix that a `Projector` stands for."""
+        return cls(
+            model,
+            task,
+            projector.proj_dim,
+            proj_type=projector.proj_type,
+            seed=projector.seed,
+            nonzeros=projector.nonzeros,
+            grad_wrt=grad_wrt,
+            precision=projector.precision,
+        )
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Takes the parameters and buffers of `model`, without copying them."""
+        super().load_model_params(model)
+        self.columns = columns_of(self.selected)
+        self.grad_dim = sum(columns.count for columns in self.columns.values())
+        self._unchecked = SAMPLES_A_CHECK
+        self._assign_layers()
+
+    def _assign_layers(self) -> None:
+        """Chooses the layer to tap for each parameter: the one that it belongs to, or the one around it."""
+        paths = {module: path for path, module in self.model.named_modules()}
+        self._layers: list[TappedLayer] = []
+        around: dict[nn.Module, dict[str, str]] = {}
+        for layer, names in layers_of(self.model, self.selected).items():
+            rule = rule_of(layer)
+            ways = {
+                own: self._ways.get(name, _Way.RULE if rule is not None else _Way.LAYER) for own, name in names.items()
+            }
+            if by_rule := {own: name for own, name in names.items() if ways[own] is _Way.RULE}:
+                self._layers.append(TappedLayer(layer, rule=rule, names=by_rule))
+            parent_path, _, own_path = paths[layer].rpartition(".")
+            for own, name in names.items():
+                if ways[own] is _Way.LAYER:
+                    around.setdefault(layer, {})[own] = name
+                elif ways[own] is _Way.AROUND:
+                    around.setdefault(self.model.get_submodule(parent_path), {})[f"{own_path}.{own}"] = name
+        # the whole model by itself is no faster than its samples alone
+        self._layers += [
+            TappedLayer(layer, rule=None, names=names) for layer, names in around.items() if layer is not self.model
+        ]
+        tapped = {name for known in self._layers for name in known.names.values()}
+        self._untapped = frozenset(self.selected) - tapped
+
+    @property
+    def proj_dim(self) -> int:
+        """Size of a feature, k."""
+        return self.projector.proj_dim
+
+    @property
+    def singly(self) -> frozenset[str]:
+        """Names of the parameters that are differentiated sample by sample."""
+        everything = self._is_alone or not hasattr(self.task, "get_outputs")
+        return frozenset(self.selected) if everything else self._untapped
+
+    def project(self, batch: Sequence[Tensor], model_id: int = 0) -> Tensor:
+        """Computes the projected gradient of each sample's model output.
+
+        Args:
+            batch: The tensors that the task asks for, (B, ...) each. If memory runs out, halves of it are computed.
+            model_id: The checkpoint's number, 0 to 2^32 − 1, which selects the projection matrix.
+
+        Returns:
+            (B, k) float32, on the model's device. The same batch gives the same bits each time.
+
+        Raises:
+            RuntimeError: The model cannot be differentiated, or its outputs are random.
+            ValueError: The batch is not what the task takes.
+            TypeError: The batch is no sequence of tensors.
+        """
+        self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
+        batch = [x.to(self._device) for x in batch]
+        count = len(batch[0])
+        self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
+        features = torch.zeros(count, self.proj_dim, device=self._device)
+
+        def compute(part: slice) -> None:
+            features[part] = self._compute([x[part] for x in batch])["features"]
+
+        with evaluation_mode(self.model):
+            memory.halving_on_oom(count, count, compute)
+        return features
+
+    def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
+        """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a ridge given as a number refers to.
+
+        Returns:
+            (B, k); float64 on the CPU if a row is beyond what float32 computes with.
+        """
+        if not len(samples[0]):
+            return torch.zeros(0, self.proj_dim)
+        self._model_id = model_id
+        features = self._compute(samples)["features"]
+        return features if self.projector.dense_scale == 1 else features * self.projector.dense_scale
+
+    def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Computes the features of a batch, (B, k), and f of each sample, (B,), detached."""
+        features, outputs = self._differentiate_with(batch, torch.ones(len(batch[0])))
+        return {"features": self._rescaled(batch, features)}, outputs
+
+    def _rescaled(self, batch: Sequence[Tensor], features: Tensor) -> Tensor:
+        """Computes rows again that are beyond what float32 computes with, from multiples of f by powers of two."""
+        largest = features.detach().abs().amax(1).double().cpu().numpy()
+        chosen = np.flatnonzero(~((largest >= 2.0**-60) & (largest <= 2.0**100)))
+        if not len(chosen):
+            return features
+        exponents = exponents_of(largest[chosen]).astype(np.int64)
+        exponents[largest[chosen] == 0] = -100
+        exponents[~np.isfinite(largest[chosen])] = 100
+        some = [x[torch.from_numpy(chosen).to(x.device)] for x in batch]
+        again, _ = self._differentiate_with(some, torch.from_numpy(np.ldexp(1.0, -exponents)))
+        again = again.detach().double().cpu()
+        wide = features.detach().double().cpu()
+        good = again.isfinite().all(1) & again.any(1)
+        if not good.any():
+            return features
+        rows = torch.from_numpy(chosen)[good]
+        wide[rows] = again[good] * torch.from_numpy(np.ldexp(1.0, exponents))[good].unsqueeze(1)
+        return wide
+
+    def _differentiate_with(self, batch: Sequence[Tensor], seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the features of Σ_b seeds_b f_b, (B, k), and f of each sample, (B,), detached."""
+        check: _Check | None = None
+        while not self.singly >= set(self.selected):
+            try:
+                if check is None and self._is_due(len(batch[0])):
+                    check = self._begin_check(batch, seeds)
+                streamed = self._stream(batch, seeds, check)
+            except Exception as error:
+                if is_out_of_memory(error) or isinstance(error, RandomOutputsError):
+                    raise
+                if not self._adds and "modified inplace" in str(error):
+                    self._adds = True
+                    continue
+                return self._after_failure(batch, seeds, error)
+            if streamed is not None:
+                return streamed
+        sums = self._new_sums(len(batch[0]), None)
+        outputs = self._add_alone(batch, list(self.selected), seeds, sums.add)
+        return sums.result(self._device), outputs
+
+    def _stream(self, batch: Sequence[Tensor], seeds: Tensor, check: _Check | None) -> tuple[Tensor, Tensor] | None:
+        """Computes features and outputs by one pass over the batch; returns None once parameters have fallen."""
+        count = len(batch[0])
+        singly = self.singly
+        streamed = [name for name in self.selected if name not in singly]
+        sketches = None
+        if check is not None:
+            sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
+        sums = self._new_sums(count, sketches)
+
+        def take(name: str, piece: Piece, start: int) -> None:
+            if name not in singly:
+                sums.add(name, piece, start)
+
+        layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
+        taps = Taps(layers, count, self._device, add=self._adds)
+        with self._running(()), taps.attached():
+            outputs = self._outputs(batch)
+            taps.run_backward(outputs, seeds, take)
+        outputs = outputs.detach()
+        if unexplained := taps.unexplained - singly:
+            self._fall_back(unexplained)
+            return None
+        if check is not None and sketches is not None:
+            if not self._agree(batch, check, outputs):
+                self._stay_alone()
+                return None
+            if failed := self._differing(sketches, check.expected):
+                self._fall_back(failed)
+                return None
+            self._unchecked = 0
+            self._compared_all = True
+        self._unchecked += count
+        if singly:
+            alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add)
+            if differ(alone, outputs, self._output_tolerance):
+                self._stay_alone()
+                return None
+            outputs = alone
+        return sums.result(self._device), outputs
+
+    @contextmanager
+    def _running(self, chosen: Iterable[Tensor]) -> Iterator[None]:
+        """Has the model run as it is written, and `chosen` parameters alone require gradients."""
+        with ExitStack() as modes:
+            modes.enter_context(restored(self.model))
+            modes.enter_context(uncompiled())
+            modes.enter_context(no_key_caches(self.model))
+            modes.enter_context(checkpointing(self.model))
+            modes.enter_context(requiring_grad(self.parameters.values(), chosen))
+            yield
+
+    def _new_sums(self, count: int, sketches: Sketches | None) -> FeatureSums:
+        return FeatureSums(
+            self.projector,
+            self.columns,
+            count,
+            model_id=self._model_id,
+            slice_bytes=self.slice_bytes,
+            sketches=sketches,
+        )
+
+    def _add_alone(
+        self, batch: Sequence[Tensor], names: Sequence[str], seeds: Tensor, take: Callable[[str, Piece, int], None]
+    ) -> Tensor:
+        """Differentiates with respect to some parameters by a forward and a backward pass for each sample.
+
+        Args:
+            batch: The samples' tensors, (B, ...) each.
+            names: The parameters.
+            seeds: Factors of f, (B,).
+            take: Takes each gradient, which is freed then.
+
+        Returns:
+            f of each sample, (B,), detached.
+        """
+        outputs: list[Tensor] = []
+        chosen = [self.selected[name] for name in names]
+        before = [parameter.grad for parameter in chosen]
+        sample = 0
+
+        def taking(name: str) -> Callable[[Tensor], None]:
+            @torch.no_grad()
+            def take_gradient(parameter: Tensor) -> None:
+                gradient = parameter.grad
+                parameter.grad = None
+                assert gradient is not None
+                dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+                take(name, Whole(dense.unsqueeze(0)), sample)
+
+            return take_gradient
+
+        with self._running(chosen):
+            handles = [p.register_post_accumulate_grad_hook(taking(n)) for n, p in zip(names, chosen, strict=True)]
+            try:
+                for parameter in chosen:
+                    parameter.grad = None
+                for sample, single in enumerate(singles_of(batch)):
+                    output = self._outputs(single)
+                    if output.requires_grad:
+                        torch.autograd.backward(output, seeds[sample : sample + 1].to(output))
+                    outputs.append(output.detach())
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for parameter, gradient in zip(chosen, before, strict=True):
+                    parameter.grad = gradient
+        return torch.cat(outputs)
+
+    def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
+        with self._running(()), torch.no_grad():
+            if self._is_alone or not hasattr(self.task, "get_outputs"):
+                return self._outputs_alone(batch)
+            return self._outputs(batch).detach()
+
+    def _is_due(self, count: int) -> bool:
+        """Tells if a batch of so many samples is to be checked."""
+        return self._unchecked + count > SAMPLES_A_CHECK
+
+    def _begin_check(self, batch: Sequence[Tensor], seeds: Tensor) -> _Check:
+        """Differentiates one sample of a batch alone; of the first batch, evaluates all samples alone."""
+        count = len(batch[0])
+        sample = int(torch.randint(count, (), generator=self._choices, device="cpu"))
+        streamed = [name for name in self.selected if name not in self.singly]
+        expected = Sketches(self.columns, sample, streamed, {})
+        single = [x[sample : sample + 1] for x in batch]
+        outputs = self._add_alone(
+            single,
+            streamed,
+            seeds[sample : sample + 1],
+            lambda name, piece, start: expected.add(name, piece, sample + start),
+        )
+        if not self._compared_all and count > 1:
+            with self._running(()), torch.no_grad():
+                outputs = self._outputs_alone(batch)
+        return _Check(sample, outputs, expected)
+
+    def _agree(self, batch: Sequence[Tensor], check: _Check, outputs: Tensor) -> bool:
+        """Compares f of samples in a batch with f of them alone.
+
+        Raises:
+            RandomOutputsError: f of a sample alone is random.
+        """
+        expected = outputs.clone()
+        if len(check.outputs) == len(outputs):
+            expected = check.outputs
+        else:
+            expected[check.sample] = check.outputs[0]
+        if not differ(expected, outputs, self._output_tolerance):
+            return True
+        with self._running(()), torch.no_grad():
+            single = [x[check.sample : check.sample + 1] for x in batch]
+            first, second = self._outputs(single), self._outputs(single)
+        if differ(first, second, self._output_tolerance) or differ(
+            first, expected[check.sample : check.sample + 1], self._output_tolerance
+        ):
+            raise RandomOutputsError(RANDOM)
+        return False
+
+    def _differing(self, found: Sketches, expected: Sketches) -> Collection[str]:
+        """Returns the names of the parameters whose gradients differ by more than rounding explains."""
+        if not all(math.isfinite(norm) for norm in expected.norms.values()):
+            return []
+        negligible = tolerance_of(NEGLIGIBLE_ROUNDINGS, self._dtypes)
+        return differing(found, expected, self._gradient_tolerance, negligible)
+
+    def _after_failure(self, batch: Sequence[Tensor], seeds: Tensor, error: Exception) -> tuple[Tensor, Tensor]:
+        """Differentiates samples alone from now on, if that works where a batch has failed."""
+        sums = self._new_sums(len(batch[0]), None)
+        try:
+            outputs = self._add_alone(batch, list(self.selected), seeds, sums.add)
+        except (ValueError, TypeError) as of_one:
+            if type(error) is type(of_one):
+                raise error from None  # it speaks of the whole batch
+            raise
+        self._stay_alone(f"layers cannot be differentiated in a batch ({(str(error) or repr(error)).splitlines()[0]})")
+        return sums.result(self._device), outputs
+
+    def _stay_alone(self, reason: str = COUPLED) -> None:
+        """Has samples computed alone from now on, and says so."""
+        before = ""
+        if reason is COUPLED and self._compared_all:
+            before = (
+                ". Samples that came before in batches may be wrong: featurize them again, by TRAKer(chunk_size=1) and "
+                "load_checkpoint(..., _allow_featurizing_already_registered=True)"
+            )
+        logger.warning(
+            "%s; each sample is computed alone from here on, in a forward and a backward pass of its own%s",
+            reason,
+            before,
+        )
+        self._is_alone = True
+
+    def _fall_back(self, failed: Collection[str]) -> None:
+        """Has the gradients of parameters computed in the next way from now on; says so if that is sample by sample."""
+        before = self.singly
+        ruled = {name for known in self._layers if known.rule is not None for name in known.names.values()}
+        for name in failed:
+            now = self._ways.get(name, _Way.RULE if name in ruled else _Way.LAYER)
+            self._ways[name] = _Way(now.value + 1)
+        self._assign_layers()
+        singly = self.singly - before
+        logger.debug("gradients of %s do not follow by the layer's rule", listed(list(failed)))
+        if not singly:
+            return
+        layers: dict[str, None] = {}
+        for name in self.selected:
+            if name in singly:
+                path = name.rpartition(".")[0]
+                layers[f"{path or 'the model itself'} ({type(self.model.get_submodule(path)).__name__})"] = None
+        share = sum(self.columns[name].count for name in singly) / self.grad_dim
+        logger.warning(
+            "gradients of %s do not follow from the layer's inputs and outputs in a batch; these %.2g%% of the "
+            "gradient are computed sample by sample from here on, by a forward and a backward pass for each, which "
+            "takes about twice as long in all",
+            listed(list(layers)),
+            100 * share,
+        )
+
+
+class _Way(enum.Enum):
+    """The ways to the gradient of a parameter, each tried where the one before it fails the check."""
+
+    RULE = 0
+    """By the rule of its layer."""
+
+    LAYER = 1
+    """By differentiating its layer by itself."""
+
+    AROUND = 2
+    """By differentiating the layer around its own, which may compute with it directly."""
+
+    ALONE = 3
+    """By differentiating the whole model, sample by sample."""
+
+
+class _Check:
+    """The gradients of one sample alone, which those of its batch are compared with.
+
+    Attributes:
+        sample: The sample's place in the batch.
+        outputs: f of this sample alone, or of all samples of the first batch, (B,) or (1,).
+        expected: Its gradients.
+    """
+
+    def __init__(self, sample: int, outputs: Tensor, expected: Sketches) -> None:
+        self.sample = sample
+        self.outputs = outputs
+        self.expected = expected

@@ -1,0 +1,409 @@
+"""Taps on a model's layers, by which the gradients of a batch's samples pass one layer after the other.
+
+A tap is an identity on a layer's output. In the backward pass it gets the gradient of this output, makes of it and of
+the layer's input the pieces of its parameters' per-sample gradients (gradients/pieces.py), hands them on, and drops
+them: what it leaves behind is the sum of their projections. Weights need no gradient for that, so autograd computes
+none. The input is kept as autograd keeps its own tensors, so that activation checkpointing frees and recomputes it.
+
+A layer without a rule (gradients/layers.py) is evaluated once more by itself, and differentiated sample by sample.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..gradients.errors import is_out_of_memory
+from ..gradients.graph import edges_of
+from ..gradients.layers import Rule
+from ..gradients.modes import unfused_attention
+from ..gradients.pieces import Piece, Whole
+
+Take = Callable[[str, Piece, int], None]
+"""Takes a piece of a parameter's gradient, by the parameter's name, for samples from a first one on."""
+
+
+class ViewChangedError(RuntimeError):
+    """The model changes a layer's output in place, which taps that return views of it cannot see."""
+
+
+@dataclass(frozen=True)
+class TappedLayer:
+    """A layer, with some parameters that it computes with.
+
+    Attributes:
+        layer: The layer.
+        rule: The rule of their gradients; None where there is none, so that the layer is differentiated by itself.
+        names: Maps the layer's names of these parameters to the model's.
+    """
+
+    layer: nn.Module
+    rule: Rule | None
+    names: dict[str, str]
+
+
+@dataclass
+class _Call:
+    """A call of a layer.
+
+    Attributes:
+        known: The layer.
+        shapes: Shapes of its outputs that are floating-point tensors.
+        arguments: All that a layer without a rule was called with, None in place of tensors.
+        structure: The structure of these.
+        is_shared: True where all samples share its output.
+        is_shown: True once gradients of such an output were taken from the sums that it is a summand of.
+    """
+
+    known: TappedLayer
+    shapes: list[torch.Size]
+    arguments: list[Any] = field(default_factory=list)
+    structure: Any = None
+    is_shared: bool = False
+    is_shown: bool = False
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's outputs, whose backward pass shows their gradients and what the layer was given."""
+
+    @staticmethod
+    def forward(ctx: Any, show: Any, call: _Call, trigger: Tensor, outputs: int, *tensors: Tensor) -> Any:
+        ctx.show = show
+        ctx.call = call
+        ctx.outputs = outputs
+        ctx.save_for_backward(*tensors[outputs:])
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:outputs])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        ctx.show(ctx.call, ctx.saved_tensors, grads)
+        return (None, None, None, None, *grads, *(None for _ in ctx.saved_tensors))
+
+
+class _Probe(torch.autograd.Function):
+    """Zeros to add to a layer's output, for models that change it in place; shows the gradient as a tap does."""
+
+    @staticmethod
+    def forward(ctx: Any, show: Any, call: _Call, trigger: Tensor, output: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.show = show
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        # -0.0 and no other zero leaves every number as it is
+        return output.new_full((), -0.0).expand(output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.show(ctx.call, ctx.saved_tensors, [gradient])
+        return (None, None, None, None, *(None for _ in ctx.saved_tensors))
+
+
+class Taps:
+    """The taps of one forward and backward pass over a batch.
+
+    Attributes:
+        unexplained: Names of the parameters of layers that were called in a way that no rule knows.
+        calls: Calls of the layers of each parameter.
+    """
+
+    def __init__(self, layers: Sequence[TappedLayer], count: int, device: torch.device, add: bool) -> None:
+        """Prepares taps on some layers.
+
+        Args:
+            layers: The layers.
+            count: Samples of the batch, B.
+            device: The device of the model.
+            add: Adds zeros to outputs, instead of returning views of them: for models that change them in place.
+        """
+        self.unexplained: set[str] = set()
+        self.calls: dict[str, int] = {}
+        self._layers = layers
+        self._count = count
+        self._add = add
+        self._trigger = torch.zeros((), device=device, requires_grad=True)
+        self._shared: dict[Any, _Call] = {}
+        self._take: Take | None = None
+        self._is_counting = True
+        self._is_inert = False
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Has the layers tapped during the block."""
+        handles = [
+            known.layer.register_forward_hook(partial(self._tap, known), with_kwargs=True) for known in self._layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run_backward(self, outputs: Tensor, seeds: Tensor, take: Take) -> None:
+        """Differentiates Σ_b seeds_b · outputs_b, and hands each piece of the gradients to `take`.
+
+        Args:
+            outputs: f of each sample, (B,), computed while the taps were attached, as they still are.
+            seeds: The factor of each sample, (B,).
+            take: Takes the pieces.
+        """
+        self._is_counting = False
+        if not outputs.requires_grad:
+            return
+        handles = self._capture_sums(outputs) if self._shared else []
+        self._take = take
+        try:
+            # reentrant checkpointing allows no torch.autograd.grad; all that requires gradients is the trigger
+            torch.autograd.backward(outputs, seeds.to(outputs))
+        finally:
+            self._take = None
+            self._trigger.grad = None
+            for handle in handles:
+                handle.remove()
+
+    def _tap(
+        self, known: TappedLayer, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Puts a tap on the output of a call."""
+        if self._is_inert:
+            return None
+        if self._is_counting:
+            for name in known.names.values():
+                self.calls[name] = self.calls.get(name, 0) + 1
+        if not torch.is_grad_enabled():
+            return None  # the first pass of reentrant checkpointing
+        if known.rule is None:
+            return self._tap_any(known, args, kwargs, output)
+        tensors = [value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)]
+        fits = len(tensors) == 1 or (args and isinstance(args[0], Tensor))
+        if not fits or not tensors[0].ndim or not isinstance(output, Tensor) or not output.ndim:
+            self.unexplained |= set(known.names.values())
+            return None
+        call = _Call(known, shapes=[output.shape])
+        tapped = self._tapped(call, [output], [tensors[0].detach()])[0]
+        if len(output) != self._count:
+            call.is_shared = True
+            self._shared[tapped.grad_fn] = call
+        return tapped
+
+    def _tap_any(self, known: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Puts a tap on all outputs of a layer without a rule."""
+        results, result_structure = tree_flatten(output)
+        places = [i for i, x in enumerate(results) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        if not places or not tensors:
+            self.unexplained |= set(known.names.values())
+            return None
+        call = _Call(
+            known,
+            shapes=[results[i].shape for i in places],
+            arguments=[None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves],
+            structure=structure,
+        )
+        for place, tapped in zip(places, self._tapped(call, [results[i] for i in places], tensors), strict=True):
+            results[place] = tapped
+        return tree_unflatten(results, result_structure)
+
+    def _tapped(self, call: _Call, outputs: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor]:
+        if not self._add:
+            tapped: Sequence[Tensor] = _Tap.apply(self._show, call, self._trigger, len(outputs), *outputs, *tensors)
+            return tapped
+        return [
+            x + _Probe.apply(self._show_of(place), call, self._trigger, x, *tensors) for place, x in enumerate(outputs)
+        ]
+
+    def _show_of(self, place: int) -> Callable[[_Call, Sequence[Tensor], Sequence[Tensor | None]], None]:
+        """Returns a function that shows the gradient of one of a call's outputs."""
+
+        def show(call: _Call, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+            self._show(call, tensors, [grads[0] if i == place else None for i in range(len(call.shapes))])
+
+        return show
+
+    @torch.no_grad()
+    def _show(self, call: _Call, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Takes the pieces of a call; does nothing while a task differentiates by itself."""
+        if self._take is None or all(gradient is None for gradient in grads):
+            return
+        known = call.known
+        if known.rule is None:
+            if not self._differentiate(call, tensors, grads):
+                self.unexplained |= set(known.names.values())
+        elif not call.is_shown and grads[0] is not None and not self._apply(call, tensors[0], grads[0]):
+            self.unexplained |= set(known.names.values())
+
+    def _apply(self, call: _Call, inputs: Tensor, output_grads: Tensor) -> bool:
+        """Applies the rule of a layer; returns False if it does not fit."""
+        known = call.known
+        rule = known.rule
+        assert rule is not None
+        count = self._count
+        if call.is_shared and not call.is_shown:
+            if len(inputs) != len(output_grads) or len(inputs) % count:
+                return False
+            # all tokens in one dimension, sample by sample
+            inputs = inputs.unflatten(0, (count, -1))
+            output_grads = output_grads.unflatten(0, (count, -1))
+        if inputs.ndim < rule.least_dims or len(inputs) != count or len(output_grads) != count:
+            return False
+        try:
+            pieces = rule.gradients(known.layer, inputs, output_grads)
+            pieces = {known.names[name]: piece for name, piece in pieces.items() if name in known.names}
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        for name, piece in pieces.items():
+            self._hand_on(name, piece, 0)
+        return True
+
+    def _hand_on(self, name: str, piece: Piece, start: int) -> None:
+        assert self._take is not None
+        self._take(name, piece, start)
+
+    def _capture_sums(self, outputs: Tensor) -> list[Any]:
+        """Has the gradients of outputs that all samples share taken from the sums that they are summands of.
+
+        An output that all samples share, as the embeddings of positions are, has a leading dimension of 1, or none for
+        samples. Added to something that has, its gradient for each sample is that of the sum, which autograd reduces.
+        """
+        handles = []
+        for node, following in edges_of(outputs.grad_fn):
+            if following in self._shared and node.name() == "AddBackward0":
+                handles.append(node.register_prehook(self._keeping(following)))
+        return handles
+
+    def _keeping(self, node: Any) -> Callable[[tuple[Tensor, ...]], None]:
+        """Returns a hook that takes the gradient of a sum for that of one of its summands, which `node` has made."""
+        call = self._shared[node]
+
+        def keep(grads: tuple[Tensor, ...]) -> None:
+            shape = call.shapes[0]
+            inputs = self._saved(node)
+            if inputs is None or grads[0] is None:
+                return
+            if grads[0].shape == (self._count, *shape):
+                inputs = inputs.expand(self._count, *inputs.shape)
+            elif len(inputs) == shape[0] == 1 and grads[0].shape == (self._count, *shape[1:]):
+                inputs = inputs.expand(self._count, *inputs.shape[1:])
+            else:
+                return
+            call.is_shown = False
+            call.is_shared = False
+            self._show(call, [inputs], [grads[0]])
+            call.is_shared = True
+            call.is_shown = True
+
+        return keep
+
+    def _saved(self, node: Any) -> Tensor | None:
+        """Returns the input of the layer whose output a tap, or the sum with a probe, has made."""
+        if self._add:
+            nodes = [following for following, _ in node.next_functions if following is not None]
+            node = next((x for x in nodes if hasattr(x, "call")), None)
+        return node.saved_tensors[0] if node is not None else None
+
+    def _differentiate(self, call: _Call, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
+        """Differentiates a layer without a rule by itself, sample by sample; returns False if it cannot be split."""
+        layer = call.known.layer
+        names = call.known.names
+        count = self._count
+        lengths = {len(g) for g in grads if g is not None}
+        if any(length % count or not length for length in lengths):
+            return False
+        weights = {name: layer.get_parameter(name).detach() for name in names}
+        kept = [(place, g) for place, g in enumerate(grads) if g is not None]
+        parts = [_split(tensor, count, lengths) for tensor in (*tensors, *(g for _, g in kept))]
+
+        def product(weights: dict[str, Tensor], *values: Tensor) -> Tensor:
+            """Computes Σ output · gradient for one sample, of which the gradient is that of f."""
+            own = [part.restored(value) for part, value in zip(parts, values, strict=True)]
+            own_tensors = iter(own[: len(tensors)])
+            leaves = [next(own_tensors) if leaf is None else leaf[0] for leaf in call.arguments]
+            args, kwargs = tree_unflatten(leaves, call.structure)
+            # a weight that a layer inside shares has a tap of its own there
+            results, _ = tree_flatten(functional_call(layer, weights, args, kwargs, tie_weights=False))
+            results = [x for x in results if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
+            total = [(results[place] * g).sum() for (place, _), g in zip(kept, own[len(tensors) :], strict=True)]
+            return torch.stack(total).sum()
+
+        values = [part.values for part in parts]
+        self._is_inert = True
+        try:
+            with torch.enable_grad():
+                if not self._at_once(names, weights, product, parts, values):
+                    for i in range(count):
+                        sample = [x[i] if part.is_split else x for part, x in zip(parts, values, strict=True)]
+                        gradient = grad(product)(weights, *sample)
+                        for name, value in gradient.items():
+                            self._hand_on(names[name], Whole(value.detach().unsqueeze(0)), i)
+        finally:
+            self._is_inert = False
+        return True
+
+    def _at_once(
+        self,
+        names: dict[str, str],
+        weights: dict[str, Tensor],
+        product: Any,
+        parts: Sequence[_Split],
+        values: list[Tensor],
+    ) -> bool:
+        """Differentiates all samples of a batch together, if torch.func can and they are small."""
+        size = self._count * sum(weight.numel() * weight.element_size() for weight in weights.values())
+        if size > LARGEST_AT_ONCE:
+            return False
+        try:
+            with warnings.catch_warnings(), unfused_attention():
+                warnings.simplefilter("error")  # about loops in place of what cannot be batched
+                in_dims = (None, *(0 if part.is_split else None for part in parts))
+                gradients = vmap(grad(product), in_dims=in_dims)(weights, *values)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        for name, value in gradients.items():
+            self._hand_on(names[name], Whole(value.detach()), 0)
+        return True
+
+
+LARGEST_AT_ONCE = 64 << 20
+"""Bytes of per-sample gradients that a layer without a rule may have together; larger ones are made one by one."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A tensor with one slice for each sample, or one that all share.
+
+    Attributes:
+        values: (B, ...), or the tensor as it is.
+        is_split: True in the first case.
+        had_batch: True where the slices are samples of a batch, which a layer gets as batches of one.
+    """
+
+    values: Tensor
+    is_split: bool
+    had_batch: bool
+
+    def restored(self, value: Tensor) -> Tensor:
+        """Returns the slice of one sample as the layer takes it."""
+        return value.unsqueeze(0) if self.had_batch else value
+
+
+def _split(tensor: Tensor, count: int, lengths: set[int]) -> _Split:
+    """Splits a tensor by samples: of which it has one a row, or as many rows of each as outputs have."""
+    length = len(tensor) if tensor.ndim else 0
+    if length == count:
+        return _Split(tensor, is_split=True, had_batch=True)
+    if length in lengths:
+        return _Split(tensor.unflatten(0, (count, -1)), is_split=True, had_batch=False)
+    return _Split(tensor, is_split=False, had_batch=False)

@@ -1,0 +1,227 @@
+"""The forms in which a layer gives the per-sample gradients of a parameter: factors, of which rows are made on demand.
+
+A parameter counts as a matrix of height × width, its first dimension by the others together (a vector is one row), so
+that rows of its flattened gradient are neighbouring columns of the projection matrix. Large gradients need not be
+formed as a whole: `rows` forms some rows for all samples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+
+class Piece(Protocol):
+    """A summand of the gradient of one parameter, for each sample of a batch.
+
+    Attributes:
+        count: Samples, B.
+        height: Rows of the parameter.
+        width: Entries of a row.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Forms rows `first` to `last` − 1, (B, last − first, width)."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A gradient that exists as a whole.
+
+    Attributes:
+        values: (B, *shape).
+    """
+
+    values: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.values)
+
+    @property
+    def height(self) -> int:
+        return self.values.shape[1] if self.values.ndim > 2 else 1
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.values.shape[1:]) // max(1, self.height)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.values.reshape(self.count, self.height, self.width)[:, first:last]
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The gradient of a vector: a sum over tokens.
+
+    Attributes:
+        values: (B, T, C), summed over T in float32 at least.
+    """
+
+    values: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.values)
+
+    @property
+    def height(self) -> int:
+        return 1
+
+    @property
+    def width(self) -> int:
+        return self.values.shape[2]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        values = self.values
+        return values.sum(1, dtype=torch.promote_types(values.dtype, torch.float32)).unsqueeze(1)[:, first:last]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The gradient of a matrix: a sum over tokens of outer products (Goodfellow, arXiv:1510.01799, 2015).
+
+    Attributes:
+        left: (B, T, height).
+        right: (B, T, width).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.left)
+
+    @property
+    def height(self) -> int:
+        return self.left.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.right.shape[2]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.left[:, :, first:last].mT @ self.right
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The gradient of a table of which each token has read a row.
+
+    Attributes:
+        indices: (B, T) the rows that were read.
+        values: (B, T, width) the gradients of what was read.
+        height: Rows of the table.
+    """
+
+    indices: Tensor
+    values: Tensor
+    height: int
+
+    @property
+    def count(self) -> int:
+        return len(self.values)
+
+    @property
+    def width(self) -> int:
+        return self.values.shape[2]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        inside = (self.indices >= first) & (self.indices < last)
+        return self.at(self.indices - first, last - first, inside)
+
+    def at(self, places: Tensor, height: int, inside: Tensor | None = None) -> Tensor:
+        """Adds up values by their places.
+
+        Args:
+            places: (B, T) a place in [0, height) for each token.
+            height: The number of places.
+            inside: (B, T) False for tokens to leave out; None: none.
+
+        Returns:
+            (B, height, width).
+        """
+        count, width = self.count, self.width
+        values = self.values
+        if inside is not None:
+            places = torch.where(inside, places, 0)
+            values = values * inside.unsqueeze(2)
+        starts = height * torch.arange(count, device=places.device).unsqueeze(1)
+        sums = values.new_zeros(count * height, width)
+        sums.index_add_(0, (places + starts).flatten(), values.reshape(-1, width))
+        return sums.view(count, height, width)
+
+
+@dataclass(frozen=True)
+class Convolved:
+    """The gradient of a convolution's kernels, padded by zeros on both sides alike.
+
+    The samples are taken for groups of channels of one sample, so that one convolution keeps them apart.
+
+    Attributes:
+        layer: The convolution.
+        inputs: (B, in, ...).
+        output_grads: (B, out, ...).
+    """
+
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    inputs: Tensor
+    output_grads: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def height(self) -> int:
+        return self.layer.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.layer.weight.shape[1:])
+
+    def rows(self, first: int, last: int) -> Tensor:
+        outputs_a_group = self.layer.out_channels // self.layer.groups
+        inputs_a_group = self.layer.in_channels // self.layer.groups
+        groups = range(first // outputs_a_group, -(-last // outputs_a_group))
+        # the rows of one group may be cut anywhere, those of several only between groups
+        low, high = (
+            (first, last) if len(groups) == 1 else (groups.start * outputs_a_group, groups.stop * outputs_a_group)
+        )
+        weight = self._kernels(
+            self.inputs[:, groups.start * inputs_a_group : groups.stop * inputs_a_group],
+            self.output_grads[:, low:high],
+            len(groups),
+        )
+        return weight[:, first - low : last - low]
+
+    def _kernels(self, inputs: Tensor, output_grads: Tensor, groups: int) -> Tensor:
+        """Computes the gradients of the kernels of some groups, (B, out, width)."""
+        layer: Any = self.layer
+        function = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}[inputs.ndim - 2]
+        channels = output_grads.shape[1]
+        weight: Tensor = function(  # type: ignore[no-untyped-call]
+            inputs.reshape(1, -1, *inputs.shape[2:]),
+            (self.count * channels, *layer.weight.shape[1:]),
+            output_grads.reshape(1, -1, *output_grads.shape[2:]),
+            layer.stride,
+            0 if layer.padding == "valid" else layer.padding,
+            layer.dilation,
+            self.count * groups,
+        )
+        return weight.view(self.count, channels, self.width)
