@@ -237,6 +237,7 @@ def run_hooks(problem: Problem) -> Run:
 def run_projection(problem: Problem, proj_type: str) -> Run:
     """Repeats the projections of a streamed batch on random numbers that are in memory already."""
     streamed = run_streamed(problem, proj_type=proj_type)
+    streamed(Meter(problem.device))  # the first batch is checked, by more projections
     with observed(problem.device) as calls:
         streamed(Meter(problem.device))
     sizes = {c.dtype: max(o.batch * o.projection.columns for o in calls if o.dtype == c.dtype) for c in calls}
