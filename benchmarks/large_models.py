@@ -82,6 +82,8 @@ def print_row(row: dict[str, Any]) -> None:
         print(f"{row['way']:34} missing: {row['missing']}")
         return
     notes = ""
+    if "share of yardstick" in row:
+        notes += f"  {row['share of yardstick']:5.2f} of the yardstick's speed"
     if "beyond of projection" in row:
         notes += f"  time beyond the yardstick: {row['beyond of projection']:.2f} of the projection alone"
     if "share in projection" in row:
@@ -90,7 +92,7 @@ def print_row(row: dict[str, Any]) -> None:
         f"{row['way']:34} {row['tokens a second']:10,.0f} tokens/s {row['seconds']:9.3f} s"
         f" {row['CPU seconds']:9.3f} CPU s {row['MiB']:8,.0f} MiB"
         f"  D = {row.get('columns', 0):13,.0f}  features {row.get('features', 0):9,.0f}"
-        f"  {row.get('share of yardstick', 0):5.2f} of the yardstick's speed{notes}"
+        f"{notes}"
     )
 
 
