@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import datasets
 import torch
 import transformers
 from large_model_ways import Facts, Meter, Problem, Run
@@ -32,6 +31,8 @@ def run_bergson(problem: Problem, target: str, dim: int | None = None) -> Run:
             dim × dim numbers of each layer.
         dim: bergson's `projection_dim`; None: k.
     """
+    import datasets
+
     build = importlib.import_module("bergson.build")
     config = importlib.import_module("bergson.config")
     data = importlib.import_module("bergson.data")
@@ -45,7 +46,10 @@ def run_bergson(problem: Problem, target: str, dim: int | None = None) -> Run:
             with meter:
                 collect(**options)
 
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(build, "collect_gradients", count):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.object(build, "collect_gradients", count),
+        ):
             model, texts, index = (str(Path(folder) / name) for name in ("model", "texts", "index"))
             problem.model.save_pretrained(model)
             make_tokenizer().save_pretrained(model)
@@ -53,7 +57,11 @@ def run_bergson(problem: Problem, target: str, dim: int | None = None) -> Run:
             options = config.IndexConfig(
                 run_path=index,
                 model=model,
-                precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[problem.dtype],
+                precision={
+                    torch.float32: "fp32",
+                    torch.bfloat16: "bf16",
+                    torch.float16: "fp16",
+                }[problem.dtype],
                 distributed=config.DistributedConfig(nproc_per_node=1),
                 data=config.DataConfig(dataset=texts),
                 projection_dim=dim or problem.settings.proj_dim,
@@ -61,7 +69,10 @@ def run_bergson(problem: Problem, target: str, dim: int | None = None) -> Run:
                 token_batch_size=ids.numel(),
             )
             build.build(options, config.PreprocessConfig())
-            return {"columns": count_columns(problem), "features": data.load_gradients(index).shape[1]}
+            return {
+                "columns": count_columns(problem),
+                "features": data.load_gradients(index).shape[1],
+            }
 
     return run
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -258,6 +257,8 @@ def run_projection(problem: Problem, proj_type: str) -> Run:
 
 def run_adapters(problem: Problem) -> Run:
     """Streams the gradients of adapters, and finds the share of the time in which they are projected."""
+    import peft
+
     names = {name.rpartition(".")[2] for name in problem.layers()}
     options = peft.LoraConfig(r=8, target_modules=sorted(names), task_type="CAUSAL_LM")
     with warnings.catch_warnings():
@@ -272,7 +273,11 @@ def run_adapters(problem: Problem) -> Run:
         with observed(problem.device) as calls, whole:
             projector.project(problem.batch)
         share = sum(call.seconds for call in calls) / whole.seconds
-        return {"columns": projector.grad_dim, "features": features.shape[1], "share in projection": share}
+        return {
+            "columns": projector.grad_dim,
+            "features": features.shape[1],
+            "share in projection": share,
+        }
 
     return run
 
