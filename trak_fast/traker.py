@@ -23,7 +23,7 @@ from .distributed import Ranks
 from .features.featurizer import FeatureComputer, Featurizer, ProjectedGradients
 from .features.streaming import GradientProjector
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
-from .gradients.base import Contents, description_of
+from .gradients.base import Contents, LossGradientComputer, description_of
 from .projection.projector import NoProjection, Projector, ProjectorLike
 from .recorder import Recorder
 from .scales import beyond_float32
@@ -247,10 +247,12 @@ class TRAKer:
         gradient_bytes = 0
         computer: FeatureComputer
         if gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs"):
-            computer = self.gradient_computer = GradientProjector.with_projector(model, self.task, projector, chosen)
+            streaming = GradientProjector.with_projector(model, self.task, projector, chosen)
+            self.gradient_computer: LossGradientComputer = streaming
+            computer = streaming
             self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
         else:
-            self.gradient_computer = (gradient_computer or FunctionalGradientComputer)(
+            whole = (gradient_computer or FunctionalGradientComputer)(
                 model=model,
                 task=self.task,
                 grad_dim=self.grad_dim,
@@ -258,7 +260,8 @@ class TRAKer:
                 device=self.device,
                 grad_wrt=chosen,
             )
-            computer = ProjectedGradients(self.gradient_computer, projector)
+            self.gradient_computer = whole
+            computer = ProjectedGradients(whole, projector)
             gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
 
         contents = manifest_of(

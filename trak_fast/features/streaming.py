@@ -15,28 +15,35 @@ from __future__ import annotations
 import enum
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..arguments import integer
+from ..arguments import checked_batch, integer
+from ..gradients.adam import AdamMoments
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
 from ..gradients.layers import rule_of
 from ..gradients.modes import checkpointing, no_key_caches, requiring_grad, uncompiled
-from ..gradients.parameters import Columns, columns_of, layers_of, listed
-from ..gradients.pieces import Lookup, Piece, Whole
+from ..gradients.parameters import columns_of, layers_of, listed
+from ..gradients.pieces import Piece, Whole
 from ..gradients.repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
-from ..projection.functions import project
 from ..projection.projector import Projector
 from ..scales import exponents_of
-from ..tasks.base import Task, evaluation_mode, restored
+from ..tasks.base import Task, copy_tensors, evaluation_mode, restored, weighs_by_outputs
+from ..tasks.batches import Batch, batch_tensors
 from ..tasks.registry import resolve_task
 from . import memory
 from .check import NEGLIGIBLE_ROUNDINGS, Sketches, differing
+from .groups import group_by_length
+from .steps import StepSums
+from .sums import FeatureSums
 from .taps import TappedLayer, Taps
 
 logger = logging.getLogger("trak_fast")
@@ -47,105 +54,18 @@ SLICE_BYTES = 64 << 20
 SAMPLES_A_CHECK = 32
 """Samples for each one that is differentiated alone, to compare with."""
 
+OptimizerState = Optimizer | Mapping[str, Any] | str | os.PathLike[str]
+"""What is left of an optimizer: itself, its state dict, or the path of a file with one."""
+
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
-
-
-class FeatureSums:
-    """Sums of the projections of pieces, (B, k)."""
-
-    def __init__(
-        self,
-        projector: Projector,
-        columns: Mapping[str, Columns],
-        count: int,
-        *,
-        model_id: int,
-        slice_bytes: int,
-        sketches: Sketches | None,
-    ) -> None:
-        """Starts with zeros.
-
-        Args:
-            projector: Names the matrix.
-            columns: The columns of each parameter.
-            count: Samples, B.
-            model_id: The checkpoint's number.
-            slice_bytes: Bytes of gradients that are formed at a time.
-            sketches: Gets the rows of one sample too, for a check.
-        """
-        self._projector = projector
-        self._columns = columns
-        self._count = count
-        self._model_id = model_id
-        self._slice_bytes = slice_bytes
-        self._sketches = sketches
-        self._sums: dict[torch.device, Tensor] = {}
-
-    def add(self, name: str, piece: Piece, start: int) -> None:
-        """Adds a piece of a parameter's gradient, for samples from `start` on."""
-        if isinstance(piece, Lookup):
-            self._add_lookup(name, piece, start)
-            return
-        step = piece.height if isinstance(piece, Whole) else self._rows_at_once(piece)
-        for first in range(0, piece.height, step):
-            rows = piece.rows(first, min(first + step, piece.height))
-            self._add_rows(name, rows, first * piece.width, start)
-            del rows  # before the next ones are formed
-
-    def _rows_at_once(self, piece: Piece) -> int:
-        return max(1, self._slice_bytes // max(1, 4 * piece.count * piece.width))
-
-    def _add_lookup(self, name: str, piece: Lookup, start: int) -> None:
-        """Adds the rows of a table that tokens have read, and no others."""
-        tokens, places = torch.unique(piece.indices, return_inverse=True)
-        step = self._rows_at_once(piece)
-        for low in range(0, len(tokens), step):
-            chosen = tokens[low : low + step]
-            inside = None if step >= len(tokens) else (places >= low) & (places < low + step)
-            rows = piece.at(places - low, len(chosen), inside)
-            # rows next to each other in the table go together
-            ends = (chosen.diff() != 1).nonzero().flatten().add(1).tolist()
-            for first, last in zip([0, *ends], [*ends, len(chosen)], strict=True):
-                self._add_rows(name, rows[:, first:last], int(chosen[first]) * piece.width, start)
-
-    def _add_rows(self, name: str, rows: Tensor, column: int, start: int) -> None:
-        """Adds the projection of rows (B, r, width) that begin at a column of a parameter."""
-        sums = self._sums_on(rows.device)[start : start + len(rows)]
-        projector = self._projector
-        project(
-            [rows],
-            projector.proj_dim,
-            proj_type=projector.proj_type,
-            seed=projector.seed,
-            model_id=self._model_id,
-            offset=self._columns[name].first + column,
-            precision=projector.precision,
-            nonzeros=projector.nonzeros,
-            out=sums,
-        )
-        if self._sketches is not None:
-            self._sketches.add_rows(name, rows, column, start)
-
-    def _sums_on(self, device: torch.device) -> Tensor:
-        if device not in self._sums:
-            self._sums[device] = torch.zeros(self._count, self._projector.proj_dim, device=device)
-        return self._sums[device]
-
-    def result(self, device: torch.device) -> Tensor:
-        """Returns the sum over all devices, (B, k) float32."""
-        total = self._sums_on(device)
-        for other, sums in self._sums.items():
-            if other != device:
-                total += sums.to(device)
-        return total
 
 
 class GradientProjector(ParameterGradients):
     """Projects the gradients of samples, which never exist as a whole: features of models of any size.
 
     The result is that of `trak_fast.project` on the per-sample gradients of the task's model output f, flattened in the
-    model's order of parameters, up to rounding: for any `nn.Module`, whole or with adapters (LoRA), frozen in part, with
-    activation checkpointing, in mixed or half precision.
+    model's order of parameters, up to rounding: for any `nn.Module`, whole or with adapters (LoRA), frozen in part,
+    with activation checkpointing, in mixed or half precision.
 
     Attributes:
         grad_dim: Size of a sample's gradient, D.
@@ -165,6 +85,7 @@ class GradientProjector(ParameterGradients):
         grad_wrt: Iterable[str] | None = None,
         memory_budget: int | None = None,
         precision: str | None = None,
+        optimizer_state: OptimizerState | None = None,
     ) -> None:
         """Prepares the projection of a model's gradients.
 
@@ -181,9 +102,12 @@ class GradientProjector(ParameterGradients):
             memory_budget: Bytes for gradients beside the model and its activations: rows of a layer's gradients are
                 formed as many at a time as it takes. By default 64 MiB.
             precision: See `trak_fast.project`.
+            optimizer_state: An Adam or AdamW optimizer, its state dict, or the path of an `optimizer.pt` of
+                transformers' Trainer. The gradient of each sample's loss is replaced by the step that Adam would make
+                with it, as LESS does (`gradients.adam.AdamMoments`).
 
         Raises:
-            ValueError: A number is out of range, or `grad_wrt` fits no parameter.
+            ValueError: A number is out of range, `grad_wrt` fits no parameter, or `optimizer_state` fits another model.
             TypeError: An argument has the wrong type.
         """
         if not isinstance(model, nn.Module):
@@ -196,6 +120,8 @@ class GradientProjector(ParameterGradients):
         self.projector = Projector(
             self.grad_dim, proj_dim, seed=seed, proj_type=proj_type, precision=precision, nonzeros=nonzeros
         )
+        self._moments: AdamMoments | None = None
+        self.precondition(optimizer_state)
         self._is_alone = False  # True once samples of a batch have changed each other
         self._adds = False  # True once a layer's output was changed in place
         self._compared_all = False  # True once all samples of a batch were compared with their outputs alone
@@ -216,6 +142,25 @@ class GradientProjector(ParameterGradients):
             grad_wrt=grad_wrt,
             precision=projector.precision,
         )
+
+    def precondition(self, optimizer_state: OptimizerState | None) -> None:
+        """Takes another `optimizer_state`, of another checkpoint for example; None: gradients as they are."""
+        self._moments = None
+        if optimizer_state is not None:
+            self._moments = AdamMoments.from_optimizer_state(optimizer_state, self.model, self.selected)
+
+    def describe(self) -> dict[str, str | None]:
+        """Describes the features for their manifest."""
+        return {
+            "gradient_computer": "exact",
+            "sketch": "full",
+            "preconditioner": None if self._moments is None else "adam",
+        }
+
+    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes the weighting Q of each sample, (B,) or (B, 1); 1 with moments, whose steps have Q in them."""
+        weightings = super().compute_loss_grad(batch)
+        return torch.ones_like(weightings) if self._moments is not None else weightings
 
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
@@ -261,11 +206,12 @@ class GradientProjector(ParameterGradients):
         everything = self._is_alone or not hasattr(self.task, "get_outputs")
         return frozenset(self.selected) if everything else self._untapped
 
-    def project(self, batch: Sequence[Tensor], model_id: int = 0) -> Tensor:
+    def project(self, batch: Batch, model_id: int = 0) -> Tensor:
         """Computes the projected gradient of each sample's model output.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each. If memory runs out, halves of it are computed.
+            batch: The tensors that the task asks for, (B, ...) each, in its order or by name (a dict, a BatchEncoding).
+                If memory runs out, halves of it are computed. Texts of very different lengths are computed in groups.
             model_id: The checkpoint's number, 0 to 2^32 − 1, which selects the projection matrix.
 
         Returns:
@@ -277,7 +223,7 @@ class GradientProjector(ParameterGradients):
             TypeError: The batch is no sequence of tensors.
         """
         self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
-        batch = [x.to(self._device) for x in batch]
+        batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
         count = len(batch[0])
         self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
         features = torch.zeros(count, self.proj_dim, device=self._device)
@@ -290,7 +236,7 @@ class GradientProjector(ParameterGradients):
         return features
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
-        """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a ridge given as a number refers to.
+        """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a given ridge refers to.
 
         Returns:
             (B, k); float64 on the CPU if a row is beyond what float32 computes with.
@@ -303,8 +249,24 @@ class GradientProjector(ParameterGradients):
 
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the features of a batch, (B, k), and f of each sample, (B,), detached."""
+        task: Any = self.task
+        if not hasattr(task, "text_lengths"):
+            features, outputs = self._differentiate_group(batch)
+            return {"features": features}, outputs
+        groups = group_by_length(task.text_lengths(batch).cpu())
+        results = []
+        for rows in groups:
+            group = [x[rows.to(x.device)] for x in batch]
+            results.append(self._differentiate_group(task.without_spare_padding(group)))
+        order = torch.cat(groups).argsort()
+        features = torch.cat([features for features, _ in results])
+        outputs = torch.cat([outputs for _, outputs in results])
+        return {"features": features[order.to(features.device)]}, outputs[order.to(outputs.device)]
+
+    def _differentiate_group(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Computes the features of some samples of a batch, (B, k), and f of each, (B,), detached."""
         features, outputs = self._differentiate_with(batch, torch.ones(len(batch[0])))
-        return {"features": self._rescaled(batch, features)}, outputs
+        return (features if self._moments is not None else self._rescaled(batch, features)), outputs
 
     def _rescaled(self, batch: Sequence[Tensor], features: Tensor) -> Tensor:
         """Computes rows again that are beyond what float32 computes with, from multiples of f by powers of two."""
@@ -343,8 +305,8 @@ class GradientProjector(ParameterGradients):
                 return self._after_failure(batch, seeds, error)
             if streamed is not None:
                 return streamed
-        sums = self._new_sums(len(batch[0]), None)
-        outputs = self._add_alone(batch, list(self.selected), seeds, sums.add)
+        sums = self._new_sums(len(batch[0]))
+        outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
         return sums.result(self._device), outputs
 
     def _stream(self, batch: Sequence[Tensor], seeds: Tensor, check: _Check | None) -> tuple[Tensor, Tensor] | None:
@@ -355,17 +317,12 @@ class GradientProjector(ParameterGradients):
         sketches = None
         if check is not None:
             sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
-        sums = self._new_sums(count, sketches)
-
-        def take(name: str, piece: Piece, start: int) -> None:
-            if name not in singly:
-                sums.add(name, piece, start)
-
         layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
-        taps = Taps(layers, count, self._device, add=self._adds)
+        taps = Taps(layers, count, self._device, omitted=singly, add=self._adds)
+        sums = self._new_sums(count, sketches, taps.is_whole)
         with self._running(()), taps.attached():
             outputs = self._outputs(batch)
-            taps.run_backward(outputs, seeds, take)
+            taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
         outputs = outputs.detach()
         if unexplained := taps.unexplained - singly:
             self._fall_back(unexplained)
@@ -380,8 +337,9 @@ class GradientProjector(ParameterGradients):
             self._unchecked = 0
             self._compared_all = True
         self._unchecked += count
+        sums.flush()
         if singly:
-            alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add)
+            alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)
             if differ(alone, outputs, self._output_tolerance):
                 self._stay_alone()
                 return None
@@ -399,8 +357,11 @@ class GradientProjector(ParameterGradients):
             modes.enter_context(requiring_grad(self.parameters.values(), chosen))
             yield
 
-    def _new_sums(self, count: int, sketches: Sketches | None) -> FeatureSums:
-        return FeatureSums(
+    def _new_sums(
+        self, count: int, sketches: Sketches | None = None, is_whole: Callable[[str], bool] = lambda name: True
+    ) -> FeatureSums | StepSums:
+        """Makes sums of the features of so many samples."""
+        sums = FeatureSums(
             self.projector,
             self.columns,
             count,
@@ -408,6 +369,21 @@ class GradientProjector(ParameterGradients):
             slice_bytes=self.slice_bytes,
             sketches=sketches,
         )
+        if self._moments is None:
+            return sums
+        shapes = {name: parameter.shape for name, parameter in self.selected.items()}
+        return StepSums(sums, self._moments, shapes, count, self._device, is_whole)
+
+    def _weighted(self, seeds: Tensor, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        """Returns the factors of f that are differentiated, (B,): with moments, those of the negative loss."""
+        seeds = seeds.to(outputs)
+        if self._moments is None:
+            return seeds
+        if weighs_by_outputs(self.task):
+            weightings = self.task.get_weightings(outputs.detach(), copy_tensors(batch))
+        else:
+            weightings = self._own_weightings(batch)
+        return seeds * weightings.detach().reshape(-1).to(outputs)
 
     def _add_alone(
         self, batch: Sequence[Tensor], names: Sequence[str], seeds: Tensor, take: Callable[[str, Piece, int], None]
@@ -440,14 +416,18 @@ class GradientProjector(ParameterGradients):
             return take_gradient
 
         with self._running(chosen):
-            handles = [p.register_post_accumulate_grad_hook(taking(n)) for n, p in zip(names, chosen, strict=True)]
+            handles = [
+                parameter.register_post_accumulate_grad_hook(taking(name))  # type: ignore[no-untyped-call]
+                for name, parameter in zip(names, chosen, strict=True)
+            ]
             try:
                 for parameter in chosen:
                     parameter.grad = None
-                for sample, single in enumerate(singles_of(batch)):
+                for sample, single in enumerate(singles_of(batch, self.task)):
                     output = self._outputs(single)
                     if output.requires_grad:
-                        torch.autograd.backward(output, seeds[sample : sample + 1].to(output))
+                        seed = self._weighted(seeds[sample : sample + 1], output, single)
+                        torch.autograd.backward(output, seed)
                     outputs.append(output.detach())
             finally:
                 for handle in handles:
@@ -499,12 +479,32 @@ class GradientProjector(ParameterGradients):
             return True
         with self._running(()), torch.no_grad():
             single = [x[check.sample : check.sample + 1] for x in batch]
-            first, second = self._outputs(single), self._outputs(single)
+            first = self._outputs_alone(single)
+            second = self._outputs_alone(single)
         if differ(first, second, self._output_tolerance) or differ(
             first, expected[check.sample : check.sample + 1], self._output_tolerance
         ):
             raise RandomOutputsError(RANDOM)
+        self._refuse_padding(single, first, outputs[check.sample : check.sample + 1])
         return False
+
+    def _refuse_padding(self, single: Sequence[Tensor], alone: Tensor, in_batch: Tensor) -> None:
+        """Refuses a model whose f of a sample depends on how far the sample is padded.
+
+        Raises:
+            RuntimeError: So it is; the message says what may help.
+        """
+        if not hasattr(self.task, "without_spare_padding"):
+            return
+        padded = self._outputs(single)
+        if differ(alone, padded, self._output_tolerance) and not differ(in_batch, padded, self._output_tolerance):
+            used = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+            other = "sdpa" if used == "eager" else "eager"
+            raise RuntimeError(
+                f"padding changes the model's outputs: f of a sample is {alone.item():.6g} alone and "
+                f"{padded.item():.6g} padded to {single[0].shape[1]} positions; load the model with "
+                f"attn_implementation={other!r} (it has {used!r}), or give batches of texts of one length"
+            )
 
     def _differing(self, found: Sketches, expected: Sketches) -> Collection[str]:
         """Returns the names of the parameters whose gradients differ by more than rounding explains."""
@@ -515,9 +515,9 @@ class GradientProjector(ParameterGradients):
 
     def _after_failure(self, batch: Sequence[Tensor], seeds: Tensor, error: Exception) -> tuple[Tensor, Tensor]:
         """Differentiates samples alone from now on, if that works where a batch has failed."""
-        sums = self._new_sums(len(batch[0]), None)
+        sums = self._new_sums(len(batch[0]))
         try:
-            outputs = self._add_alone(batch, list(self.selected), seeds, sums.add)
+            outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
         except (ValueError, TypeError) as of_one:
             if type(error) is type(of_one):
                 raise error from None  # it speaks of the whole batch

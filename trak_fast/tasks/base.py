@@ -218,6 +218,16 @@ class PaddedBatches(Protocol):
         """Returns a batch with nothing but zeros at the end for padding: a sample is the same however it is padded."""
 
 
+class PaddedTexts(PaddedBatches, Protocol):
+    """A task whose batches can be cut where only padding follows, which saves computing it."""
+
+    def text_lengths(self, batch: Sequence[Tensor]) -> Tensor:
+        """Counts the positions of each sample without the padding at its end, (B,) int64."""
+
+    def without_spare_padding(self, batch: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a batch that is padded to its longest sample and no further."""
+
+
 class NamedBatches(Protocol):
     """A task whose batches may be mappings (`batches.batch_tensors`), as those of tokenizers and collators are.
 

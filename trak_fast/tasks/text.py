@@ -37,6 +37,22 @@ class _Texts:
         """Returns a batch whose texts begin at the front, with 0 after them, as its attention_mask says."""
         return list(self._cleared(self._at_front(by_name(batch, self))).values()) if len(batch) else batch
 
+    def text_lengths(self, batch: Sequence[Tensor]) -> Tensor:
+        """Counts the positions of each text up to its last that is no padding, (B,) int64."""
+        named = self._at_front(by_name(batch, self))
+        mask = named["attention_mask"]
+        if mask.ndim != 2:
+            return torch.full((len(mask),), named["input_ids"].shape[1])
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return torch.where(mask != 0, places, 0).amax(1)
+
+    def without_spare_padding(self, batch: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a batch whose texts begin at the front, cut after the longest of them."""
+        named = self._at_front(by_name(batch, self))
+        shape = named["input_ids"].shape
+        longest = max(1, int(self.text_lengths(batch).max()))
+        return [x[:, :longest] if x.shape == shape else x for x in named.values()]
+
     def _cleared(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sets padding to 0 and moves all of it to the end."""
         mask = named["attention_mask"]
@@ -168,6 +184,15 @@ class Seq2SeqLM(LanguageModelling):
 
     fields = ("input_ids", "attention_mask", "labels")
     inputs = fields
+
+    def without_spare_padding(self, batch: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a batch whose texts begin at the front, cut after the longest of them, as the labels are."""
+        named = self._at_front(by_name(batch, self))
+        labels = named.pop("labels")
+        longest = max(1, int(self.text_lengths(batch).max()))
+        places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+        longest_label = max(1, int(torch.where(labels != IGNORED, places, 0).max()))
+        return [*(x[:, :longest] for x in named.values()), labels[:, :longest_label]]
 
     def _cleared(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sets padding to 0; labels count from 1 then, so that the token 0 at the end is none."""
