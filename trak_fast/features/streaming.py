@@ -55,7 +55,7 @@ SAMPLES_A_CHECK = 32
 """Samples for each one that is differentiated alone, to compare with."""
 
 OptimizerState = Optimizer | Mapping[str, Any] | str | os.PathLike[str]
-"""What is left of an optimizer: itself, its state dict, or the path of a file with one."""
+"""An optimizer, its state dict, or the path of a file with one."""
 
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
 
