@@ -327,6 +327,7 @@ class GradientProjector(ParameterGradients):
         with self._running(()), taps.attached():
             outputs = self._outputs(batch)
             taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
+        sums.flush()
         outputs = outputs.detach()
         if unexplained := taps.unexplained - singly:
             self._fall_back(unexplained)
@@ -341,7 +342,6 @@ class GradientProjector(ParameterGradients):
             self._unchecked = 0
             self._compared_all = True
         self._unchecked += count
-        sums.flush()
         if singly:
             alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)
             if differ(alone, outputs, self._output_tolerance):
