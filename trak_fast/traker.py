@@ -22,6 +22,7 @@ from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.featurizer import FeatureComputer, Featurizer, ProjectedGradients
 from .features.streaming import GradientProjector
+from .features.two_sided import side_of
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
 from .gradients.base import Contents, description_of
 from .projection.projector import NoProjection, Projector, ProjectorLike
@@ -123,6 +124,8 @@ class TRAKer:
         nonzeros: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
+        sketch: str = "full",
+        sketch_side: int | None = None,
         distributed: bool | None = None,
         check_samples: bool = True,
         curvature: bool = True,
@@ -169,6 +172,10 @@ class TRAKer:
             memory_budget: Bytes for gradients and for the results that computing them keeps; by default a quarter of
                 the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
                 than that needs.
+            sketch: "two_sided" replaces the gradients of linear layers' weights by sketches made from their factors,
+                which takes a fraction of the time of forming and projecting them; "full" does not
+                (docs/two-sided.md). With proj_dim=0 features are the sketches as they are.
+            sketch_side: Rows and columns of a sketch at most; 64 by default.
             distributed: Shares the work with the other processes of torch.distributed; by default if there are any.
             check_samples: Refuses samples that are not those that their rows were stored from, in a run before or at
                 another checkpoint; a digest of each is stored. False takes them as they come, with augmentation for
@@ -242,12 +249,31 @@ class TRAKer:
         elif (grad_dim := getattr(projector, "grad_dim", 0)) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector
-        self.proj_dim = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48) or self.grad_dim
+        two_sided = side_of(sketch, sketch_side) is not None
+        if two_sided and (gradient_computer is not None or type(projector) not in (Projector, NoProjection)):
+            own = "gradient_computer" if gradient_computer is not None else "projector"
+            raise ValueError(f'{own} must be left out with sketch="two_sided", not given; set proj_dim and proj_type')
+        width = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48)
         chosen = None if grad_wrt is None and len(parameters) == len(every) else list(parameters)
         gradient_bytes = 0
         computer: FeatureComputer
-        if gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs"):
-            computer = self.gradient_computer = GradientProjector.with_projector(model, self.task, projector, chosen)
+        streams = gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs")
+        if two_sided or streams:
+            if type(projector) is Projector:
+                self.gradient_computer = computer = GradientProjector.with_projector(
+                    model, self.task, projector, chosen, sketch=sketch, sketch_side=sketch_side
+                )
+            else:
+                self.gradient_computer = computer = GradientProjector(
+                    model,
+                    self.task,
+                    0,
+                    seed=projector_seed,
+                    grad_wrt=chosen,
+                    sketch=sketch,
+                    sketch_side=sketch_side,
+                )
+            width = computer.proj_dim
             self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
         else:
             self.gradient_computer = (gradient_computer or FunctionalGradientComputer)(
@@ -260,6 +286,7 @@ class TRAKer:
             )
             computer = ProjectedGradients(self.gradient_computer, projector)
             gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+        self.proj_dim = width or self.grad_dim
 
         contents = manifest_of(
             projector,

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from ..gradients.errors import is_out_of_memory
 from ..gradients.layers import rule_of
 from ..gradients.modes import checkpointing, no_key_caches, requiring_grad, uncompiled
 from ..gradients.parameters import Columns, columns_of, layers_of, listed
-from ..gradients.pieces import Lookup, Piece, Whole
+from ..gradients.pieces import Piece, Whole, row_slices
 from ..gradients.repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
 from ..projection.functions import project
 from ..projection.projector import Projector
@@ -36,8 +37,9 @@ from ..scales import exponents_of
 from ..tasks.base import Task, evaluation_mode, restored
 from ..tasks.registry import resolve_task
 from . import memory
-from .check import NEGLIGIBLE_ROUNDINGS, Sketches, differing
+from .check import NEGLIGIBLE_ROUNDINGS, Sketches, Sums, differing
 from .taps import TappedLayer, Taps
+from .two_sided import BlockSums, Layout, TwoSidedSums, side_of
 
 logger = logging.getLogger("trak_fast")
 
@@ -83,30 +85,9 @@ class FeatureSums:
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
-        if isinstance(piece, Lookup):
-            self._add_lookup(name, piece, start)
-            return
-        step = piece.height if isinstance(piece, Whole) else self._rows_at_once(piece)
-        for first in range(0, piece.height, step):
-            rows = piece.rows(first, min(first + step, piece.height))
-            self._add_rows(name, rows, first * piece.width, start)
+        for rows, column in row_slices(piece, self._slice_bytes):
+            self._add_rows(name, rows, column, start)
             del rows  # before the next ones are formed
-
-    def _rows_at_once(self, piece: Piece) -> int:
-        return max(1, self._slice_bytes // max(1, 4 * piece.count * piece.width))
-
-    def _add_lookup(self, name: str, piece: Lookup, start: int) -> None:
-        """Adds the rows of a table that tokens have read, and no others."""
-        tokens, places = torch.unique(piece.indices, return_inverse=True)
-        step = self._rows_at_once(piece)
-        for low in range(0, len(tokens), step):
-            chosen = tokens[low : low + step]
-            inside = None if step >= len(tokens) else (places >= low) & (places < low + step)
-            rows = piece.at(places - low, len(chosen), inside)
-            # rows next to each other in the table go together
-            ends = (chosen.diff() != 1).nonzero().flatten().add(1).tolist()
-            for first, last in zip([0, *ends], [*ends, len(chosen)], strict=True):
-                self._add_rows(name, rows[:, first:last], int(chosen[first]) * piece.width, start)
 
     def _add_rows(self, name: str, rows: Tensor, column: int, start: int) -> None:
         """Adds the projection of rows (B, r, width) that begin at a column of a parameter."""
@@ -165,6 +146,8 @@ class GradientProjector(ParameterGradients):
         grad_wrt: Iterable[str] | None = None,
         memory_budget: int | None = None,
         precision: str | None = None,
+        sketch: str = "full",
+        sketch_side: int | None = None,
     ) -> None:
         """Prepares the projection of a model's gradients.
 
@@ -181,9 +164,14 @@ class GradientProjector(ParameterGradients):
             memory_budget: Bytes for gradients beside the model and its activations: rows of a layer's gradients are
                 formed as many at a time as it takes. By default 64 MiB.
             precision: See `trak_fast.project`.
+            sketch: "full": gradients are projected as they are. "two_sided": those of linear layers' weights are
+                replaced by sketches made from their factors, of at most `sketch_side`² numbers each, which takes a
+                fraction of the time and changes inner products by more (docs/two-sided.md). `proj_dim` may be 0 then:
+                features are the sketches as they are, one after the other, with E‖φ‖² = ‖g‖².
+            sketch_side: Rows and columns of a sketch at most; 64 by default.
 
         Raises:
-            ValueError: A number is out of range, or `grad_wrt` fits no parameter.
+            ValueError: A number is out of range, `grad_wrt` fits no parameter, or `sketch_side` is given for "full".
             TypeError: An argument has the wrong type.
         """
         if not isinstance(model, nn.Module):
@@ -192,9 +180,16 @@ class GradientProjector(ParameterGradients):
         if memory_budget is not None:
             self.slice_bytes = integer("memory_budget", memory_budget, 1, 2**62)
         self._ways: dict[str, _Way] = {}  # to the gradients of parameters whose first way was wrong
+        self._side = side_of(sketch, sketch_side)
         super().__init__(model, resolve_task(task), grad_wrt=grad_wrt)
+        self._blocks = self._side is not None and integer("proj_dim", proj_dim, 0) == 0
         self.projector = Projector(
-            self.grad_dim, proj_dim, seed=seed, proj_type=proj_type, precision=precision, nonzeros=nonzeros
+            self.grad_dim,
+            self.sketched_dim if self._blocks else proj_dim,
+            seed=seed,
+            proj_type="rademacher" if self._blocks else proj_type,
+            precision=precision,
+            nonzeros=nonzeros,
         )
         self._is_alone = False  # True once samples of a batch have changed each other
         self._adds = False  # True once a layer's output was changed in place
@@ -203,7 +198,14 @@ class GradientProjector(ParameterGradients):
 
     @classmethod
     def with_projector(
-        cls, model: nn.Module, task: Task, projector: Projector, grad_wrt: Iterable[str] | None
+        cls,
+        model: nn.Module,
+        task: Task,
+        projector: Projector,
+        grad_wrt: Iterable[str] | None,
+        *,
+        sketch: str = "full",
+        sketch_side: int | None = None,
     ) -> GradientProjector:
         """Prepares the projection by the matrix that a `Projector` stands for."""
         return cls(
@@ -215,6 +217,8 @@ class GradientProjector(ParameterGradients):
             nonzeros=projector.nonzeros,
             grad_wrt=grad_wrt,
             precision=projector.precision,
+            sketch=sketch,
+            sketch_side=sketch_side,
         )
 
     def load_model_params(self, model: nn.Module) -> None:
@@ -222,6 +226,7 @@ class GradientProjector(ParameterGradients):
         super().load_model_params(model)
         self.columns = columns_of(self.selected)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
+        self._layout = None if self._side is None else Layout(model, self.selected, self._side)
         self._unchecked = SAMPLES_A_CHECK
         self._assign_layers()
 
@@ -254,6 +259,20 @@ class GradientProjector(ParameterGradients):
     def proj_dim(self) -> int:
         """Size of a feature, k."""
         return self.projector.proj_dim
+
+    @property
+    def sketched_dim(self) -> int:
+        """Numbers that a sample's gradient is made of when it is projected: D, or those of the sketches."""
+        return self.grad_dim if self._layout is None else self._layout.dim
+
+    def describe(self) -> dict[str, Any]:
+        """Describes the way to features for their manifest."""
+        described: dict[str, Any] = {"gradient_computer": "exact", "sketch": "full", "preconditioner": None}
+        if self._layout is not None:
+            described["sketch"] = f"two_sided {self._layout.side}"
+        if self._blocks:  # which no other entry of the manifest tells
+            described.update(seed=self.projector.seed, matrix_definition=self.projector.definition)
+        return described
 
     @property
     def singly(self) -> frozenset[str]:
@@ -399,10 +418,28 @@ class GradientProjector(ParameterGradients):
             modes.enter_context(requiring_grad(self.parameters.values(), chosen))
             yield
 
-    def _new_sums(self, count: int, sketches: Sketches | None) -> FeatureSums:
+    def _new_sums(self, count: int, sketches: Sketches | None) -> Sums:
+        if self._layout is None:
+            return self._projected_sums(count, self.columns, sketches)
+        columns = self._layout.columns
+        inner: Sums
+        if self._blocks:
+            inner = BlockSums(columns, count, self._layout.dim, self.slice_bytes)
+        else:
+            inner = self._projected_sums(count, columns, None)
+        return TwoSidedSums(
+            self._layout,
+            inner,
+            seed=self.projector.seed,
+            model_id=self._model_id,
+            slice_bytes=self.slice_bytes,
+            sketches=sketches,
+        )
+
+    def _projected_sums(self, count: int, columns: Mapping[str, Columns], sketches: Sketches | None) -> FeatureSums:
         return FeatureSums(
             self.projector,
-            self.columns,
+            columns,
             count,
             model_id=self._model_id,
             slice_bytes=self.slice_bytes,
