@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import two_sided_reference as definition
+from language_models import LINEAR, B, Conv1D, Language, Scaled, T, texts
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,62 +22,12 @@ from trak_fast.projection import reference
 from trak_fast.tasks import CausalLM
 from trak_fast.traker import TRAKer
 
-WORDS, WIDTH, B, T = 23, 10, 5, 7
 EPS = 2.0**-24
 GOLDEN = [
     line.split()
     for line in Path(__file__).with_name("two_sided_values.txt").read_text().splitlines()
     if line and not line.startswith("#")
 ]
-
-
-class Conv1D(nn.Module):
-    """A linear layer whose weight is (in, out), as that of transformers."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
-        self.bias = nn.Parameter(torch.randn(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class Scaled(nn.Linear):
-    """A subclass of a linear layer that the rule of linear layers does not fit."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x).tanh()
-
-
-class Language(nn.Module):
-    """A language model whose head is its table of words, with layers of several kinds."""
-
-    def __init__(self, middle: Callable[[int, int], nn.Module] = Conv1D, tied: bool = True) -> None:
-        super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 6)
-        self.middle = middle(6, 5)
-        self.few = nn.Linear(5, 3, bias=False)
-        self.down = nn.Linear(3, WIDTH)
-        self.head = nn.Linear(WIDTH, WORDS, bias=False)
-        if tied:
-            self.head.weight = self.words.weight
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.words(input_ids)
-        x = x + self.norm(x).roll(1, dims=1)
-        return self.head(x + self.down(self.few(self.middle(torch.tanh(self.up(x))))))
-
-
-LINEAR = ["words.weight", "up.weight", "middle.weight", "few.weight", "down.weight"]
-
-
-def texts() -> list[Tensor]:
-    mask = torch.ones(B, T, dtype=torch.long)
-    mask[1, 4:] = 0
-    return [torch.randint(WORDS, (B, T)), mask]
 
 
 def expected_features(

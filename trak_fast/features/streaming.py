@@ -17,28 +17,29 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..arguments import integer
+from ..arguments import choice, integer
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
 from ..gradients.layers import rule_of
 from ..gradients.modes import checkpointing, no_key_caches, requiring_grad, uncompiled
 from ..gradients.parameters import Columns, columns_of, layers_of, listed
 from ..gradients.pieces import Piece, Whole, row_slices
-from ..gradients.repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
+from ..gradients.repeatable import GRADIENT_ROUNDINGS, RANDOM, RandomOutputsError, differ, tolerance_of
 from ..projection.functions import project
 from ..projection.projector import Projector
-from ..scales import exponents_of
+from ..scales import exponents_of, split
 from ..tasks.base import Task, evaluation_mode, restored
 from ..tasks.registry import resolve_task
 from . import memory
 from .check import NEGLIGIBLE_ROUNDINGS, Sketches, Sums, differing
 from .taps import TappedLayer, Taps
+from .tokens import NoTokensError, TokenShares, TokenSums
 from .two_sided import BlockSums, Layout, TwoSidedSums, side_of
 
 logger = logging.getLogger("trak_fast")
@@ -148,6 +149,7 @@ class GradientProjector(ParameterGradients):
         precision: str | None = None,
         sketch: str = "full",
         sketch_side: int | None = None,
+        per: str = "sample",
     ) -> None:
         """Prepares the projection of a model's gradients.
 
@@ -169,9 +171,12 @@ class GradientProjector(ParameterGradients):
                 fraction of the time and changes inner products by more (docs/two-sided.md). `proj_dim` may be 0 then:
                 features are the sketches as they are, one after the other, with E‖φ‖² = ‖g‖².
             sketch_side: Rows and columns of a sketch at most; 64 by default.
+            per: "sample", or "token" for a feature of each token, which add up to the sample's. "token" needs
+                sketch="two_sided", and batches whose first tensor is (B, T, ...).
 
         Raises:
-            ValueError: A number is out of range, `grad_wrt` fits no parameter, or `sketch_side` is given for "full".
+            ValueError: A number is out of range, `grad_wrt` fits no parameter, `sketch_side` is given for "full", or
+                `per` is "token" without sketches or for a task without `get_outputs`.
             TypeError: An argument has the wrong type.
         """
         if not isinstance(model, nn.Module):
@@ -181,6 +186,13 @@ class GradientProjector(ParameterGradients):
             self.slice_bytes = integer("memory_budget", memory_budget, 1, 2**62)
         self._ways: dict[str, _Way] = {}  # to the gradients of parameters whose first way was wrong
         self._side = side_of(sketch, sketch_side)
+        self._per_token = choice("per", per, ("sample", "token")) == "token"
+        if self._per_token and self._side is None:
+            raise ValueError(
+                'per must be "sample" with sketch="full", not "token": to form and project a gradient for each token '
+                'takes as many times as long as there are tokens; add sketch="two_sided"'
+            )
+        self._direction: Tensor | None = None  # the vector that features are multiplied by, token by token
         super().__init__(model, resolve_task(task), grad_wrt=grad_wrt)
         self._blocks = self._side is not None and integer("proj_dim", proj_dim, 0) == 0
         self.projector = Projector(
@@ -191,6 +203,8 @@ class GradientProjector(ParameterGradients):
             precision=precision,
             nonzeros=nonzeros,
         )
+        if self._per_token:
+            self._require_batches("per")
         self._is_alone = False  # True once samples of a batch have changed each other
         self._adds = False  # True once a layer's output was changed in place
         self._compared_all = False  # True once all samples of a batch were compared with their outputs alone
@@ -288,25 +302,77 @@ class GradientProjector(ParameterGradients):
             model_id: The checkpoint's number, 0 to 2^32 − 1, which selects the projection matrix.
 
         Returns:
-            (B, k) float32, on the model's device. The same batch gives the same bits each time.
+            (B, k) float32, on the model's device; (B, T, k) with per="token". The same batch gives the same bits each
+            time.
 
         Raises:
             RuntimeError: The model cannot be differentiated, or its outputs are random.
-            ValueError: The batch is not what the task takes.
+            ValueError: The batch is not what the task takes, or with per="token" the gradient of a parameter is no sum
+                over the tokens.
             TypeError: The batch is no sequence of tensors.
         """
+        features = self._compute_rows(batch, model_id, torch.float32)
+        return features.unflatten(1, (-1, self.proj_dim)) if self._per_token else features
+
+    def token_products(self, batch: Sequence[Tensor], direction: Tensor, model_id: int = 0) -> Tensor:
+        """Computes what each token adds to the product of its sample's feature with a vector.
+
+        With v = P'y, the product y'P g = v'g is a sum over tokens, as g is. Slices of v are made as layers need them,
+        in one forward and backward pass; v is never there.
+
+        Args:
+            batch: The tensors that the task asks for, (B, T, ...) the first, (B, ...) the others.
+            direction: The vector y, (k,).
+            model_id: As in `project`.
+
+        Returns:
+            (B, T) float64, on the model's device; sums over T are `project(batch, model_id) @ direction`, up to
+            rounding.
+
+        Raises:
+            RuntimeError: As in `project`.
+            ValueError: As in `project`, the vector is not (k,), the gradient of a parameter is no sum over the tokens,
+                or the task has no `get_outputs`.
+            TypeError: As in `project`.
+        """
+        self._require_batches("token_products")
+        if direction.shape != (self.proj_dim,):
+            raise ValueError(f"direction must be ({self.proj_dim},), not {tuple(direction.shape)}")
+        scaled = split(direction.detach().double().cpu().unsqueeze(0), 1)
+        self._direction = scaled.mantissas[0].float()
+        try:
+            products = self._compute_rows(batch, model_id, torch.float64)
+        finally:
+            self._direction = None
+        return products * 2.0 ** int(scaled.exponents[0])
+
+    def _require_batches(self, user: str) -> None:
+        if not hasattr(self.task, "get_outputs"):
+            raise ValueError(
+                f"task must have get_outputs for {user}, which tokens are told apart by in a batch, as "
+                f"{type(self.task).__name__} has not; see BatchOutputs"
+            )
+
+    def _compute_rows(self, batch: Sequence[Tensor], model_id: int, dtype: torch.dtype) -> Tensor:
+        """Computes the numbers of each sample, (B, ...); of halves of the batch if memory runs out."""
         self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
         batch = [x.to(self._device) for x in batch]
         count = len(batch[0])
         self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        features = torch.zeros(count, self.proj_dim, device=self._device)
+        rows = torch.zeros(count, self._width(batch), dtype=dtype, device=self._device)
 
         def compute(part: slice) -> None:
-            features[part] = self._compute([x[part] for x in batch])["features"]
+            rows[part] = self._compute([x[part] for x in batch])["features"]
 
         with evaluation_mode(self.model):
             memory.halving_on_oom(count, count, compute)
-        return features
+        return rows
+
+    def _width(self, batch: Sequence[Tensor]) -> int:
+        """Counts the numbers of each sample: k, T · k or T."""
+        if self._direction is not None:
+            return _tokens_of(batch)
+        return self.proj_dim * _tokens_of(batch) if self._per_token else self.proj_dim
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
         """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a ridge given as a number refers to.
@@ -354,7 +420,7 @@ class GradientProjector(ParameterGradients):
                     check = self._begin_check(batch, seeds)
                 streamed = self._stream(batch, seeds, check)
             except Exception as error:
-                if is_out_of_memory(error) or isinstance(error, RandomOutputsError):
+                if is_out_of_memory(error) or isinstance(error, (RandomOutputsError, NoTokensError)):
                     raise
                 if not self._adds and "modified inplace" in str(error):
                     self._adds = True
@@ -362,7 +428,7 @@ class GradientProjector(ParameterGradients):
                 return self._after_failure(batch, seeds, error)
             if streamed is not None:
                 return streamed
-        sums = self._new_sums(len(batch[0]), None)
+        sums = self._new_sums(batch, None)
         outputs = self._add_alone(batch, list(self.selected), seeds, sums.add)
         return sums.result(self._device), outputs
 
@@ -374,7 +440,7 @@ class GradientProjector(ParameterGradients):
         sketches = None
         if check is not None:
             sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
-        sums = self._new_sums(count, sketches)
+        sums = self._new_sums(batch, sketches)
 
         def take(name: str, piece: Piece, start: int) -> None:
             if name not in singly:
@@ -418,33 +484,36 @@ class GradientProjector(ParameterGradients):
             modes.enter_context(requiring_grad(self.parameters.values(), chosen))
             yield
 
-    def _new_sums(self, count: int, sketches: Sketches | None) -> Sums:
-        if self._layout is None:
-            return self._projected_sums(count, self.columns, sketches)
-        columns = self._layout.columns
+    def _new_sums(self, batch: Sequence[Tensor], sketches: Sketches | None) -> Sums:
+        """Starts the sums that the pieces of a batch's gradients go to."""
+        count = len(batch[0])
+        layout = self._layout
+        columns = self.columns if layout is None else layout.columns
+        common = _Common(model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=sketches)
+        if self._direction is not None:
+            return TokenShares(
+                self.projector,
+                columns,
+                layout,
+                self._direction,
+                count,
+                _tokens_of(batch),
+                is_projected=not self._blocks,
+                **common,
+            )
+        if layout is None:
+            return FeatureSums(self.projector, columns, count, **common)
+        if self._per_token:
+            return TokenSums(self.projector, layout, count, _tokens_of(batch), is_projected=not self._blocks, **common)
         inner: Sums
         if self._blocks:
-            inner = BlockSums(columns, count, self._layout.dim, self.slice_bytes)
+            inner = BlockSums(columns, count, layout.dim, self.slice_bytes)
         else:
-            inner = self._projected_sums(count, columns, None)
-        return TwoSidedSums(
-            self._layout,
-            inner,
-            seed=self.projector.seed,
-            model_id=self._model_id,
-            slice_bytes=self.slice_bytes,
-            sketches=sketches,
-        )
-
-    def _projected_sums(self, count: int, columns: Mapping[str, Columns], sketches: Sketches | None) -> FeatureSums:
-        return FeatureSums(
-            self.projector,
-            columns,
-            count,
-            model_id=self._model_id,
-            slice_bytes=self.slice_bytes,
-            sketches=sketches,
-        )
+            # which sees sketches, and no gradients to check
+            inner = FeatureSums(
+                self.projector, columns, count, model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=None
+            )
+        return TwoSidedSums(layout, inner, seed=self.projector.seed, **common)
 
     def _add_alone(
         self, batch: Sequence[Tensor], names: Sequence[str], seeds: Tensor, take: Callable[[str, Piece, int], None]
@@ -547,12 +616,13 @@ class GradientProjector(ParameterGradients):
         """Returns the names of the parameters whose gradients differ by more than rounding explains."""
         if not all(math.isfinite(norm) for norm in expected.norms.values()):
             return []
-        negligible = tolerance_of(NEGLIGIBLE_ROUNDINGS, self._dtypes)
-        return differing(found, expected, self._gradient_tolerance, negligible)
+        dtypes = self._dtypes | {torch.float32}  # in which both are projected
+        tolerance = tolerance_of(GRADIENT_ROUNDINGS, dtypes)
+        return differing(found, expected, tolerance, tolerance_of(NEGLIGIBLE_ROUNDINGS, dtypes))
 
     def _after_failure(self, batch: Sequence[Tensor], seeds: Tensor, error: Exception) -> tuple[Tensor, Tensor]:
         """Differentiates samples alone from now on, if that works where a batch has failed."""
-        sums = self._new_sums(len(batch[0]), None)
+        sums = self._new_sums(batch, None)
         try:
             outputs = self._add_alone(batch, list(self.selected), seeds, sums.add)
         except (ValueError, TypeError) as of_one:
@@ -602,6 +672,21 @@ class GradientProjector(ParameterGradients):
             listed(list(layers)),
             100 * share,
         )
+
+
+class _Common(TypedDict):
+    """The arguments that all sums take."""
+
+    model_id: int
+    slice_bytes: int
+    sketches: Sketches | None
+
+
+def _tokens_of(batch: Sequence[Tensor]) -> int:
+    """Counts the tokens of each sample, T: the second dimension of the first tensor."""
+    if batch[0].ndim < 2:
+        raise ValueError(f"batch[0] must be (B, T, ...) to have tokens, not {tuple(batch[0].shape)}")
+    return batch[0].shape[1]
 
 
 class _Way(enum.Enum):
