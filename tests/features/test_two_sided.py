@@ -85,17 +85,21 @@ def test_sketches_of_whole_gradients_have_the_golden_values() -> None:
         assert block[0, row, column].item() == float(fields[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("side", [2, 4, 16])
-def test_sketches_of_factors_and_of_tables_are_those_of_whole_gradients(side: int) -> None:
-    # small integers and a power of two for the scale, so that all sums are exact
-    left = torch.randint(-3, 4, (B, T, 9)).float()
-    right = torch.randint(-3, 4, (B, T, 12)).float()
+def test_sketches_of_factors_and_of_tables_are_those_of_whole_gradients(side: int, dtype: torch.dtype) -> None:
+    # small integers, and a scale that both ways multiply by in the end, so that all sums are exact
+    left = torch.randint(-3, 4, (B, T, 9)).to(dtype)
+    right = torch.randint(-3, 4, (B, T, 12)).to(dtype)
     indices = torch.randint(9, (B, T))
     bound = Sketch(height=9, width=12, side=side, first=2**47 + 5).bind(1, 2, torch.device("cpu"))
-    whole = torch.einsum("bth,btw->bhw", left, right)
-    assert torch.equal(bound.apply(Outer(left, right)), bound.apply(Whole(whole)))
-    read = torch.einsum("bth,btw->bhw", F.one_hot(indices, 9).float(), right)
-    assert torch.equal(bound.apply(Lookup(indices, right, 9)), bound.apply(Whole(read)))
+    whole = torch.einsum("bth,btw->bhw", left.float(), right.float())
+    read = torch.einsum("bth,btw->bhw", F.one_hot(indices, 9).float(), right.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outer = bound.apply(Outer(left, right))
+        table = bound.apply(Lookup(indices, right, 9))
+    assert torch.equal(outer, bound.apply(Whole(whole)))
+    assert torch.equal(table, bound.apply(Whole(read)))
 
 
 def test_inner_products_of_sketches_are_right_on_average() -> None:
@@ -184,6 +188,17 @@ def test_the_weights_of_linear_layers_alone_are_sketched() -> None:
         "4.bias": 6,
     }
     assert [layout.sketches[name].first - 2**47 for name in layout.sketches] == [0, 17]
+
+
+def test_gradients_beyond_float32_are_sketched_by_their_multiples() -> None:
+    model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 1)).double()
+    batch = [torch.randn(B, 12, dtype=torch.float64), torch.zeros(B)]
+    projector = GradientProjector(model, "regression", 16, sketch="two_sided", sketch_side=4, grad_wrt=["0.*"])
+    near = projector.features(batch, 0)
+    with torch.no_grad():
+        model[2].weight *= 2.0**150
+    far = projector.features(batch, 0)
+    require_close(far * 2.0**-150, near.double().numpy())
 
 
 @pytest.mark.parametrize("proj_dim", [16, 0])

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..gradients.parameters import Columns, listed
-from ..gradients.pieces import Lookup, Outer, Piece, Summed, runs
+from ..gradients.pieces import Lookup, Outer, Piece, Summed, part_of, runs
 from ..projection.functions import project, project_adjoint
 from ..projection.projector import Projector
 from .check import Sketches
-from .two_sided import BoundSketch, Layout, device_of, exact, show
+from .two_sided import BoundSketch, Layout, device_of, exact, sample_slices, show
 
 
 class NoTokensError(ValueError):
@@ -67,23 +67,31 @@ class _TokenSink(ABC):
         device = device_of(piece)
         if device not in self._sums:
             self._sums[device] = torch.zeros(self._shape, device=device)
-        sums = self._sums[device][start : start + piece.count]
         if isinstance(piece, Outer):
             tokens = piece.left.shape[1]
         elif isinstance(piece, (Lookup, Summed)):
             tokens = piece.values.shape[1]
         else:
             tokens = None
-        sketch = None if self._layout is None else self._layout.sketches.get(name)
-        if tokens != self._shape[1]:
-            self._without[name] = None
-        elif sketch is not None:
-            bound = sketch.bind(self._projector.seed, self._model_id, device)
-            self._add_sketched(self._columns[name], bound, piece, sums)
+        if tokens == self._shape[1]:
+            self._add_tokens(name, piece, start, device)
         else:
-            self._add_plain(self._columns[name].first, piece, sums)
+            self._without[name] = None
         if self._sketches is not None:
             show(self._sketches, name, piece, start, self._slice_bytes)
+
+    def _add_tokens(self, name: str, piece: Piece, start: int, device: torch.device) -> None:
+        """Adds a piece that is a sum over the tokens, some samples at a time."""
+        columns = self._columns[name]
+        sketch = None if self._layout is None else self._layout.sketches.get(name)
+        bound = None if sketch is None else sketch.bind(self._projector.seed, self._model_id, device)
+        for samples in sample_slices(piece, self._slice_bytes):
+            part = part_of(piece, samples)
+            sums = self._sums[device][start + samples.start : start + samples.stop]
+            if bound is None:
+                self._add_plain(columns.first, part, sums)
+            else:
+                self._add_sketched(columns, bound, part, sums)
 
     @abstractmethod
     def _add_sketched(self, columns: Columns, bound: BoundSketch, piece: Piece, sums: Tensor) -> None:
