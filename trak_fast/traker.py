@@ -24,7 +24,7 @@ from .features.featurizer import FeatureComputer, Featurizer, ProjectedGradients
 from .features.streaming import GradientProjector
 from .features.two_sided import side_of
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
-from .gradients.base import Contents, description_of
+from .gradients.base import Contents, LossGradientComputer, description_of
 from .projection.projector import NoProjection, Projector, ProjectorLike
 from .recorder import Recorder
 from .scales import beyond_float32
@@ -37,7 +37,7 @@ from .store.files import DENIED, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import manifest_of
 from .store.rows import Rows, require_same_samples
-from .tasks import Task, resolve_task
+from .tasks import Batch, Task, batch_tensors, resolve_task
 
 _FIXED = {
     "model": "model",
@@ -260,11 +260,11 @@ class TRAKer:
         streams = gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs")
         if two_sided or streams:
             if type(projector) is Projector:
-                self.gradient_computer = computer = GradientProjector.with_projector(
+                streaming = GradientProjector.with_projector(
                     model, self.task, projector, chosen, sketch=sketch, sketch_side=sketch_side
                 )
             else:
-                self.gradient_computer = computer = GradientProjector(
+                streaming = GradientProjector(
                     model,
                     self.task,
                     0,
@@ -273,10 +273,12 @@ class TRAKer:
                     sketch=sketch,
                     sketch_side=sketch_side,
                 )
-            width = computer.proj_dim
+            self.gradient_computer: LossGradientComputer = streaming
+            computer = streaming
+            width = streaming.proj_dim
             self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
         else:
-            self.gradient_computer = (gradient_computer or FunctionalGradientComputer)(
+            whole = (gradient_computer or FunctionalGradientComputer)(
                 model=model,
                 task=self.task,
                 grad_dim=self.grad_dim,
@@ -284,7 +286,8 @@ class TRAKer:
                 device=self.device,
                 grad_wrt=chosen,
             )
-            computer = ProjectedGradients(self.gradient_computer, projector)
+            self.gradient_computer = whole
+            computer = ProjectedGradients(whole, projector)
             gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
         self.proj_dim = width or self.grad_dim
 
@@ -387,11 +390,11 @@ class TRAKer:
         self._recorder.open_training(model_id, train, others)
         self._saver.load_current_store(model_id)
 
-    def featurize(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
+    def featurize(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features and weightings of a batch of training samples that are not stored yet.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each.
+            batch: The tensors that the task asks for, (B, ...) each: in its order, or by name (`tasks.NamedBatches`).
             inds: (B,) the samples' numbers in the training set, each once.
             num_samples: B, instead of `inds`: the samples follow those of the previous call.
 
@@ -469,13 +472,13 @@ class TRAKer:
         self._seen.add(model_id)
         self._saver.load_current_store(model_id)
 
-    def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
+    def score(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
 
         Features that are stored for these targets are replaced, so that an experiment can be repeated with others.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each.
+            batch: The tensors that the task asks for, (B, ...) each: in its order, or by name (`tasks.NamedBatches`).
             inds: (B,) the targets' numbers, each once.
             num_samples: B, instead of `inds`: the targets follow those of the previous call.
 
@@ -585,7 +588,7 @@ class TRAKer:
         self,
         exp_name: str,
         target: int,
-        batch: Sequence[Tensor],
+        batch: Batch,
         inds: Indices,
         model_ids: Iterable[int] | None = None,
     ) -> NDArray[np.float64]:
@@ -627,6 +630,7 @@ class TRAKer:
         self._require_loaded_weights()
         if self._loaded is None:
             raise RuntimeError("call load_checkpoint or start_scoring_checkpoint before token_scores")
+        batch = batch_tensors(batch, self.task)
         rows, _ = row_numbers(batch, inds, None, 0, self.train_set_size)
         with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
             if self._loaded not in used:
@@ -745,14 +749,14 @@ class TRAKer:
     def _record(
         self,
         record: Callable[[Sequence[Tensor], Indices | None, int | None], None],
-        batch: Sequence[Tensor],
+        batch: Batch,
         inds: Indices | None,
         num_samples: int | None,
     ) -> None:
         """Records a batch, unless the model has other weights than those of the checkpoint."""
         self._require_loaded_weights()
         try:
-            record(batch, inds, num_samples)
+            record(batch_tensors(batch, self.task), inds, num_samples)
         finally:
             if self._weights is not None:
                 self._weights = self._contents()  # embeddings with max_norm change their own

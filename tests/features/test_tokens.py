@@ -97,6 +97,27 @@ def test_layers_whose_rule_fails_have_no_tokens() -> None:
         projector.project(texts())
 
 
+def test_texts_padded_at_the_front_are_refused() -> None:
+    model = Language()
+    ids, mask = texts()
+    mask[1] = mask[1].flip(0)
+    tokens = GradientProjector(model, "causal_lm", 8, sketch="two_sided", per="token")
+    with pytest.raises(ValueError, match="batch must be padded at the end, not at the front"):
+        tokens.project([ids, mask])
+    with pytest.raises(ValueError, match="batch must be padded at the end, not at the front"):
+        GradientProjector(model, "causal_lm", 8).token_products([ids, mask], torch.ones(8))
+
+
+def test_samples_that_change_each_other_have_no_tokens() -> None:
+    class Coupled(Language):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            logits = super().forward(input_ids, attention_mask)
+            return logits + logits[:1, :1] * (len(logits) > 1)
+
+    with pytest.raises(ValueError, match="samples of a batch change each other's results"):
+        GradientProjector(Coupled(), "causal_lm", 8).token_products(texts(), torch.ones(8))
+
+
 def test_features_of_tokens_need_sketches_and_batches() -> None:
     model = Language()
     with pytest.raises(ValueError, match='per must be "sample" with sketch="full"'):

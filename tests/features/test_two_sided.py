@@ -255,6 +255,9 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         GradientProjector(model, "causal_lm", 8, sketch="two_sided", sketch_side=0)
     with pytest.raises(ValueError, match="proj_dim must be"):
         GradientProjector(model, "causal_lm", 0)
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match="optimizer_state must be None"):
+        GradientProjector(model, "causal_lm", 8, sketch="two_sided", optimizer_state=optimizer)
     with pytest.raises(ValueError, match="gradient_computer must be left out"):
         TRAKer(
             model,

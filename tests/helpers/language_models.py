@@ -50,7 +50,7 @@ class Language(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.words(input_ids)
-        x = x + self.norm(x).roll(1, dims=1)
+        x = x + F.pad(self.norm(x)[:, :-1], (0, 0, 1, 0))
         return self.head(x + self.down(self.few(self.middle(torch.tanh(self.up(x))))))
 
 
@@ -77,7 +77,7 @@ class LanguageByToken(nn.Module):
         ids = input_ids[0]
         x = self.words_weight[torch.arange(T), ids]
         normed = F.layer_norm(x, (WIDTH,)) * self.norm_weight + self.norm_bias
-        x = x + normed.roll(1, dims=0)
+        x = x + F.pad(normed[:-1], (0, 0, 1, 0))
         y = torch.einsum("thw,tw->th", self.up_weight, x) + self.up_bias
         y = torch.einsum("twh,tw->th", self.middle_weight, torch.tanh(y)) + self.middle_bias
         y = torch.einsum("thw,tw->th", self.few_weight, y)

@@ -35,6 +35,12 @@ class Sink(Protocol):
 class Sums(Sink, Protocol):
     """A sum of vectors, one for each sample."""
 
+    def add_whole(self, name: str, piece: Piece, start: int) -> None:
+        """Adds the whole gradient of a parameter, for samples from `start` on."""
+
+    def flush(self) -> None:
+        """Adds what has come in several pieces, where these had to be kept."""
+
     def result(self, device: torch.device) -> Tensor:
         """Returns the sum over all devices, (B, k) float32."""
 

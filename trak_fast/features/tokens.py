@@ -80,6 +80,11 @@ class _TokenSink(ABC):
         if self._sketches is not None:
             show(self._sketches, name, piece, start, self._slice_bytes)
 
+    add_whole = add
+
+    def flush(self) -> None:  # noqa: B027 (it is no method to override)
+        """Does nothing: pieces are added as they come."""
+
     def _add_tokens(self, name: str, piece: Piece, start: int, device: torch.device) -> None:
         """Adds a piece that is a sum over the tokens, some samples at a time."""
         columns = self._columns[name]

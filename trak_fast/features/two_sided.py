@@ -239,6 +239,11 @@ class TwoSidedSums:
         if self._sketches is not None:
             show(self._sketches, name, piece, start, self._slice_bytes)
 
+    add_whole = add
+
+    def flush(self) -> None:
+        """Does nothing: pieces are added as they come."""
+
     def result(self, device: torch.device) -> Tensor:
         """Returns the sums, (B, k) float32."""
         return self._inner.result(device)
@@ -262,6 +267,11 @@ class BlockSums:
                 self._sums[rows.device] = torch.zeros(self._shape, device=rows.device)
             self._sums[rows.device][start : start + len(rows), first : first + rows[0].numel()] += rows.flatten(1)
             del rows  # before the next ones are formed
+
+    add_whole = add
+
+    def flush(self) -> None:
+        """Does nothing: pieces are added as they come."""
 
     def result(self, device: torch.device) -> Tensor:
         """Returns the sum over all devices, (B, dim) float32."""

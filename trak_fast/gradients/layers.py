@@ -75,6 +75,11 @@ def _scaled_embedding(layer: Any, inputs: Tensor, output_grads: Tensor) -> Layer
 
 def _is_plain_embedding(layer: nn.Embedding) -> bool:
     """Tells if rows are looked up as they are, and their gradients neither rescaled nor sparse."""
+    return not hasattr(layer, "embed_scale") and _is_dense_embedding(layer)
+
+
+def _is_dense_embedding(layer: nn.Embedding) -> bool:
+    """Tells if an embedding's gradients are neither rescaled nor sparse."""
     return not (layer.max_norm or layer.scale_grad_by_freq or layer.sparse)
 
 
@@ -161,14 +166,14 @@ RULES: dict[type, Rule] = {
 
 RULES_BY_NAME: dict[str, Rule] = {
     "Conv1D": Rule(_transposed_linear, is_linear=True),
-    "*ScaledWordEmbedding": Rule(_scaled_embedding, covers=_is_plain_embedding, least_dims=1),
+    "*ScaledWordEmbedding": Rule(_scaled_embedding, covers=_is_dense_embedding, least_dims=1),
     "*RMSNorm": Rule(_rms_norm, covers=_has_weight_vector),
 }
 """Rules of classes that many libraries define for themselves, by patterns of the classes' names."""
 
 
 def rule_of(layer: nn.Module) -> Rule | None:
-    """Finds the rule of a layer by its class's name, its class, or the nearest class that it inherits from.
+    """Finds the rule of a layer by its class, the nearest class that it inherits from, or its class's name.
 
     A subclass, or a class that only has the name, may compute something else: results are compared with autograd's.
 
@@ -176,6 +181,6 @@ def rule_of(layer: nn.Module) -> Rule | None:
         The rule; None where there is none, or the one found does not cover the layer's options.
     """
     layer_type = type(layer)
-    found = [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(layer_type.__name__, pattern)]
-    found += [RULES[base] for base in layer_type.__mro__ if base in RULES]
-    return found[0] if found and found[0].covers(layer) else None
+    found = [RULES[base] for base in layer_type.__mro__ if base in RULES][:1]
+    found += [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(layer_type.__name__, pattern)]
+    return next((rule for rule in found if rule.covers(layer)), None)
