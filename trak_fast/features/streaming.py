@@ -323,8 +323,8 @@ class GradientProjector(ParameterGradients):
     def _require_batches(self, user: str) -> None:
         if not hasattr(self.task, "get_outputs"):
             raise ValueError(
-                f"task must have get_outputs for {user}, which tokens are told apart by in a batch, as "
-                f"{type(self.task).__name__} has not; see BatchOutputs"
+                f"task must have get_outputs for {user}, not be a {type(self.task).__name__} that takes single samples; "
+                "see BatchOutputs"
             )
 
     def _compute_rows(self, batch: Batch, model_id: int, dtype: torch.dtype) -> Tensor:
