@@ -323,7 +323,7 @@ class GradientProjector(ParameterGradients):
     def _require_batches(self, user: str) -> None:
         if not hasattr(self.task, "get_outputs"):
             raise ValueError(
-                f"task must have get_outputs for {user}, not be a {type(self.task).__name__} that takes single samples; "
+                f"task must have get_outputs for {user}, not be {type(self.task).__name__}, of single samples; "
                 "see BatchOutputs"
             )
 
