@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .arguments import Indices, integer
+from .arguments import Indices, integer, row_numbers
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.featurizer import FeatureComputer, Featurizer, ProjectedGradients
 from .features.streaming import GradientProjector
+from .features.two_sided import side_of
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
 from .gradients.base import Contents, LossGradientComputer, description_of
 from .projection.projector import NoProjection, Projector, ProjectorLike
@@ -123,6 +124,8 @@ class TRAKer:
         nonzeros: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
+        sketch: str = "full",
+        sketch_side: int | None = None,
         distributed: bool | None = None,
         check_samples: bool = True,
         curvature: bool = True,
@@ -169,6 +172,10 @@ class TRAKer:
             memory_budget: Bytes for gradients and for the results that computing them keeps; by default a quarter of
                 the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
                 than that needs.
+            sketch: "two_sided" replaces the gradients of linear layers' weights by sketches made from their factors,
+                which takes a fraction of the time of forming and projecting them; "full" does not
+                (docs/two-sided.md). With proj_dim=0 features are the sketches as they are.
+            sketch_side: Rows and columns of a sketch at most; 64 by default.
             distributed: Shares the work with the other processes of torch.distributed; by default if there are any.
             check_samples: Refuses samples that are not those that their rows were stored from, in a run before or at
                 another checkpoint; a digest of each is stored. False takes them as they come, with augmentation for
@@ -242,14 +249,33 @@ class TRAKer:
         elif (grad_dim := getattr(projector, "grad_dim", 0)) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector
-        self.proj_dim = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48) or self.grad_dim
+        two_sided = side_of(sketch, sketch_side) is not None
+        if two_sided and (gradient_computer is not None or type(projector) not in (Projector, NoProjection)):
+            own = "gradient_computer" if gradient_computer is not None else "projector"
+            raise ValueError(f'{own} must be left out with sketch="two_sided", not given; set proj_dim and proj_type')
+        width = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48)
         chosen = None if grad_wrt is None and len(parameters) == len(every) else list(parameters)
         gradient_bytes = 0
         computer: FeatureComputer
-        if gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs"):
-            streaming = GradientProjector.with_projector(model, self.task, projector, chosen)
+        streams = gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs")
+        if two_sided or streams:
+            if type(projector) is Projector:
+                streaming = GradientProjector.with_projector(
+                    model, self.task, projector, chosen, sketch=sketch, sketch_side=sketch_side
+                )
+            else:
+                streaming = GradientProjector(
+                    model,
+                    self.task,
+                    0,
+                    seed=projector_seed,
+                    grad_wrt=chosen,
+                    sketch=sketch,
+                    sketch_side=sketch_side,
+                )
             self.gradient_computer: LossGradientComputer = streaming
             computer = streaming
+            width = streaming.proj_dim
             self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
         else:
             whole = (gradient_computer or FunctionalGradientComputer)(
@@ -263,6 +289,7 @@ class TRAKer:
             self.gradient_computer = whole
             computer = ProjectedGradients(whole, projector)
             gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+        self.proj_dim = width or self.grad_dim
 
         contents = manifest_of(
             projector,
@@ -297,6 +324,7 @@ class TRAKer:
         self._check_samples = check_samples
         self._seen: set[int] = set()  # checkpoints loaded by this object
         self._weights: Contents | None = None  # of the loaded checkpoint
+        self._loaded: int | None = None  # its number
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuses what would have no effect.
@@ -556,11 +584,79 @@ class TRAKer:
         if self._ranks.rank == 0:
             self.logger.warning("%s may not be written: these scores are returned, but not saved", path)
 
+    def token_scores(
+        self,
+        exp_name: str,
+        target: int,
+        batch: Batch,
+        inds: Indices,
+        model_ids: Iterable[int] | None = None,
+    ) -> NDArray[np.float64]:
+        """Computes what each token of training samples adds to their scores for a target.
+
+        With y = (X'X + λI)⁻¹ φ(target) and v = P'y, a sample's score is Q v'∇f, and its gradient a sum over its tokens
+        of what they make together with the gradients that reach them. Only the target's feature is read from disk; one
+        forward and backward pass over the batch makes the rest.
+
+        The model must have the weights of one checkpoint, by `load_checkpoint` or `start_scoring_checkpoint`. The
+        result is this checkpoint's part: the sum of the parts of all `model_ids` over the checkpoints and tokens is the
+        score of `finalize_scores`. With use_half_precision=True it is that of the features before they were rounded.
+
+        Under torchrun all processes make the call; each computes its own batch.
+
+        Args:
+            exp_name: The experiment, with all its targets at all `model_ids`.
+            target: The target's number, from 0 on.
+            batch: The training samples' tensors, (B, T, ...) the first, (B, ...) the others.
+            inds: (B,) their numbers.
+            model_ids: Checkpoints that scores are averaged over; all by default.
+
+        Returns:
+            (B, T), in the unit of scores. Padding has 0 where the model ignores it.
+
+        Raises:
+            ValueError: A number is out of range, samples are others than were featurized, a parameter's gradient is no
+                sum over the tokens (`grad_wrt` can leave it out), gradients are not streamed
+                (`gradient_computer`, `projector`), or as in `finalize_scores`.
+            RuntimeError: No checkpoint is loaded, or it is none of `model_ids`, or as in `finalize_scores`.
+            TypeError: As in `featurize`.
+        """
+        computer = self.gradient_computer
+        if not isinstance(computer, GradientProjector):
+            raise ValueError(
+                "gradient_computer and projector must be left out, and task have get_outputs, for token_scores; "
+                f"gradients come from {type(computer).__name__}"
+            )
+        self._require_loaded_weights()
+        if self._loaded is None:
+            raise RuntimeError("call load_checkpoint or start_scoring_checkpoint before token_scores")
+        batch = batch_tensors(batch, self.task)
+        rows, _ = row_numbers(batch, inds, None, 0, self.train_set_size)
+        with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
+            if self._loaded not in used:
+                raise RuntimeError(f"model_id {self._loaded}, which is loaded, must be one of model_ids {list(used)}")
+            target = integer("target", target, 0, len(used[self._loaded].done) - 1)
+            self._recorder.require_training_samples(self.store.train(self._loaded), batch, rows)
+            direction = self._estimator.direction(used, self._loaded, target)
+            factors = self._estimator.factors(used, self._loaded, rows) * computer.projector.dense_scale
+        products = computer.token_products(batch, direction, self._loaded)
+        return (products.cpu() * factors.unsqueeze(1)).numpy()
+
     @contextmanager
     def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> Iterator[ScoreMatrix]:
-        """Describes the scores of an experiment, once all its targets are there.
+        """Describes the scores of an experiment, once all its targets are there."""
+        with self._all_targets(exp_name, model_ids, allow_skip) as used:
+            with self._ranks.together():
+                matrix = self._estimator.score_matrix(used)
+            yield matrix
 
-        Other processes cannot replace what they are computed from during the block.
+    @contextmanager
+    def _all_targets(
+        self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool
+    ) -> Iterator[Mapping[int, Rows]]:
+        """Opens the targets of an experiment at each checkpoint, once all are there.
+
+        Other processes cannot replace what scores are computed from during the block.
         """
         ranks = self._ranks
         with ranks.together():  # and until all have written their targets
@@ -593,8 +689,7 @@ class TRAKer:
                 if self._check_samples:
                     require_same_samples({i: self.store.train(i) for i in used}, "training samples")
                     require_same_samples(used, f"targets of exp_name {exp_name!r}")
-                matrix = self._estimator.score_matrix(used)
-            yield matrix
+            yield used
 
     def delete_experiment(self, exp_name: str) -> None:
         """Deletes the targets of an experiment at all checkpoints, and its scores, so that its name is free.
@@ -659,16 +754,19 @@ class TRAKer:
         num_samples: int | None,
     ) -> None:
         """Records a batch, unless the model has other weights than those of the checkpoint."""
-        if self._weights is not None and not self._weights.same_as(self._contents()):
-            raise RuntimeError(
-                "the model's weights have changed since its checkpoint was loaded: load it again (two TRAKers need a "
-                "model each)"
-            )
+        self._require_loaded_weights()
         try:
             record(batch_tensors(batch, self.task), inds, num_samples)
         finally:
             if self._weights is not None:
                 self._weights = self._contents()  # embeddings with max_norm change their own
+
+    def _require_loaded_weights(self) -> None:
+        if self._weights is not None and not self._weights.same_as(self._contents()):
+            raise RuntimeError(
+                "the model's weights have changed since its checkpoint was loaded: load it again (two TRAKers need a "
+                "model each)"
+            )
 
     def _contents(self) -> Contents:
         """Notes the contents of the model's parameters and buffers."""
@@ -679,9 +777,11 @@ class TRAKer:
         model_id = integer("model_id", model_id, 0, 2**32 - 1)
         self._recorder.close()
         self._weights = None
+        self._loaded = None
         load_checkpoint(self.model, checkpoint)
         self.gradient_computer.load_model_params(self.model)
         self._weights = self._contents()
+        self._loaded = model_id
         return model_id
 
     def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:

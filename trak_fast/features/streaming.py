@@ -18,14 +18,14 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..arguments import checked_batch, integer
+from ..arguments import checked_batch, choice, integer
 from ..gradients.adam import AdamMoments
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
@@ -35,16 +35,18 @@ from ..gradients.parameters import columns_of, layers_of, listed
 from ..gradients.pieces import Piece, Whole
 from ..gradients.repeatable import GRADIENT_ROUNDINGS, RANDOM, RandomOutputsError, differ, tolerance_of
 from ..projection.projector import Projector
-from ..scales import exponents_of
+from ..scales import exponents_of, split
 from ..tasks.base import Task, copy_tensors, evaluation_mode, restored, weighs_by_outputs
 from ..tasks.batches import Batch, batch_tensors
 from ..tasks.registry import resolve_task
 from . import memory
-from .check import NEGLIGIBLE_ROUNDINGS, Sketches, differing
+from .check import NEGLIGIBLE_ROUNDINGS, Sketches, Sums, differing
 from .groups import group_by_length
 from .steps import StepSums
 from .sums import FeatureSums
 from .taps import TappedLayer, Taps
+from .tokens import NoTokensError, TokenShares, TokenSums
+from .two_sided import BlockSums, Layout, TwoSidedSums, side_of
 
 logger = logging.getLogger("trak_fast")
 
@@ -90,6 +92,9 @@ class GradientProjector(ParameterGradients):
         memory_budget: int | None = None,
         precision: str | None = None,
         optimizer_state: OptimizerState | None = None,
+        sketch: str = "full",
+        sketch_side: int | None = None,
+        per: str = "sample",
     ) -> None:
         """Prepares the projection of a model's gradients.
 
@@ -109,9 +114,18 @@ class GradientProjector(ParameterGradients):
             optimizer_state: An Adam or AdamW optimizer, its state dict, or the path of an `optimizer.pt` of
                 transformers' Trainer. The gradient of each sample's loss is replaced by the step that Adam would make
                 with it, as LESS does (`gradients.adam.AdamMoments`).
+            sketch: "full": gradients are projected as they are. "two_sided": those of linear layers' weights are
+                replaced by sketches made from their factors, of at most `sketch_side`² numbers each, which takes a
+                fraction of the time and changes inner products by more (docs/two-sided.md). `proj_dim` may be 0 then:
+                features are the sketches as they are, one after the other, with E‖φ‖² = ‖g‖².
+            sketch_side: Rows and columns of a sketch at most; 64 by default.
+            per: "sample", or "token" for a feature of each token, which add up to the sample's. "token" needs
+                sketch="two_sided", and batches whose first tensor is (B, T, ...), padded at the end.
 
         Raises:
-            ValueError: A number is out of range, `grad_wrt` fits no parameter, or `optimizer_state` fits another model.
+            ValueError: A number is out of range, `grad_wrt` fits no parameter, `optimizer_state` fits another model or
+                is given with "two_sided", `sketch_side` is given for "full", or `per` is "token" without sketches or
+                for a task without `get_outputs`.
             TypeError: An argument has the wrong type.
         """
         if not isinstance(model, nn.Module):
@@ -120,10 +134,26 @@ class GradientProjector(ParameterGradients):
         if memory_budget is not None:
             self.slice_bytes = integer("memory_budget", memory_budget, 1, 2**62)
         self._ways: dict[str, _Way] = {}  # to the gradients of parameters whose first way was wrong
+        self._side = side_of(sketch, sketch_side)
+        self._per_token = choice("per", per, ("sample", "token")) == "token"
+        if self._per_token and self._side is None:
+            raise ValueError(
+                'per must be "sample" with sketch="full", not "token": to form and project a gradient for each token '
+                'takes as many times as long as there are tokens; add sketch="two_sided"'
+            )
+        self._direction: Tensor | None = None  # the vector that features are multiplied by, token by token
         super().__init__(model, resolve_task(task), grad_wrt=grad_wrt)
+        self._blocks = self._side is not None and integer("proj_dim", proj_dim, 0) == 0
         self.projector = Projector(
-            self.grad_dim, proj_dim, seed=seed, proj_type=proj_type, precision=precision, nonzeros=nonzeros
+            self.grad_dim,
+            self.sketched_dim if self._blocks else proj_dim,
+            seed=seed,
+            proj_type="rademacher" if self._blocks else proj_type,
+            precision=precision,
+            nonzeros=nonzeros,
         )
+        if self._per_token:
+            self._require_batches("per")
         self._moments: AdamMoments | None = None
         self.precondition(optimizer_state)
         self._is_alone = False  # True once samples of a batch have changed each other
@@ -133,7 +163,14 @@ class GradientProjector(ParameterGradients):
 
     @classmethod
     def with_projector(
-        cls, model: nn.Module, task: Task, projector: Projector, grad_wrt: Iterable[str] | None
+        cls,
+        model: nn.Module,
+        task: Task,
+        projector: Projector,
+        grad_wrt: Iterable[str] | None,
+        *,
+        sketch: str = "full",
+        sketch_side: int | None = None,
     ) -> GradientProjector:
         """Prepares the projection by the matrix that a `Projector` stands for."""
         return cls(
@@ -145,21 +182,31 @@ class GradientProjector(ParameterGradients):
             nonzeros=projector.nonzeros,
             grad_wrt=grad_wrt,
             precision=projector.precision,
+            sketch=sketch,
+            sketch_side=sketch_side,
         )
 
     def precondition(self, optimizer_state: OptimizerState | None) -> None:
         """Takes another `optimizer_state`, of another checkpoint for example; None: gradients as they are."""
         self._moments = None
+        if optimizer_state is not None and self._layout is not None:
+            raise ValueError(
+                'optimizer_state must be None with sketch="two_sided": a step of Adam is no product of factors; '
+                'sketch="full" takes it'
+            )
         if optimizer_state is not None:
             self._moments = AdamMoments.from_optimizer_state(optimizer_state, self.model, self.selected)
 
-    def describe(self) -> dict[str, str | None]:
+    def describe(self) -> dict[str, Any]:
         """Describes the features for their manifest."""
-        return {
+        described: dict[str, Any] = {
             "gradient_computer": "exact",
-            "sketch": "full",
+            "sketch": "full" if self._layout is None else f"two_sided {self._layout.side}",
             "preconditioner": None if self._moments is None else "adam",
         }
+        if self._blocks:  # which no other entry of the manifest tells
+            described.update(seed=self.projector.seed, matrix_definition=self.projector.definition)
+        return described
 
     def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
         """Computes the weighting Q of each sample, (B,) or (B, 1); 1 with moments, whose steps have Q in them."""
@@ -171,6 +218,7 @@ class GradientProjector(ParameterGradients):
         super().load_model_params(model)
         self.columns = columns_of(self.selected)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
+        self._layout = None if self._side is None else Layout(model, self.selected, self._side)
         self._unchecked = SAMPLES_A_CHECK
         self._assign_layers()
 
@@ -205,6 +253,11 @@ class GradientProjector(ParameterGradients):
         return self.projector.proj_dim
 
     @property
+    def sketched_dim(self) -> int:
+        """Numbers that a sample's gradient is made of when it is projected: D, or those of the sketches."""
+        return self.grad_dim if self._layout is None else self._layout.dim
+
+    @property
     def singly(self) -> frozenset[str]:
         """Names of the parameters that are differentiated sample by sample."""
         everything = self._is_alone or not hasattr(self.task, "get_outputs")
@@ -219,25 +272,81 @@ class GradientProjector(ParameterGradients):
             model_id: The checkpoint's number, 0 to 2^32 − 1, which selects the projection matrix.
 
         Returns:
-            (B, k) float32, on the model's device. The same batch gives the same bits each time.
+            (B, k) float32, on the model's device; (B, T, k) with per="token". The same batch gives the same bits each
+            time.
 
         Raises:
             RuntimeError: The model cannot be differentiated, or its outputs are random or depend on padding.
-            ValueError: The batch is not what the task takes.
+            ValueError: The batch is not what the task takes, or with per="token" the gradient of a parameter is no sum
+                over the tokens.
             TypeError: The batch is no sequence of tensors.
         """
+        features = self._compute_rows(batch, model_id, torch.float32)
+        if not self._per_token:
+            return features
+        return features.view(len(features), features.shape[1] // self.proj_dim, self.proj_dim)
+
+    def token_products(self, batch: Batch, direction: Tensor, model_id: int = 0) -> Tensor:
+        """Computes what each token adds to the product of its sample's feature with a vector.
+
+        With v = P'y, the product y'P g = v'g is a sum over tokens, as g is. Slices of v are made as layers need them,
+        in one forward and backward pass; v is never there.
+
+        Args:
+            batch: The tensors that the task asks for, (B, T, ...) the first, (B, ...) the others.
+            direction: The vector y, (k,).
+            model_id: As in `project`.
+
+        Returns:
+            (B, T) float64, on the model's device; sums over T are `project(batch, model_id) @ direction`, up to
+            rounding.
+
+        Raises:
+            RuntimeError: As in `project`.
+            ValueError: As in `project`, the vector is not (k,), the gradient of a parameter is no sum over the tokens,
+                or the task has no `get_outputs`.
+            TypeError: As in `project`.
+        """
+        self._require_batches("token_products")
+        if self._moments is not None:
+            raise ValueError("optimizer_state must be None for token_products: a step of Adam is no sum over tokens")
+        if direction.shape != (self.proj_dim,):
+            raise ValueError(f"direction must be ({self.proj_dim},), not {tuple(direction.shape)}")
+        scaled = split(direction.detach().double().cpu().unsqueeze(0), 1)
+        self._direction = scaled.mantissas[0].float()
+        try:
+            products = self._compute_rows(batch, model_id, torch.float64)
+        finally:
+            self._direction = None
+        return products * 2.0 ** int(scaled.exponents[0])
+
+    def _require_batches(self, user: str) -> None:
+        if not hasattr(self.task, "get_outputs"):
+            raise ValueError(
+                f"task must have get_outputs for {user}, not be {type(self.task).__name__}, of single samples; "
+                "see BatchOutputs"
+            )
+
+    def _compute_rows(self, batch: Batch, model_id: int, dtype: torch.dtype) -> Tensor:
+        """Computes the numbers of each sample, (B, ...); of halves of the batch if memory runs out."""
         self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
         batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
         count = len(batch[0])
         self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        features = torch.zeros(count, self.proj_dim, device=self._device)
+        rows = torch.zeros(count, self._width(batch), dtype=dtype, device=self._device)
 
         def compute(part: slice) -> None:
-            features[part] = self._compute([x[part] for x in batch])["features"]
+            rows[part] = self._compute([x[part] for x in batch])["features"]
 
         with evaluation_mode(self.model):
             memory.halving_on_oom(count, count, compute)
-        return features
+        return rows
+
+    def _width(self, batch: Sequence[Tensor]) -> int:
+        """Counts the numbers of each sample: k, T · k or T."""
+        if self._direction is not None:
+            return _tokens_of(batch)
+        return self.proj_dim * _tokens_of(batch) if self._per_token else self.proj_dim
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
         """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a given ridge refers to.
@@ -254,7 +363,9 @@ class GradientProjector(ParameterGradients):
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the features of a batch, (B, k), and f of each sample, (B,), detached."""
         task: Any = self.task
-        if not hasattr(task, "text_lengths"):
+        if self._tells_tokens:
+            self._require_padding_at_end(batch)
+        if self._tells_tokens or not hasattr(task, "text_lengths"):
             features, outputs = self._differentiate_group(batch)
             return {"features": features}, outputs
         groups = group_by_length(task.text_lengths(batch).cpu())
@@ -266,6 +377,20 @@ class GradientProjector(ParameterGradients):
         features = torch.cat([features for features, _ in results])
         outputs = torch.cat([outputs for _, outputs in results])
         return {"features": features[order.to(features.device)]}, outputs[order.to(outputs.device)]
+
+    @property
+    def _tells_tokens(self) -> bool:
+        """True where each token has numbers of its own."""
+        return self._per_token or self._direction is not None
+
+    def _require_padding_at_end(self, batch: Sequence[Tensor]) -> None:
+        """Refuses texts that are padded at the front, whose tokens models see in other places."""
+        task: Any = self.task
+        if not hasattr(task, "without_spare_padding"):
+            return
+        moved = task.without_spare_padding(batch)
+        if not all(torch.equal(x[:, : y.shape[1]] if x.ndim > 1 else x, y) for x, y in zip(batch, moved, strict=True)):
+            raise ValueError("batch must be padded at the end, not at the front, for its tokens to be told apart")
 
     def _differentiate_group(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Computes the features of some samples of a batch, (B, k), and f of each, (B,), detached."""
@@ -301,7 +426,7 @@ class GradientProjector(ParameterGradients):
                     check = self._begin_check(batch, seeds)
                 streamed = self._stream(batch, seeds, check)
             except Exception as error:
-                if is_out_of_memory(error) or isinstance(error, (RandomOutputsError, PaddingError)):
+                if is_out_of_memory(error) or isinstance(error, (RandomOutputsError, PaddingError, NoTokensError)):
                     raise
                 if not self._adds and "modified inplace" in str(error):
                     self._adds = True
@@ -309,7 +434,9 @@ class GradientProjector(ParameterGradients):
                 return self._after_failure(batch, seeds, error)
             if streamed is not None:
                 return streamed
-        sums = self._new_sums(len(batch[0]))
+        if self._tells_tokens and self._is_alone:
+            raise NoTokensError(f"batch must be one whose tokens can be told apart, but {COUPLED}")
+        sums = self._new_sums(batch)
         outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
         return sums.result(self._device), outputs
 
@@ -323,7 +450,7 @@ class GradientProjector(ParameterGradients):
             sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
         layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
         taps = Taps(layers, count, self._device, omitted=singly, add=self._adds)
-        sums = self._new_sums(count, sketches, taps.is_whole)
+        sums = self._new_sums(batch, sketches, taps.is_whole)
         with self._running(()), taps.attached():
             outputs = self._outputs(batch)
             taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
@@ -362,21 +489,44 @@ class GradientProjector(ParameterGradients):
             yield
 
     def _new_sums(
-        self, count: int, sketches: Sketches | None = None, is_whole: Callable[[str], bool] = lambda name: True
-    ) -> FeatureSums | StepSums:
-        """Makes sums of the features of so many samples."""
-        sums = FeatureSums(
-            self.projector,
-            self.columns,
-            count,
-            model_id=self._model_id,
-            slice_bytes=self.slice_bytes,
-            sketches=sketches,
-        )
-        if self._moments is None:
-            return sums
-        shapes = {name: parameter.shape for name, parameter in self.selected.items()}
-        return StepSums(sums, self._moments, shapes, count, self._device, is_whole)
+        self,
+        batch: Sequence[Tensor],
+        sketches: Sketches | None = None,
+        is_whole: Callable[[str], bool] = lambda name: True,
+    ) -> Sums:
+        """Starts the sums that the pieces of a batch's gradients go to."""
+        count = len(batch[0])
+        layout = self._layout
+        columns = self.columns if layout is None else layout.columns
+        common = _Common(model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=sketches)
+        if self._direction is not None:
+            return TokenShares(
+                self.projector,
+                columns,
+                layout,
+                self._direction,
+                count,
+                _tokens_of(batch),
+                is_projected=not self._blocks,
+                **common,
+            )
+        if layout is None:
+            sums = FeatureSums(self.projector, columns, count, **common)
+            if self._moments is None:
+                return sums
+            shapes = {name: parameter.shape for name, parameter in self.selected.items()}
+            return StepSums(sums, self._moments, shapes, count, self._device, is_whole)
+        if self._per_token:
+            return TokenSums(self.projector, layout, count, _tokens_of(batch), is_projected=not self._blocks, **common)
+        inner: Sums
+        if self._blocks:
+            inner = BlockSums(columns, count, layout.dim, self.slice_bytes)
+        else:
+            # which sees sketches, and no gradients to check
+            inner = FeatureSums(
+                self.projector, columns, count, model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=None
+            )
+        return TwoSidedSums(layout, inner, seed=self.projector.seed, **common)
 
     def _weighted(self, seeds: Tensor, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
         """Returns the factors of f that are differentiated, (B,): with moments, those of the negative loss."""
@@ -525,7 +675,7 @@ class GradientProjector(ParameterGradients):
 
     def _after_failure(self, batch: Sequence[Tensor], seeds: Tensor, error: Exception) -> tuple[Tensor, Tensor]:
         """Differentiates samples alone from now on, if that works where a batch has failed."""
-        sums = self._new_sums(len(batch[0]))
+        sums = self._new_sums(batch)
         try:
             outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
         except (ValueError, TypeError) as of_one:
@@ -575,6 +725,21 @@ class GradientProjector(ParameterGradients):
             listed(list(layers)),
             100 * share,
         )
+
+
+class _Common(TypedDict):
+    """The arguments that all sums take."""
+
+    model_id: int
+    slice_bytes: int
+    sketches: Sketches | None
+
+
+def _tokens_of(batch: Sequence[Tensor]) -> int:
+    """Counts the tokens of each sample, T: the second dimension of the first tensor."""
+    if batch[0].ndim < 2:
+        raise ValueError(f"batch[0] must be (B, T, ...) to have tokens, not {tuple(batch[0].shape)}")
+    return batch[0].shape[1]
 
 
 class _Way(enum.Enum):

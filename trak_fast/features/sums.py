@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.parameters import Columns
-from ..gradients.pieces import Lookup, Piece, Whole
+from ..gradients.pieces import Piece, row_slices
 from ..projection.functions import project
 from ..projection.projector import Projector
 from .check import Sketches
@@ -47,13 +47,8 @@ class FeatureSums:
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
-        if isinstance(piece, Lookup):
-            self._add_lookup(name, piece, start)
-            return
-        step = piece.height if isinstance(piece, Whole) else self.rows_at_once(piece)
-        for first in range(0, piece.height, step):
-            rows = piece.rows(first, min(first + step, piece.height))
-            self._add_checked(name, rows, first * piece.width, start)
+        for rows, column in row_slices(piece, self._slice_bytes):
+            self._add_checked(name, rows, column, start)
             del rows  # before the next ones are formed
 
     add_whole = add
@@ -64,19 +59,6 @@ class FeatureSums:
     def rows_at_once(self, piece: Piece) -> int:
         """Counts the rows of a piece that may be formed at a time."""
         return max(1, self._slice_bytes // max(1, 4 * piece.count * piece.width))
-
-    def _add_lookup(self, name: str, piece: Lookup, start: int) -> None:
-        """Adds the rows of a table that tokens have read, and no others."""
-        tokens, places = torch.unique(piece.indices, return_inverse=True)
-        step = self.rows_at_once(piece)
-        for low in range(0, len(tokens), step):
-            chosen = tokens[low : low + step]
-            inside = None if step >= len(tokens) else (places >= low) & (places < low + step)
-            rows = piece.at(places - low, len(chosen), inside)
-            # rows next to each other in the table go together
-            ends = (chosen.diff() != 1).nonzero().flatten().add(1).tolist()
-            for first, last in zip([0, *ends], [*ends, len(chosen)], strict=True):
-                self._add_checked(name, rows[:, first:last], int(chosen[first]) * piece.width, start)
 
     def _add_checked(self, name: str, rows: Tensor, column: int, start: int) -> None:
         self.check_rows(name, rows, column, start)

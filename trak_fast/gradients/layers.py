@@ -31,11 +31,13 @@ class Rule:
             parameters, whether or not the layer has all of them.
         covers: Tells from a layer's options if the rule holds for it.
         least_dims: Fewest dimensions of an input whose first one is the batch.
+        is_linear: True where the weight is a matrix that tokens are multiplied by.
     """
 
     gradients: Callable[[Any, Tensor, Tensor], LayerGradients]
     covers: Callable[[Any], bool] = _covers_all
     least_dims: int = 2
+    is_linear: bool = False
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ _CONVOLUTION = Rule(_convolution, covers=_is_padded_by_zeros)
 _BATCH_NORM = Rule(_batch_norm, covers=_has_running_statistics)
 
 RULES: dict[type, Rule] = {
-    nn.Linear: Rule(_linear),
+    nn.Linear: Rule(_linear, is_linear=True),
     nn.Embedding: Rule(_embedding, covers=_is_plain_embedding, least_dims=1),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
@@ -163,7 +165,7 @@ RULES: dict[type, Rule] = {
 """Rules of classes; they are tried on subclasses too."""
 
 RULES_BY_NAME: dict[str, Rule] = {
-    "Conv1D": Rule(_transposed_linear),
+    "Conv1D": Rule(_transposed_linear, is_linear=True),
     "*ScaledWordEmbedding": Rule(_scaled_embedding, covers=_is_dense_embedding, least_dims=1),
     "*RMSNorm": Rule(_rms_norm, covers=_has_weight_vector),
 }
