@@ -26,9 +26,7 @@ def one_thread(restore_threads: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", models.FAMILIES)
-def test_each_row_is_the_projected_gradient_of_its_sample_alone(
-    name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_each_row_is_the_projected_gradient_of_its_sample_alone(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = models.loaded_model(name, tmp_path, dtype)
     task = models.FAMILIES[name].task
     batch = models.batch_of(task)

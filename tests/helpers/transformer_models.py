@@ -64,6 +64,12 @@ FAMILIES = {
     "gemma3": Family("causal_lm", "Gemma3TextConfig", _LLAMA | _HEADS | _GEMMA),
     "olmo2": Family("causal_lm", "Olmo2Config", _LLAMA),
     "mixtral": Family("causal_lm", "MixtralConfig", _LLAMA | {"num_local_experts": 4}),
+    "qwen3_moe": Family(
+        "causal_lm",
+        "Qwen3MoeConfig",
+        _LLAMA | _HEADS | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "gpt_oss": Family("causal_lm", "GptOssConfig", _LLAMA | _HEADS | {"num_local_experts": 4, "sliding_window": 4}),
     "mamba": Family(
         "causal_lm", "MambaConfig", {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
     ),

@@ -29,6 +29,7 @@ from ..arguments import checked_batch, choice, integer
 from ..gradients.adam import AdamMoments
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
+from ..gradients.experts import experts_rule_of
 from ..gradients.layers import rule_of
 from ..gradients.modes import checkpointing, no_key_caches, requiring_grad, uncompiled
 from ..gradients.parameters import columns_of, layers_of, listed
@@ -228,7 +229,7 @@ class GradientProjector(ParameterGradients):
         self._layers: list[TappedLayer] = []
         around: dict[nn.Module, dict[str, str]] = {}
         for layer, names in layers_of(self.model, self.selected).items():
-            rule = rule_of(layer)
+            rule = rule_of(layer) or experts_rule_of(layer)
             ways = {
                 own: self._ways.get(name, _Way.RULE if rule is not None else _Way.LAYER) for own, name in names.items()
             }

@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..gradients.errors import is_out_of_memory
+from ..gradients.experts import ExpertsRule
 from ..gradients.graph import edges_of
 from ..gradients.layers import Rule
 from ..gradients.modes import unfused_attention
@@ -47,7 +48,7 @@ class TappedLayer:
     """
 
     layer: nn.Module
-    rule: Rule | None
+    rule: Rule | ExpertsRule | None
     names: dict[str, str]
 
 
@@ -195,13 +196,18 @@ class Taps:
             return None  # the first pass of reentrant checkpointing
         if known.rule is None:
             return self._tap_any(known, args, kwargs, output)
-        tensors = [value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)]
-        fits = len(tensors) == 1 or (args and isinstance(args[0], Tensor))
+        if isinstance(known.rule, ExpertsRule):
+            tensors = [value for value in args if isinstance(value, Tensor)]
+            fits = len(tensors) == 3 and not kwargs
+        else:
+            tensors = [value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)]
+            fits = len(tensors) == 1 or isinstance(next(iter(args), None), Tensor)
+            tensors = tensors[:1]
         if not fits or not tensors[0].ndim or not isinstance(output, Tensor) or not output.ndim:
             self.unexplained |= set(known.names.values())
             return None
         call = _Call(known, shapes=[output.shape])
-        tapped = self._tapped(call, [output], [tensors[0].detach()])[0]
+        tapped = self._tapped(call, [output], [tensor.detach() for tensor in tensors])[0]
         if len(output) != self._count:
             call.is_shared = True
             self._shared[tapped.grad_fn] = call
@@ -257,33 +263,29 @@ class Taps:
         if known.rule is None:
             if not self._differentiate(call, tensors, grads):
                 self.unexplained |= set(known.names.values())
-        elif not call.is_shown and grads[0] is not None and not self._apply(call, tensors[0], grads[0]):
+        elif not call.is_shown and grads[0] is not None and not self._apply(call, tensors, grads[0]):
             self.unexplained |= set(known.names.values())
 
-    def _apply(self, call: _Call, inputs: Tensor, output_grads: Tensor) -> bool:
+    def _apply(self, call: _Call, inputs: Sequence[Tensor], output_grads: Tensor) -> bool:
         """Applies the rule of a layer; returns False if it does not fit."""
         known = call.known
         rule = known.rule
         assert rule is not None
         count = self._count
         if call.is_shared and not call.is_shown:
-            if len(inputs) != len(output_grads) or len(inputs) % count:
+            if any(len(x) != len(output_grads) for x in inputs) or len(output_grads) % count:
                 return False
             # all tokens in one dimension, sample by sample
-            inputs = _by_samples(inputs, count)
+            inputs = [_by_samples(x, count) for x in inputs]
             output_grads = _by_samples(output_grads, count)
-        if inputs.ndim < rule.least_dims or len(inputs) != count or len(output_grads) != count:
+        if inputs[0].ndim < rule.least_dims or any(len(x) != count for x in (*inputs, output_grads)):
             return False
-        try:
-            pieces = rule.gradients(known.layer, inputs, output_grads)
-            pieces = {known.names[name]: piece for name, piece in pieces.items() if name in known.names}
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return False
-        for name, piece in pieces.items():
-            self._hand_on(name, piece, 0)
-        return True
+        failures: list[Exception] = []
+        for name, piece in _pieces(rule, known.layer, inputs, output_grads, failures):
+            if name in known.names:
+                self._hand_on(known.names[name], piece, 0)
+            del piece  # before the next one is made
+        return not failures
 
     def _hand_on(self, name: str, piece: Piece, start: int) -> None:
         assert self._take is not None
@@ -394,6 +396,26 @@ class Taps:
         for name, value in gradients.items():
             self._hand_on(names[name], Whole(value.detach()), 0)
         return True
+
+
+def _pieces(
+    rule: Rule | ExpertsRule,
+    layer: nn.Module,
+    inputs: Sequence[Tensor],
+    output_grads: Tensor,
+    failures: list[Exception],
+) -> Iterator[tuple[str, Piece]]:
+    """Yields what a rule says; the error of one that does not fit goes to `failures`."""
+    try:
+        if isinstance(rule, ExpertsRule):
+            hidden_states, index, weights = inputs
+            yield from rule.gradients(layer, hidden_states, index, weights, output_grads)
+        else:
+            yield from rule.gradients(layer, inputs[0], output_grads).items()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        failures.append(error)
 
 
 LARGEST_AT_ONCE = 64 << 20

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..arguments import choice, integer
 from ..gradients.layers import rule_of
 from ..gradients.parameters import Columns, layers_of
-from ..gradients.pieces import Lookup, Outer, Piece, Whole, part_of, row_slices
+from ..gradients.pieces import Block, Lookup, Outer, Piece, Whole, part_of, row_slices
 from ..projection.functions import project_adjoint
 from .check import Sketches, Sums
 
@@ -292,5 +292,7 @@ def show(sketches: Sketches, name: str, piece: Piece, start: int, slice_bytes: i
 
 def device_of(piece: Piece) -> torch.device:
     """Returns the device that a piece's tensors are on."""
+    if isinstance(piece, Block):
+        return device_of(piece.part)
     device: torch.device = next(x.device for x in vars(piece).values() if isinstance(x, Tensor))
     return device

@@ -121,6 +121,38 @@ class Outer:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A gradient of some rows of a parameter, which has zeros in all others.
+
+    Attributes:
+        part: The gradient of these rows.
+        first: The first of them.
+        height: Rows of the parameter.
+    """
+
+    part: Piece
+    first: int
+    height: int
+
+    @property
+    def count(self) -> int:
+        return self.part.count
+
+    @property
+    def width(self) -> int:
+        return self.part.width
+
+    def rows(self, first: int, last: int) -> Tensor:
+        low = min(max(first - self.first, 0), self.part.height)
+        high = min(max(last - self.first, 0), self.part.height)
+        part = self.part.rows(low, high)
+        rows = part.new_zeros(self.count, last - first, self.width)
+        start = self.first + low - first
+        rows[:, start : start + high - low] = part
+        return rows
+
+
+@dataclass(frozen=True)
 class Lookup:
     """The gradient of a table of which each token has read a row.
 
@@ -230,6 +262,8 @@ class Convolved:
 
 def part_of(piece: Piece, samples: slice) -> Piece:
     """Returns a piece's part for some of its samples: of these pieces, all tensors have one row a sample."""
+    if isinstance(piece, Block):
+        return replace(piece, part=part_of(piece.part, samples))
     assert isinstance(piece, (Whole, Summed, Outer, Lookup, Convolved))
     changes: dict[str, Any] = {name: x[samples] for name, x in vars(piece).items() if isinstance(x, Tensor)}
     part: Piece = replace(piece, **changes)
@@ -237,7 +271,7 @@ def part_of(piece: Piece, samples: slice) -> Piece:
 
 
 def row_slices(piece: Piece, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Forms the rows of a gradient, some at a time; those of a table that no token has read, which are 0, are left out.
+    """Forms the rows of a gradient, some at a time; those that are known to be 0 are left out.
 
     Args:
         piece: The gradient, or a summand of it.
@@ -247,6 +281,11 @@ def row_slices(piece: Piece, size: int) -> Iterator[tuple[Tensor, int]]:
         Consecutive rows, (B, r, width), and the place of their first entry in the flattened parameter. The caller frees
         rows before it asks for the next ones.
     """
+    if isinstance(piece, Block):
+        for rows, column in row_slices(piece.part, size):
+            yield rows, piece.first * piece.width + column
+            del rows  # before the next ones are formed
+        return
     step = max(1, size // max(1, 4 * piece.count * piece.width))
     if isinstance(piece, Lookup):
         yield from _read_rows(piece, step)
