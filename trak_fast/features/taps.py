@@ -87,8 +87,9 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        ctx.show(ctx.call, ctx.saved_tensors, grads)
-        return (None, None, None, None, *grads, *(None for _ in ctx.saved_tensors))
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives it out once, and frees it
+        ctx.show(ctx.call, saved, grads)
+        return (None, None, None, None, *grads, *(None for _ in saved))
 
 
 class _Probe(torch.autograd.Function):
@@ -105,7 +106,7 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.show(ctx.call, ctx.saved_tensors, [gradient])
-        return (None, None, None, None, *(None for _ in ctx.saved_tensors))
+        return tuple(None for _ in ctx.needs_input_grad)
 
 
 class Taps:
