@@ -29,8 +29,8 @@ def select_parameters(model: nn.Module, grad_wrt: Iterable[str] | None = None) -
     Raises:
         TypeError: `grad_wrt` is a single string.
         ValueError: `grad_wrt` is empty, one of its entries fits no parameter of `model`, or it names one that has no
-            gradient; it is None, and no parameter requires gradients, or some cannot; a chosen parameter is complex; or
-            the model has lazy parameters without a shape yet.
+            gradient; it is None, and no parameter requires gradients, or some cannot in a model without adapters; a
+            chosen parameter is complex; or the model has lazy parameters without a shape yet.
     """
     if isinstance(grad_wrt, str):
         raise TypeError(f"grad_wrt must be an iterable of names or patterns of parameters, not the string {grad_wrt!r}")
@@ -41,7 +41,7 @@ def select_parameters(model: nn.Module, grad_wrt: Iterable[str] | None = None) -
         raise ValueError(
             f"model must have parameters with shapes, not lazy ones ({listed(lazy)}); run it on a batch once before"
         )
-    names = _requiring_gradients(parameters) if grad_wrt is None else _fitting(parameters, list(grad_wrt))
+    names = _requiring_gradients(model, parameters) if grad_wrt is None else _fitting(parameters, list(grad_wrt))
     if complex_names := [name for name in names if parameters[name].is_complex()]:
         raise ValueError(
             f"parameters must be real, not complex ({_typed(complex_names, parameters)}); store them as pairs of real "
@@ -84,14 +84,16 @@ def columns_of(parameters: Mapping[str, Tensor]) -> dict[str, Columns]:
     return columns
 
 
-def _requiring_gradients(parameters: Parameters) -> list[str]:
-    """Lists the parameters that require gradients, in a model where all could."""
+def _requiring_gradients(model: nn.Module, parameters: Parameters) -> list[str]:
+    """Lists the parameters that require gradients, in a model where all could or that has adapters (PEFT)."""
     names = [name for name, parameter in parameters.items() if parameter.requires_grad]
     if not names:
         raise ValueError(
             f"grad_wrt must be given where none of the model's {len(parameters)} parameters requires gradients; "
             "grad_wrt=['*'] takes all of them"
         )
+    if any(hasattr(module, "peft_config") for module in model.modules()):
+        return names  # the model below is frozen on purpose, and may be quantised
     if others := [name for name, parameter in parameters.items() if not _is_differentiable(parameter)]:
         raise ValueError(
             f"grad_wrt must be given where the model has parameters without gradients ({_typed(others, parameters)}); "
