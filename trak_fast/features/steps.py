@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.adam import AdamMoments
-from ..gradients.pieces import Piece
+from ..gradients.pieces import Block, Piece
 from .sums import FeatureSums
 
 
@@ -42,6 +42,8 @@ class _Total:
         """Forms rows `first` to `last` − 1, (B, last − first, width), in float32 at least."""
         total: Tensor | None = None
         for piece, start in self.parts:
+            if isinstance(piece, Block) and total is not None and not piece.overlaps(first, last):
+                continue
             rows = piece.rows(first, last)
             if total is None:
                 dtype = torch.promote_types(rows.dtype, torch.float32)

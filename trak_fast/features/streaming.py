@@ -45,7 +45,7 @@ from .check import NEGLIGIBLE_ROUNDINGS, Sketches, Sums, differing
 from .groups import group_by_length
 from .steps import StepSums
 from .sums import FeatureSums
-from .taps import TappedLayer, Taps
+from .taps import Split, TappedLayer, Taps
 from .tokens import NoTokensError, TokenShares, TokenSums
 from .two_sided import BlockSums, Layout, TwoSidedSums, side_of
 
@@ -159,6 +159,7 @@ class GradientProjector(ParameterGradients):
         self.precondition(optimizer_state)
         self._is_alone = False  # True once samples of a batch have changed each other
         self._adds = False  # True once a layer's output was changed in place
+        self._splits: set[Split] = set()  # those that batches were checked with
         self._compared_all = False  # True once all samples of a batch were compared with their outputs alone
         self._model_id = 0
 
@@ -442,7 +443,7 @@ class GradientProjector(ParameterGradients):
         return sums.result(self._device), outputs
 
     def _stream(self, batch: Sequence[Tensor], seeds: Tensor, check: _Check | None) -> tuple[Tensor, Tensor] | None:
-        """Computes features and outputs by one pass over the batch; returns None once parameters have fallen."""
+        """Computes features and outputs by one pass over the batch; returns None once it must be repeated."""
         count = len(batch[0])
         singly = self.singly
         streamed = [name for name in self.selected if name not in singly]
@@ -450,7 +451,8 @@ class GradientProjector(ParameterGradients):
         if check is not None:
             sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
         layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
-        taps = Taps(layers, count, self._device, omitted=singly, add=self._adds)
+        shared = {split.name for split in self._splits if split.is_shared}
+        taps = Taps(layers, count, self._device, omitted=singly, add=self._adds, known_as_shared=shared)
         sums = self._new_sums(batch, sketches, taps.is_whole)
         with self._running(()), taps.attached():
             outputs = self._outputs(batch)
@@ -460,6 +462,9 @@ class GradientProjector(ParameterGradients):
         if unexplained := taps.unexplained - singly:
             self._fall_back(unexplained)
             return None
+        if check is None and count > 1 and not taps.splits <= self._splits:
+            self._unchecked = SAMPLES_A_CHECK  # a batch of another shape may be one that a rule does not know
+            return None
         if check is not None and sketches is not None:
             if not self._agree(batch, check, outputs):
                 self._stay_alone()
@@ -468,7 +473,9 @@ class GradientProjector(ParameterGradients):
                 self._fall_back(failed)
                 return None
             self._unchecked = 0
-            self._compared_all = True
+            if count > 1:  # a sample in a batch of its own says nothing about those of others
+                self._splits |= taps.splits
+                self._compared_all = True
         self._unchecked += count
         if singly:
             alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)

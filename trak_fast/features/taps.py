@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import ExpertsRule
-from ..gradients.graph import edges_of
 from ..gradients.layers import Rule
 from ..gradients.modes import unfused_attention
 from ..gradients.pieces import Piece, Whole
+from .shared import hook_uses
 
 Take = Callable[[str, Piece, int], None]
 """Takes a piece of a parameter's gradient, by the parameter's name, for samples from a first one on."""
@@ -52,6 +52,20 @@ class TappedLayer:
     names: dict[str, str]
 
 
+class Split(NamedTuple):
+    """The way in which the gradient of a parameter is split by samples.
+
+    Attributes:
+        name: The parameter.
+        by_rule: True for its layer's rule, False for differentiating the layer by itself.
+        is_shared: True where samples share the layer's output, False where each has its own rows of it.
+    """
+
+    name: str
+    by_rule: bool
+    is_shared: bool
+
+
 @dataclass
 class _Call:
     """A call of a layer.
@@ -62,7 +76,8 @@ class _Call:
         arguments: All that a layer without a rule was called with, None in place of tensors.
         structure: The structure of these.
         is_shared: True where all samples share its output.
-        is_shown: True once gradients of such an output were taken from the sums that it is a summand of.
+        is_shown: True once gradients of such an output were taken where it meets samples.
+        kept: The input of the layer, once that was read for this.
     """
 
     known: TappedLayer
@@ -71,6 +86,7 @@ class _Call:
     structure: Any = None
     is_shared: bool = False
     is_shown: bool = False
+    kept: Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
@@ -87,9 +103,9 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # read once: activation checkpointing gives it out once, and frees it
-        ctx.show(ctx.call, saved, grads)
-        return (None, None, None, None, *grads, *(None for _ in saved))
+        count = len(ctx.needs_input_grad)
+        ctx.show(ctx.call, _saved_by(ctx), grads)
+        return (None, None, None, None, *grads, *(None for _ in range(count - 4 - len(grads))))
 
 
 class _Probe(torch.autograd.Function):
@@ -105,8 +121,20 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        ctx.show(ctx.call, ctx.saved_tensors, [gradient])
+        ctx.show(ctx.call, _saved_by(ctx), [gradient])
         return tuple(None for _ in ctx.needs_input_grad)
+
+
+def _saved_by(ctx: Any) -> Sequence[Tensor]:
+    """Returns what a tap has kept, once only: activation checkpointing gives it out once, and frees it."""
+    saved: Sequence[Tensor] = () if ctx.call.is_shown else ctx.saved_tensors
+    return saved
+
+
+def _saved_once() -> bool:
+    """Tells if what autograd saves now passes through hooks, such as those of activation checkpointing."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 class Taps:
@@ -124,6 +152,7 @@ class Taps:
         *,
         omitted: Collection[str] = (),
         add: bool = False,
+        known_as_shared: Collection[str] = (),
     ) -> None:
         """Prepares taps on some layers.
 
@@ -133,6 +162,8 @@ class Taps:
             device: The device of the model.
             omitted: Parameters of these layers whose gradients are not wanted.
             add: Adds zeros to outputs, instead of returning views of them: for models that change them in place.
+            known_as_shared: Parameters of layers whose outputs all samples have shared so far, even if the shape of one
+                happens to allow something else.
         """
         self.unexplained: set[str] = set()
         self._calls: dict[str, int] = {}
@@ -141,7 +172,10 @@ class Taps:
         self._count = count
         self._add = add
         self._trigger = torch.zeros((), device=device, requires_grad=True)
+        self._known_as_shared = frozenset(known_as_shared)
+        self._taken: list[_Call] = []
         self._shared: dict[Any, _Call] = {}
+        self._reads_once = False  # True once a tap was within activation checkpointing
         self._take: Take | None = None
         self._is_counting = True
         self._is_inert = False
@@ -162,6 +196,15 @@ class Taps:
         """Tells if a parameter's gradient comes in one piece for each sample."""
         return self._calls.get(name, 0) <= 1
 
+    @property
+    def splits(self) -> frozenset[Split]:
+        """The ways in which gradients were split by samples, once the backward pass is over."""
+        return frozenset(
+            Split(name, by_rule=call.known.rule is not None, is_shared=call.is_shown)
+            for call in self._taken
+            for name in call.known.names.values()
+        )
+
     def run_backward(self, outputs: Tensor, seeds: Tensor, take: Take) -> None:
         """Differentiates Σ_b seeds_b · outputs_b, and hands each piece of the gradients to `take`.
 
@@ -173,7 +216,10 @@ class Taps:
         self._is_counting = False
         if not outputs.requires_grad:
             return
-        handles = self._capture_sums(outputs) if self._shared else []
+        handles = []
+        if self._shared:
+            shapes = {node: call.shapes[0] for node, call in self._shared.items()}
+            handles = hook_uses(outputs.grad_fn, shapes, self._count, self._keep, once=self._reads_once)
         self._take = take
         try:
             # reentrant checkpointing allows no torch.autograd.grad; all that requires gradients is the trigger
@@ -195,9 +241,12 @@ class Taps:
                 self._calls[name] = self._calls.get(name, 0) + 1
         if not torch.is_grad_enabled():
             return None  # the first pass of reentrant checkpointing
+        self._reads_once = self._reads_once or _saved_once()
         if known.rule is None:
             return self._tap_any(known, args, kwargs, output)
         if isinstance(known.rule, ExpertsRule):
+            for name in known.names.values():
+                self._calls[name] += 1  # each expert has a summand
             tensors = [value for value in args if isinstance(value, Tensor)]
             fits = len(tensors) == 3 and not kwargs
         else:
@@ -209,16 +258,16 @@ class Taps:
             return None
         call = _Call(known, shapes=[output.shape])
         tapped = self._tapped(call, [output], [tensor.detach() for tensor in tensors])[0]
-        if len(output) != self._count:
+        if len(output) != self._count or not self._known_as_shared.isdisjoint(known.names.values()):
             call.is_shared = True
             self._shared[tapped.grad_fn] = call
             for name in known.names.values():
                 self._calls[name] += 1  # it may be a summand more than once
         return tapped
 
-    def _tap_any(self, known: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _tap_any(self, known: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Puts a tap on all outputs of a layer without a rule."""
-        results, result_structure = tree_flatten(output)
+        results, result_structure = tree_flatten(result)
         places = [i for i, x in enumerate(results) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -231,8 +280,12 @@ class Taps:
             arguments=[None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves],
             structure=structure,
         )
-        for place, tapped in zip(places, self._tapped(call, [results[i] for i in places], tensors), strict=True):
-            results[place] = tapped
+        tapped = self._tapped(call, [results[i] for i in places], tensors)
+        if len(tapped) == len(tensors) == len(tapped[0]) == len(tensors[0]) == 1 < self._count:
+            call.is_shared = True
+            self._shared[tapped[0].grad_fn] = call
+        for place, output in zip(places, tapped, strict=True):
+            results[place] = output
         return tree_unflatten(results, result_structure)
 
     def _tapped(self, call: _Call, outputs: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -261,8 +314,9 @@ class Taps:
         if self._take is None or all(gradient is None for gradient in grads):
             return
         known = call.known
+        self._taken.append(call)
         if known.rule is None:
-            if not self._differentiate(call, tensors, grads):
+            if not call.is_shown and not self._differentiate(call, tensors, grads):
                 self.unexplained |= set(known.names.values())
         elif not call.is_shown and grads[0] is not None and not self._apply(call, tensors, grads[0]):
             self.unexplained |= set(known.names.values())
@@ -293,40 +347,27 @@ class Taps:
         if name not in self._omitted:
             self._take(name, piece, start)
 
-    def _capture_sums(self, outputs: Tensor) -> list[Any]:
-        """Has the gradients of outputs that all samples share taken from the sums that they are summands of.
+    def _keep(self, node: Any, grads: Tensor) -> None:
+        """Takes the gradient of each sample for the output that a tap has made for all of them.
 
-        An output that all samples share, as the embeddings of positions are, has a leading dimension of 1, or none for
-        samples. Added to something that has, its gradient for each sample is that of the sum, which autograd reduces.
+        Args:
+            node: The tap's node.
+            grads: (B, *shape).
         """
-        handles = []
-        for node, following in edges_of(outputs.grad_fn):
-            if following in self._shared and node.name() == "AddBackward0":
-                handles.append(node.register_prehook(self._keeping(following)))
-        return handles
-
-    def _keeping(self, node: Any) -> Callable[[tuple[Tensor, ...]], None]:
-        """Returns a hook that takes the gradient of a sum for that of one of its summands, which `node` has made."""
         call = self._shared[node]
-
-        def keep(grads: tuple[Tensor, ...]) -> None:
-            shape = call.shapes[0]
-            inputs = self._saved(node)
-            if inputs is None or grads[0] is None:
-                return
-            if grads[0].shape == (self._count, *shape):
-                inputs = inputs.expand(self._count, *inputs.shape)
-            elif len(inputs) == shape[0] == 1 and grads[0].shape == (self._count, *shape[1:]):
-                inputs = inputs.expand(self._count, *inputs.shape[1:])
-            else:
-                return
-            call.is_shown = False
-            call.is_shared = False
-            self._show(call, [inputs], [grads[0]])
-            call.is_shared = True
-            call.is_shown = True
-
-        return keep
+        if call.kept is None:
+            call.kept = self._saved(node)
+        inputs = call.kept
+        if inputs is None:
+            return
+        if len(inputs) == call.shapes[0][0] == 1:
+            inputs = inputs.squeeze(0)
+            grads = grads.squeeze(1)
+        call.is_shown = False
+        call.is_shared = False
+        self._show(call, [inputs.expand(self._count, *inputs.shape)], [grads])
+        call.is_shared = True
+        call.is_shown = True
 
     def _saved(self, node: Any) -> Tensor | None:
         """Returns the input of the layer whose output a tap, or the sum with a probe, has made."""

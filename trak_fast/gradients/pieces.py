@@ -142,6 +142,10 @@ class Block:
     def width(self) -> int:
         return self.part.width
 
+    def overlaps(self, first: int, last: int) -> bool:
+        """Tells if some of the rows `first` to `last` − 1 are not zero."""
+        return first < self.first + self.part.height and self.first < last
+
     def rows(self, first: int, last: int) -> Tensor:
         low = min(max(first - self.first, 0), self.part.height)
         high = min(max(last - self.first, 0), self.part.height)
