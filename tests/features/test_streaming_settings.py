@@ -259,7 +259,7 @@ def test_batches_as_long_as_they_have_samples(name: str) -> None:
     task = models.FAMILIES[name].task
     batch = models.batch_of(task)
     projector = assert_matches(model, task, batch)
-    for count, length in ((5, 5), (1, 9), (1, 1), (3, 1), (5, 9)):
+    for count, length in ((5, 5), (5, 2), (1, 9), (1, 1), (3, 1), (5, 9)):
         cut = [x[:count, :length] if x.ndim == 2 else x[:count] for x in batch]
         if task == "seq2seq_lm":
             cut[2] = batch[2][:count, : max(length, 2)]
@@ -271,6 +271,7 @@ def test_batches_as_long_as_they_have_samples(name: str) -> None:
         gradients = models.gradients_alone(model, task, cut)
         features = projector.project(cut)
         assert models.errors_of(features, trak_fast.project(gradients, PROJ_DIM)).max() <= 1e-5, (count, length)
+    assert projector.singly == frozenset()
 
 
 class Centred(nn.Module):

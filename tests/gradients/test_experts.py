@@ -1,11 +1,14 @@
 """The rule of stacked experts, against a plain loop over tokens and against autograd."""
 
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import trak_fast
 from trak_fast.features.streaming import GradientProjector
@@ -19,10 +22,11 @@ B, T, E, K, H, WIDE = 4, 6, 5, 2, 3, 7
 class TinyExperts(nn.Module):
     """Gated experts that compute a token at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int = E) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(E, 2 * WIDE, H))
-        self.down_proj = nn.Parameter(torch.randn(E, H, WIDE))
+        self.experts = experts
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * WIDE, H))
+        self.down_proj = nn.Parameter(torch.randn(experts, H, WIDE))
         self.act_fn = nn.SiLU()
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -30,7 +34,7 @@ class TinyExperts(nn.Module):
         for x, experts, factors in zip(hidden_states, index, weights, strict=True):
             row = torch.zeros_like(x)
             for expert, factor in zip(experts.tolist(), factors, strict=True):
-                if expert < E:
+                if expert < self.experts:
                     gate, up = (self.gate_up_proj[expert] @ x).chunk(2)
                     row = row + factor * (self.down_proj[expert] @ (self.act_fn(gate) * up))
             rows.append(row)
@@ -103,11 +107,11 @@ def test_rows_of_a_block_may_begin_and_end_anywhere() -> None:
 class Mixture(nn.Module):
     """A model of tokens with a router and experts."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int = E) -> None:
         super().__init__()
         self.table = nn.Embedding(11, H)
-        self.router = nn.Linear(H, E)
-        self.experts = TinyExperts()
+        self.router = nn.Linear(H, experts)
+        self.experts = TinyExperts(experts)
         self.head = nn.Linear(H, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -144,6 +148,32 @@ def test_features_of_a_mixture_are_projected_gradients_of_samples_alone(
     torch.testing.assert_close(features, trak_fast.project(torch.stack(rows), 16), rtol=1e-5, atol=1e-5)
     assert projector.singly == frozenset()
     assert largest == 2 * WIDE * H  # one expert's slice and no more
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operation makes, in bytes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and not any(r.alias_info for r in func._schema.returns):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
+
+
+def test_no_tensor_is_larger_than_the_factors_of_one_expert() -> None:
+    model = Mixture(experts=200)
+    batch = [torch.randint(11, (B, T)), torch.randint(3, (B,))]
+    projector = GradientProjector(model, "image_classification", 16, memory_budget=B * 4 * H)
+    projector.project(batch)
+    projector._unchecked = -1000  # a check forms whole gradients of one sample
+    with Largest() as largest:
+        projector.project(batch)
+    # logits of the router or the tokens of all samples between an expert's matrices; a stack of gradients has 200 times
+    # B · 2 · WIDE · H numbers
+    assert largest.bytes <= 4 * max(B * T * 201, B * T * 2 * WIDE)
 
 
 class OddExperts(TinyExperts):
