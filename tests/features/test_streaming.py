@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from hook_models import CASES, LABELS, WORDS, images, words
+from streamed import Largest
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from trak_fast import GradientProjector, project
 from trak_fast.features.groups import group_by_length
@@ -79,19 +79,6 @@ def test_slices_of_any_size_add_up_to_the_same(budget: int) -> None:
     whole = GradientProjector(model, task, K).project(batch)
     sliced = GradientProjector(model, task, K, memory_budget=budget).project(batch)
     assert relative_errors(sliced, whole).max() < 1e-5
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that an operation makes."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and not any(r.alias_info for r in func._schema.returns):
-                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
-        return result
 
 
 def test_no_tensor_is_larger_than_the_budget_and_the_parameters() -> None:
@@ -247,3 +234,36 @@ def test_a_parameter_of_the_model_itself_is_differentiated_sample_by_sample() ->
     expected = project(loop(model, ImageClassification(), batch), K)
     assert relative_errors(projector.project(batch), expected).max() < 1e-5
     assert projector.singly == {"scale"}
+
+
+def test_slices_of_a_double_precision_model_agree_with_the_check() -> None:
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, LABELS)).double()
+    batch = [torch.randn(4, 40, dtype=torch.float64), torch.randint(LABELS, (4,))]
+    projector = GradientProjector(model, "image_classification", K, memory_budget=4 * 4 * 40)
+    whole = GradientProjector(model, "image_classification", K)
+    features = projector.project(batch)
+    torch.testing.assert_close(features, whole.project(batch), rtol=1e-5, atol=1e-5)
+    assert not projector._ways
+    assert projector.singly == whole.singly == frozenset()
+
+
+class Centred(nn.Module):
+    """A model that subtracts the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, LABELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.second(x - x.mean(0) + 1)
+
+
+def test_a_sample_alone_says_nothing_about_the_batches_after_it() -> None:
+    model = Centred()
+    batch = [torch.randn(6, 4), torch.randint(LABELS, (6,))]
+    projector = GradientProjector(model, "image_classification", K)
+    alone = torch.cat([projector.project([x[i : i + 1] for x in batch]) for i in range(6)])
+    fresh = GradientProjector(model, "image_classification", K)
+    fresh.project([x[:1] for x in batch])
+    assert relative_errors(fresh.project(batch), alone).max() <= 1e-5

@@ -7,7 +7,7 @@ import torch
 from libraries import needs
 
 import trak_fast
-from trak_fast.features.streaming import GradientProjector
+from trak_fast import GradientProjector
 
 needs("transformers")
 import transformer_models as models  # noqa: E402

@@ -1,17 +1,15 @@
 """The rule of stacked experts, against a plain loop over tokens and against autograd."""
 
 from collections import defaultdict
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from streamed import Largest
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import trak_fast
-from trak_fast.features.streaming import GradientProjector
+from trak_fast import GradientProjector
 from trak_fast.features.sums import FeatureSums
 from trak_fast.gradients.experts import ExpertsRule, experts_rule_of
 from trak_fast.gradients.pieces import Block, Outer, Piece
@@ -148,19 +146,6 @@ def test_features_of_a_mixture_are_projected_gradients_of_samples_alone(
     torch.testing.assert_close(features, trak_fast.project(torch.stack(rows), 16), rtol=1e-5, atol=1e-5)
     assert projector.singly == frozenset()
     assert largest == 2 * WIDE * H  # one expert's slice and no more
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that an operation makes, in bytes."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and not any(r.alias_info for r in func._schema.returns):
-                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
-        return result
 
 
 def test_no_tensor_is_larger_than_the_factors_of_one_expert() -> None:

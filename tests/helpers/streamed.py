@@ -1,4 +1,4 @@
-"""A gradient computer that gives whole what `GradientProjector` projects piece by piece."""
+"""A gradient computer that gives whole what `GradientProjector` projects piece by piece, and a measure of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from trak_fast import GradientProjector
 from trak_fast.features.sums import FeatureSums
@@ -46,3 +48,16 @@ class StreamedGradients(GradientProjector):
             name: part.reshape(len(part), *self.selected[name].shape).to(self.selected[name].dtype)
             for name, part in zip(self.columns, parts, strict=True)
         }
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operation makes, in bytes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and not any(r.alias_info for r in func._schema.returns):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return result
