@@ -267,3 +267,37 @@ def test_a_sample_alone_says_nothing_about_the_batches_after_it() -> None:
     fresh = GradientProjector(model, "image_classification", K)
     fresh.project([x[:1] for x in batch])
     assert relative_errors(fresh.project(batch), alone).max() <= 1e-5
+
+
+class Cubed(torch.autograd.Function):
+    """A function of the kind that torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+class CubedScale(nn.Module):
+    """A layer without a rule that computes by such a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Cubed.apply(x * self.scale)
+
+
+def test_layers_without_a_rule_may_have_functions_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), CubedScale(), nn.Linear(6, LABELS))
+    batch = [torch.randn(5, 4), torch.randint(LABELS, (5,))]
+    projector = GradientProjector(model, "image_classification", K)
+    expected = project(loop(model, ImageClassification(), batch), K)
+    assert relative_errors(projector.project(batch), expected).max() < 1e-5
+    assert projector.singly == frozenset()

@@ -405,11 +405,19 @@ class Taps:
         try:
             with torch.enable_grad():
                 if not self._at_once(names, weights, product, parts, values):
+                    for weight in weights.values():
+                        weight.requires_grad_()
                     for i in range(count):
                         sample = [x[i] if part.is_split else x for part, x in zip(parts, values, strict=True)]
-                        gradient = grad(product)(weights, *sample)
-                        for name, value in gradient.items():
-                            self._hand_on(names[name], Whole(value.detach().unsqueeze(0)), i)
+                        total = product(weights, *sample)
+                        if not total.requires_grad:
+                            continue
+                        # autograd itself: torch.func refuses custom functions, and hooks on saved tensors
+                        gradients = torch.autograd.grad(
+                            total, list(weights.values()), allow_unused=True, materialize_grads=True
+                        )
+                        for name, value in zip(weights, gradients, strict=True):
+                            self._hand_on(names[name], Whole(value.unsqueeze(0)), i)
         finally:
             self._is_inert = False
         return True
