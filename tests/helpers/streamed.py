@@ -33,10 +33,10 @@ class StreamedGradients(GradientProjector):
     def __init__(self, model: nn.Module, task: Task, grad_wrt: Iterable[str] | None = None, **options: Any) -> None:
         super().__init__(model, task, 1, grad_wrt=grad_wrt, memory_budget=256)
 
-    def _new_sums(self, count: int, *arguments: Any) -> FeatureSums:
-        sums = super()._new_sums(count, *arguments)
+    def _new_sums(self, batch: Sequence[Tensor], *arguments: Any) -> FeatureSums:
+        sums = super()._new_sums(batch, *arguments)
         sums.__class__ = WholeSums
-        sums._whole = torch.zeros(count, self.grad_dim, dtype=torch.float64)
+        sums._whole = torch.zeros(len(batch[0]), self.grad_dim, dtype=torch.float64)
         return sums
 
     def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
