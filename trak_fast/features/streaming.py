@@ -16,7 +16,8 @@ import enum
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 from ..arguments import integer
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
-from ..gradients.layers import rule_of
-from ..gradients.modes import checkpointing, no_key_caches, requiring_grad, uncompiled
+from ..gradients.layers import Rule, rule_of
+from ..gradients.modes import checkpointing, differentiable, no_key_caches, requiring_grad, uncompiled
 from ..gradients.parameters import Columns, columns_of, layers_of, listed
 from ..gradients.pieces import Lookup, Piece, Whole
 from ..gradients.repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
@@ -37,6 +38,7 @@ from ..tasks.base import Task, evaluation_mode, restored
 from ..tasks.registry import resolve_task
 from . import memory
 from .check import NEGLIGIBLE_ROUNDINGS, Sketches, differing
+from .sharded import Kind, Lockstep, shards_of
 from .taps import TappedLayer, Taps
 
 logger = logging.getLogger("trak_fast")
@@ -46,6 +48,12 @@ SLICE_BYTES = 64 << 20
 
 SAMPLES_A_CHECK = 32
 """Samples for each one that is differentiated alone, to compare with."""
+
+FORWARD: Kind = ("forward",)
+"""The kind of a pass without gradients."""
+
+_ANY = Rule(lambda layer, inputs, output_grads: {})
+"""A rule of no parameters, to tap a layer as one with a rule."""
 
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
 
@@ -220,6 +228,7 @@ class GradientProjector(ParameterGradients):
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
         super().load_model_params(model)
+        self._lockstep = Lockstep(model, self.parameters, self._imitate) if shards_of(model) else None
         self.columns = columns_of(self.selected)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
         self._unchecked = SAMPLES_A_CHECK
@@ -245,7 +254,10 @@ class GradientProjector(ParameterGradients):
                     around.setdefault(self.model.get_submodule(parent_path), {})[f"{own_path}.{own}"] = name
         # the whole model by itself is no faster than its samples alone
         self._layers += [
-            TappedLayer(layer, rule=None, names=names) for layer, names in around.items() if layer is not self.model
+            TappedLayer(layer, rule=None, names=names)
+            for layer, names in around.items()
+            # and a module that gathers its weights cannot be called again while its own are in use
+            if layer is not self.model and not shards_of(layer)
         ]
         tapped = {name for known in self._layers for name in known.names.values()}
         self._untapped = frozenset(self.selected) - tapped
@@ -265,14 +277,16 @@ class GradientProjector(ParameterGradients):
         """Computes the projected gradient of each sample's model output.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each. If memory runs out, halves of it are computed.
+            batch: The tensors that the task asks for, (B, ...) each. If memory runs out, halves of it are computed. Of
+                a sharded model (FSDP2), each process has samples of its own, any number; all make each call.
             model_id: The checkpoint's number, 0 to 2^32 − 1, which selects the projection matrix.
 
         Returns:
             (B, k) float32, on the model's device. The same batch gives the same bits each time.
 
         Raises:
-            RuntimeError: The model cannot be differentiated, or its outputs are random.
+            RuntimeError: The model cannot be differentiated, its outputs are random, or memory ran out in a pass over a
+                sharded one.
             ValueError: The batch is not what the task takes.
             TypeError: The batch is no sequence of tensors.
         """
@@ -287,6 +301,7 @@ class GradientProjector(ParameterGradients):
 
         with evaluation_mode(self.model):
             memory.halving_on_oom(count, count, compute)
+            self.finish()
         return features
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
@@ -300,6 +315,73 @@ class GradientProjector(ParameterGradients):
         self._model_id = model_id
         features = self._compute(samples)["features"]
         return features if self.projector.dense_scale == 1 else features * self.projector.dense_scale
+
+    @property
+    def is_sharded(self) -> bool:
+        """True where all processes have to make the same passes over the model (FSDP2)."""
+        return self._lockstep is not None
+
+    def turn(self, kind: Kind = FORWARD) -> AbstractContextManager[None]:
+        """Makes room for one pass over the model: of a sharded one, all processes make it together."""
+        return nullcontext() if self._lockstep is None else self._lockstep.turn(kind)
+
+    def finish(self) -> None:
+        """Makes the passes over a sharded model that other processes still have to make, until all are here."""
+        if self._lockstep is not None:
+            with evaluation_mode(self.model), differentiable(self.model, fused=True):
+                self._lockstep.finish()
+
+    def _imitate(self, kind: Kind, sample: Sequence[Tensor]) -> None:
+        """Makes a pass of a kind that another process has to make, on a batch of one, and drops its result."""
+        assert isinstance(kind, tuple)
+        details: list[Any]
+        name, *details = kind
+        sample = [x.to(self._device) for x in sample]
+        with torch.enable_grad():
+            if name == "stream":
+                layers = [
+                    TappedLayer(self.model.get_submodule(path), rule=_ANY if has_rule else None, names={})
+                    for path, has_rule in details[0]
+                ]
+                with self._running(()), Taps(layers, 1, self._device, add=True).attached():
+                    outputs = self._outputs(sample)
+                    if outputs.requires_grad:  # taps show nothing unless they were given a place for it
+                        torch.autograd.backward(outputs, torch.zeros_like(outputs))
+            elif name == "alone":
+                chosen = {own: self.selected[own] for own in details[0]}
+                self._pass_alone(sample, torch.zeros(1), chosen, lambda own, gradient: None)
+            elif name == "weightings":
+                super()._ask_for_weightings([x.expand(details[0], *x.shape[1:]) for x in sample])
+            else:
+                with self._running(()), torch.no_grad():
+                    self._outputs(sample)
+
+    def _ask_for_weightings(self, batch: Sequence[Tensor]) -> Tensor:
+        with self.turn(("weightings", len(batch[0]))):
+            return super()._ask_for_weightings(batch)
+
+    def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self._forward(sample) for sample in singles_of(batch)])
+
+    def _forward(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes f of samples, (B,), by one pass without gradients."""
+        with self.turn(), self._running(()), torch.no_grad():
+            return self._outputs(batch).detach()
+
+    def _compute(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self._lockstep is None:
+            return super()._compute(batch)
+        self._lockstep.remember(batch)
+        try:
+            return super()._compute(batch)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise RuntimeError(
+                    f"memory ran out in a pass over {len(batch[0])} samples, which the other processes of a sharded "
+                    "model are in too, so that it cannot be made again in halves; give smaller batches, or a smaller "
+                    "memory_budget"
+                ) from error
+            raise
 
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the features of a batch, (B, k), and f of each sample, (B,), detached."""
@@ -335,7 +417,7 @@ class GradientProjector(ParameterGradients):
                     check = self._begin_check(batch, seeds)
                 streamed = self._stream(batch, seeds, check)
             except Exception as error:
-                if is_out_of_memory(error) or isinstance(error, RandomOutputsError):
+                if is_out_of_memory(error) or isinstance(error, RandomOutputsError) or self.is_sharded:
                     raise
                 if not self._adds and "modified inplace" in str(error):
                     self._adds = True
@@ -362,8 +444,9 @@ class GradientProjector(ParameterGradients):
                 sums.add(name, piece, start)
 
         layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
-        taps = Taps(layers, count, self._device, add=self._adds)
-        with self._running(()), taps.attached():
+        # modules that gather their weights take no views as their outputs
+        taps = Taps(layers, count, self._device, add=self._adds or self.is_sharded)
+        with self.turn(self._kind_of(layers)), self._running(()), taps.attached():
             outputs = self._outputs(batch)
             taps.run_backward(outputs, seeds, take)
         outputs = outputs.detach()
@@ -387,6 +470,13 @@ class GradientProjector(ParameterGradients):
                 return None
             outputs = alone
         return sums.result(self._device), outputs
+
+    def _kind_of(self, layers: Iterable[TappedLayer]) -> Kind:
+        """Names a pass with taps on some layers."""
+        if not self.is_sharded:
+            return ()
+        paths = {module: path for path, module in self.model.named_modules()}
+        return "stream", tuple((paths[known.layer], known.rule is not None) for known in layers)
 
     @contextmanager
     def _running(self, chosen: Iterable[Tensor]) -> Iterator[None]:
@@ -424,43 +514,73 @@ class GradientProjector(ParameterGradients):
             f of each sample, (B,), detached.
         """
         outputs: list[Tensor] = []
-        chosen = [self.selected[name] for name in names]
-        before = [parameter.grad for parameter in chosen]
-        sample = 0
+        chosen = {name: self.selected[name] for name in names}
+        for sample, single in enumerate(singles_of(batch)):
 
-        def taking(name: str) -> Callable[[Tensor], None]:
+            def take_gradient(name: str, gradient: Tensor, sample: int = sample) -> None:
+                dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+                take(name, Whole(dense.unsqueeze(0)), sample)
+
+            with self.turn(("alone", tuple(names))):
+                outputs.append(self._pass_alone(single, seeds[sample : sample + 1], chosen, take_gradient))
+        return torch.cat(outputs)
+
+    def _pass_alone(
+        self,
+        single: Sequence[Tensor],
+        seed: Tensor,
+        chosen: Mapping[str, Tensor],
+        take: Callable[[str, Tensor], None],
+    ) -> Tensor:
+        """Differentiates one sample with respect to some parameters.
+
+        Args:
+            single: The sample's tensors, (1, ...) each.
+            seed: The factor of f, (1,).
+            chosen: The parameters, by name.
+            take: Takes each gradient, which is freed then.
+
+        Returns:
+            f, (1,), detached.
+        """
+        before = {name: parameter.grad for name, parameter in chosen.items()}
+        handles: dict[Tensor, Any] = {}
+
+        def hook(name: str, parameter: Tensor) -> None:
+            """Has the gradient of a parameter taken; of one that is sharded, that of what is gathered for it."""
+
             @torch.no_grad()
             def take_gradient(parameter: Tensor) -> None:
                 gradient = parameter.grad
                 parameter.grad = None
                 assert gradient is not None
-                dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
-                take(name, Whole(dense.unsqueeze(0)), sample)
+                take(name, gradient)
 
-            return take_gradient
+            if parameter not in handles:
+                handles[parameter] = parameter.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
 
-        with self._running(chosen):
-            handles = [p.register_post_accumulate_grad_hook(taking(n)) for n, p in zip(names, chosen, strict=True)]
+        with ExitStack() as modes:
+            modes.enter_context(self._running(chosen.values()))
+            if self._lockstep is not None:
+                modes.enter_context(self._lockstep.gathered(chosen, hook))
             try:
-                for parameter in chosen:
+                for name, parameter in chosen.items():
                     parameter.grad = None
-                for sample, single in enumerate(singles_of(batch)):
-                    output = self._outputs(single)
-                    if output.requires_grad:
-                        torch.autograd.backward(output, seeds[sample : sample + 1].to(output))
-                    outputs.append(output.detach())
+                    hook(name, parameter)
+                output = self._outputs(single)
+                if output.requires_grad:
+                    torch.autograd.backward(output, seed.to(output))
             finally:
-                for handle in handles:
+                for handle in handles.values():
                     handle.remove()
-                for parameter, gradient in zip(chosen, before, strict=True):
-                    parameter.grad = gradient
-        return torch.cat(outputs)
+                for name, parameter in chosen.items():
+                    parameter.grad = before[name]
+        return output.detach()
 
     def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
-        with self._running(()), torch.no_grad():
-            if self._is_alone or not hasattr(self.task, "get_outputs"):
-                return self._outputs_alone(batch)
-            return self._outputs(batch).detach()
+        if self._is_alone or not hasattr(self.task, "get_outputs"):
+            return self._outputs_alone(batch)
+        return self._forward(batch)
 
     def _is_due(self, count: int) -> bool:
         """Tells if a batch of so many samples is to be checked."""
@@ -480,8 +600,7 @@ class GradientProjector(ParameterGradients):
             lambda name, piece, start: expected.add(name, piece, sample + start),
         )
         if not self._compared_all and count > 1:
-            with self._running(()), torch.no_grad():
-                outputs = self._outputs_alone(batch)
+            outputs = self._outputs_alone(batch)
         return _Check(sample, outputs, expected)
 
     def _agree(self, batch: Sequence[Tensor], check: _Check, outputs: Tensor) -> bool:
@@ -497,9 +616,8 @@ class GradientProjector(ParameterGradients):
             expected[check.sample] = check.outputs[0]
         if not differ(expected, outputs, self._output_tolerance):
             return True
-        with self._running(()), torch.no_grad():
-            single = [x[check.sample : check.sample + 1] for x in batch]
-            first, second = self._outputs(single), self._outputs(single)
+        single = [x[check.sample : check.sample + 1] for x in batch]
+        first, second = self._forward(single), self._forward(single)
         if differ(first, second, self._output_tolerance) or differ(
             first, expected[check.sample : check.sample + 1], self._output_tolerance
         ):

@@ -138,8 +138,10 @@ class Taps:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Has the layers tapped during the block."""
+        # before all other hooks, which see the tapped output: those that gather a layer's weights go around the tap
         handles = [
-            known.layer.register_forward_hook(partial(self._tap, known), with_kwargs=True) for known in self._layers
+            known.layer.register_forward_hook(partial(self._tap, known), with_kwargs=True, prepend=True)
+            for known in self._layers
         ]
         try:
             yield

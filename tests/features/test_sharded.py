@@ -1,0 +1,82 @@
+"""Sharded models under torchrun with 1, 2 and 4 processes give what one process computes by a plain loop."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import warm
+from sharded_models import build, expected, samples
+
+PROGRAMS = Path(__file__).parents[1] / "programs"
+CLOSE = 1e-5
+"""The error relative to the norm of a row that sums in float32, in another order, may have."""
+
+
+def launch(ranks: int, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs one of the programs in tests/programs under torchrun."""
+    command = [warm.python(), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, str(PROGRAMS / program), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def require_close(found: np.ndarray, rows: torch.Tensor) -> None:
+    """Checks rows against those of the plain loop."""
+    errors = np.linalg.norm(found - rows.numpy(), axis=1)
+    assert found.shape == rows.shape
+    assert (errors <= CLOSE * np.linalg.norm(rows.numpy(), axis=1)).all(), errors
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "variant"), [(1, "tied", "blocks"), (2, "tied", "blocks"), (4, "untied", "each")]
+)
+def test_processes_with_their_own_samples_of_any_number_stream_a_model_that_is_sharded(
+    tmp_path: Path, ranks: int, name: str, variant: str
+) -> None:
+    launch(ranks, "fully_sharded.py", tmp_path, name, variant)
+    model = build(name)
+    counts = [[3, 0, 5, 1], [0, 2, 1, 4], [2, 2, 0, 0]]
+    for rank in range(ranks):
+        with np.load(tmp_path / f"rank_{rank}.npz") as found:
+            for call, shares in enumerate(counts):
+                batch = samples(shares[rank], length=7 + rank, seed=10 * call + rank)
+                if shares[rank]:
+                    require_close(found[f"call_{call}"], expected(model, batch))
+                else:
+                    assert found[f"call_{call}"].shape[0] == 0
+            # what layers have is streamed; the parameter that is the model's own is not
+            assert found["singly"].tolist() == (["scale"] if name == "tied" else [])
+
+
+def test_a_sharded_llama_of_transformers_streams(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    launch(2, "fully_sharded.py", tmp_path, "llama", "blocks")
+    model = build("llama")
+    for rank, count in enumerate((3, 0)):
+        with np.load(tmp_path / f"rank_{rank}.npz") as found:
+            if count:
+                require_close(found["call_0"], expected(model, samples(count, length=7 + rank, seed=rank)))
+            require_close(found["call_2"], expected(model, samples(2, length=7 + rank, seed=20 + rank)))
+            assert not len(found["singly"])
+
+
+def test_processes_that_find_other_samples_to_be_coupled_go_on_together(tmp_path: Path) -> None:
+    """The second process computes each sample alone from its first batch on, and the first one none."""
+    launch(2, "fully_sharded.py", tmp_path, "coupled", "coupled")
+    model = build("coupled")
+    counts = [[3, 0], [0, 2], [2, 2]]
+    for rank in range(2):
+        with np.load(tmp_path / f"rank_{rank}.npz") as found:
+            for call, shares in enumerate(counts):
+                batch = samples(shares[rank], length=7 + rank, seed=10 * call + rank)
+                if rank == 1:
+                    batch[0][:, 0] = 0
+                if shares[rank]:
+                    require_close(found[f"call_{call}"], expected(model, batch))
+            assert found["singly"].tolist() == (found["parameters"].tolist() if rank else [])
