@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 import warm
-from sharded_models import build, expected, samples
+from sharded_models import SEED, build, expected, samples
+
+import trak_fast
+from trak_fast.features import tensor_parallel
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 CLOSE = 1e-5
@@ -80,3 +83,53 @@ def test_processes_that_find_other_samples_to_be_coupled_go_on_together(tmp_path
                 if shares[rank]:
                     require_close(found[f"call_{call}"], expected(model, batch))
             assert found["singly"].tolist() == (found["parameters"].tolist() if rank else [])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "variant", "proj_type"),
+    [
+        (1, "untied", "vocabulary", "rademacher"),
+        (2, "tied", "vocabulary", "rademacher"),
+        (2, "head norms", "width", "normal"),
+        (4, "untied", "sequence", "rademacher"),
+    ],
+)
+def test_processes_with_parts_of_layers_add_up_to_the_whole(
+    tmp_path: Path, ranks: int, name: str, variant: str, proj_type: str
+) -> None:
+    """Tables and matrices are split by rows or columns, unevenly where their sizes are; sequences in one case too."""
+    require_parts_to_add_up(tmp_path, ranks, name, variant, proj_type)
+
+
+def test_a_llama_of_transformers_can_be_split_by_layers_parts(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    require_parts_to_add_up(tmp_path, 2, "llama", "vocabulary", "rademacher")
+
+
+def require_parts_to_add_up(folder: Path, ranks: int, name: str, variant: str, proj_type: str) -> None:
+    """Runs tensor_parallel.py and compares what each process returns with the plain loop."""
+    launch(ranks, "tensor_parallel.py", folder, name, variant, proj_type)
+    model = build(name)
+    rows = [expected(model, samples(count, length=8, seed=call), proj_type) for call, count in enumerate((3, 2))]
+    for rank in range(ranks):
+        with np.load(folder / f"rank_{rank}.npz") as found:
+            require_close(found["features"], torch.cat(rows))
+            assert found["singly"].tolist() == (["scale"] if name == "tied" else [])
+
+
+@pytest.mark.parametrize("long_row", [1, 4096])
+@pytest.mark.parametrize(("height", "width", "pitch"), [(5, 3, 11), (4, 6, 6), (1, 4, 9), (7, 5, 8)])
+def test_rows_with_gaps_are_projected_as_the_whole_matrix_with_zeros(
+    monkeypatch: pytest.MonkeyPatch, long_row: int, height: int, width: int, pitch: int
+) -> None:
+    monkeypatch.setitem(tensor_parallel.LONG_ROW, "cpu", long_row)
+    rows = torch.randn(2, height, width)
+    whole = torch.zeros(2, height, pitch)
+    whole[:, :, 2 : 2 + width] = rows if pitch > width else 0
+    first = 2 if pitch > width else 0
+    if pitch == width:
+        whole = rows
+    total = torch.zeros(2, 16)
+    for block, column in tensor_parallel.spread(rows, first, pitch):
+        trak_fast.project([block], 16, seed=SEED, offset=column, out=total)
+    torch.testing.assert_close(total, trak_fast.project([whole], 16, seed=SEED), rtol=1e-5, atol=1e-5)

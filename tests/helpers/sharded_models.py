@@ -21,14 +21,15 @@ class Block(nn.Module):
         self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.output = nn.Linear(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.head_norm: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         normalised = self.first_norm(x)
-        heads = [
+        query, key, value = (
             part(normalised).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
             for part in (self.query, self.key, self.value)
-        ]
-        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(self.head_norm(query), key, value, is_causal=True)
         x = x + self.output(mixed.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.gelu(self.up(self.second_norm(x))))
 
@@ -62,6 +63,15 @@ class Untied(Tied):
         self.scale = 1.0
 
 
+class HeadNorms(Untied):
+    """A language model with norms of queries, which see the heads alone that a process has."""
+
+    def __init__(self, blocks: int = 2) -> None:
+        super().__init__(blocks)
+        for block in self.blocks:
+            block.head_norm = nn.LayerNorm(WIDTH // HEADS)
+
+
 class Coupled(Untied):
     """A model of which the samples of a batch change each other where there is a token 0."""
 
@@ -86,7 +96,13 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"tied": Tied, "untied": Untied, "coupled": Coupled, "llama": llama}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "tied": Tied,
+    "untied": Untied,
+    "head norms": HeadNorms,
+    "coupled": Coupled,
+    "llama": llama,
+}
 
 
 def build(name: str) -> nn.Module:

@@ -40,6 +40,7 @@ from . import memory
 from .check import NEGLIGIBLE_ROUNDINGS, Sketches, differing
 from .sharded import Kind, Lockstep, shards_of
 from .taps import TappedLayer, Taps
+from .tensor_parallel import TensorParallel
 
 logger = logging.getLogger("trak_fast")
 
@@ -70,6 +71,7 @@ class FeatureSums:
         model_id: int,
         slice_bytes: int,
         sketches: Sketches | None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         """Starts with zeros.
 
@@ -80,6 +82,7 @@ class FeatureSums:
             model_id: The checkpoint's number.
             slice_bytes: Bytes of gradients that are formed at a time.
             sketches: Gets the rows of one sample too, for a check.
+            parallel: Knows the columns of the parts that this process has of parameters.
         """
         self._projector = projector
         self._columns = columns
@@ -87,6 +90,7 @@ class FeatureSums:
         self._model_id = model_id
         self._slice_bytes = slice_bytes
         self._sketches = sketches
+        self._parallel = parallel
         self._sums: dict[torch.device, Tensor] = {}
 
     def add(self, name: str, piece: Piece, start: int) -> None:
@@ -120,17 +124,19 @@ class FeatureSums:
         """Adds the projection of rows (B, r, width) that begin at a column of a parameter."""
         sums = self._sums_on(rows.device)[start : start + len(rows)]
         projector = self._projector
-        project(
-            [rows],
-            projector.proj_dim,
-            proj_type=projector.proj_type,
-            seed=projector.seed,
-            model_id=self._model_id,
-            offset=self._columns[name].first + column,
-            precision=projector.precision,
-            nonzeros=projector.nonzeros,
-            out=sums,
-        )
+        blocks = [(rows, column)] if self._parallel is None else self._parallel.blocks(name, rows, column)
+        for block, first in blocks:
+            project(
+                [block],
+                projector.proj_dim,
+                proj_type=projector.proj_type,
+                seed=projector.seed,
+                model_id=self._model_id,
+                offset=self._columns[name].first + first,
+                precision=projector.precision,
+                nonzeros=projector.nonzeros,
+                out=sums,
+            )
         if self._sketches is not None:
             self._sketches.add_rows(name, rows, column, start)
 
@@ -140,12 +146,12 @@ class FeatureSums:
         return self._sums[device]
 
     def result(self, device: torch.device) -> Tensor:
-        """Returns the sum over all devices, (B, k) float32."""
+        """Returns the sum over all devices, and all processes that have parts of the model, (B, k) float32."""
         total = self._sums_on(device)
         for other, sums in self._sums.items():
             if other != device:
                 total += sums.to(device)
-        return total
+        return total if self._parallel is None else self._parallel.total(total)
 
 
 class GradientProjector(ParameterGradients):
@@ -229,6 +235,7 @@ class GradientProjector(ParameterGradients):
         """Takes the parameters and buffers of `model`, without copying them."""
         super().load_model_params(model)
         self._lockstep = Lockstep(model, self.parameters, self._imitate) if shards_of(model) else None
+        self._parallel = TensorParallel.of(model, self.parameters)
         self.columns = columns_of(self.selected)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
         self._unchecked = SAMPLES_A_CHECK
@@ -257,10 +264,14 @@ class GradientProjector(ParameterGradients):
             TappedLayer(layer, rule=None, names=names)
             for layer, names in around.items()
             # and a module that gathers its weights cannot be called again while its own are in use
-            if layer is not self.model and not shards_of(layer)
+            if layer is not self.model and not shards_of(layer) and not self._is_split(layer)
         ]
         tapped = {name for known in self._layers for name in known.names.values()}
         self._untapped = frozenset(self.selected) - tapped
+
+    def _is_split(self, layer: nn.Module) -> bool:
+        """Tells if other processes have parts of a layer, without whom it cannot be differentiated by itself."""
+        return self._parallel is not None and self._parallel.covers(layer)
 
     @property
     def proj_dim(self) -> int:
@@ -318,8 +329,8 @@ class GradientProjector(ParameterGradients):
 
     @property
     def is_sharded(self) -> bool:
-        """True where all processes have to make the same passes over the model (FSDP2)."""
-        return self._lockstep is not None
+        """True where all processes have to make the same passes over the model (FSDP2, tensor parallelism)."""
+        return self._lockstep is not None or self._parallel is not None
 
     def turn(self, kind: Kind = FORWARD) -> AbstractContextManager[None]:
         """Makes room for one pass over the model: of a sharded one, all processes make it together."""
@@ -369,9 +380,10 @@ class GradientProjector(ParameterGradients):
             return self._outputs(batch).detach()
 
     def _compute(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        if self._lockstep is None:
+        if not self.is_sharded:
             return super()._compute(batch)
-        self._lockstep.remember(batch)
+        if self._lockstep is not None:
+            self._lockstep.remember(batch)
         try:
             return super()._compute(batch)
         except Exception as error:
@@ -411,6 +423,8 @@ class GradientProjector(ParameterGradients):
     def _differentiate_with(self, batch: Sequence[Tensor], seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the features of Σ_b seeds_b f_b, (B, k), and f of each sample, (B,), detached."""
         check: _Check | None = None
+        if self._parallel is not None and not self._parallel.is_compared:
+            self._parallel.compare(self._sketched_alone(batch, seeds, 0, list(self.selected))[0].values)
         while not self.singly >= set(self.selected):
             try:
                 if check is None and self._is_due(len(batch[0])):
@@ -445,19 +459,20 @@ class GradientProjector(ParameterGradients):
 
         layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
         # modules that gather their weights take no views as their outputs
-        taps = Taps(layers, count, self._device, add=self._adds or self.is_sharded)
+        add = self._adds or self._lockstep is not None
+        taps = Taps(layers, count, self._device, add=add, parallel=self._parallel)
         with self.turn(self._kind_of(layers)), self._running(()), taps.attached():
             outputs = self._outputs(batch)
             taps.run_backward(outputs, seeds, take)
         outputs = outputs.detach()
-        if unexplained := taps.unexplained - singly:
+        if unexplained := self._union(taps.unexplained - singly):
             self._fall_back(unexplained)
             return None
         if check is not None and sketches is not None:
-            if not self._agree(batch, check, outputs):
+            if not self._agree(batch, check, outputs):  # as all processes find that have parts of the model
                 self._stay_alone()
                 return None
-            if failed := self._differing(sketches, check.expected):
+            if failed := self._union(self._differing(sketches, check.expected)):
                 self._fall_back(failed)
                 return None
             self._unchecked = 0
@@ -473,7 +488,7 @@ class GradientProjector(ParameterGradients):
 
     def _kind_of(self, layers: Iterable[TappedLayer]) -> Kind:
         """Names a pass with taps on some layers."""
-        if not self.is_sharded:
+        if self._lockstep is None:
             return ()
         paths = {module: path for path, module in self.model.named_modules()}
         return "stream", tuple((paths[known.layer], known.rule is not None) for known in layers)
@@ -497,7 +512,12 @@ class GradientProjector(ParameterGradients):
             model_id=self._model_id,
             slice_bytes=self.slice_bytes,
             sketches=sketches,
+            parallel=self._parallel,
         )
+
+    def _union(self, names: Collection[str]) -> Collection[str]:
+        """Adds the names that other processes have which have parts of the model."""
+        return names if self._parallel is None else self._parallel.union(names)
 
     def _add_alone(
         self, batch: Sequence[Tensor], names: Sequence[str], seeds: Tensor, take: Callable[[str, Piece, int], None]
@@ -518,6 +538,8 @@ class GradientProjector(ParameterGradients):
         for sample, single in enumerate(singles_of(batch)):
 
             def take_gradient(name: str, gradient: Tensor, sample: int = sample) -> None:
+                if self._parallel is not None:
+                    gradient = self._parallel.local_gradient(name, gradient)
                 dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
                 take(name, Whole(dense.unsqueeze(0)), sample)
 
@@ -591,17 +613,25 @@ class GradientProjector(ParameterGradients):
         count = len(batch[0])
         sample = int(torch.randint(count, (), generator=self._choices, device="cpu"))
         streamed = [name for name in self.selected if name not in self.singly]
-        expected = Sketches(self.columns, sample, streamed, {})
-        single = [x[sample : sample + 1] for x in batch]
-        outputs = self._add_alone(
-            single,
-            streamed,
-            seeds[sample : sample + 1],
-            lambda name, piece, start: expected.add(name, piece, sample + start),
-        )
+        expected, outputs = self._sketched_alone(batch, seeds, sample, streamed)
+        if self._parallel is not None:
+            self._parallel.compare(expected.values)
         if not self._compared_all and count > 1:
             outputs = self._outputs_alone(batch)
         return _Check(sample, outputs, expected)
+
+    def _sketched_alone(
+        self, batch: Sequence[Tensor], seeds: Tensor, sample: int, names: list[str]
+    ) -> tuple[Sketches, Tensor]:
+        """Differentiates one sample of a batch alone; returns sketches of its gradients, and its f, (1,)."""
+        sketches = Sketches(self.columns, sample, names, {})
+        outputs = self._add_alone(
+            [x[sample : sample + 1] for x in batch],
+            names,
+            seeds[sample : sample + 1],
+            lambda name, piece, start: sketches.add(name, piece, sample + start),
+        )
+        return sketches, outputs
 
     def _agree(self, batch: Sequence[Tensor], check: _Check, outputs: Tensor) -> bool:
         """Compares f of samples in a batch with f of them alone.

@@ -27,6 +27,7 @@ from ..gradients.graph import edges_of
 from ..gradients.layers import Rule
 from ..gradients.modes import unfused_attention
 from ..gradients.pieces import Piece, Whole
+from .tensor_parallel import TensorParallel
 
 Take = Callable[[str, Piece, int], None]
 """Takes a piece of a parameter's gradient, by the parameter's name, for samples from a first one on."""
@@ -115,7 +116,14 @@ class Taps:
         calls: Calls of the layers of each parameter.
     """
 
-    def __init__(self, layers: Sequence[TappedLayer], count: int, device: torch.device, add: bool) -> None:
+    def __init__(
+        self,
+        layers: Sequence[TappedLayer],
+        count: int,
+        device: torch.device,
+        add: bool,
+        parallel: TensorParallel | None = None,
+    ) -> None:
         """Prepares taps on some layers.
 
         Args:
@@ -123,12 +131,14 @@ class Taps:
             count: Samples of the batch, B.
             device: The device of the model.
             add: Adds zeros to outputs, instead of returning views of them: for models that change them in place.
+            parallel: Knows the parts of layers that this process has.
         """
         self.unexplained: set[str] = set()
         self.calls: dict[str, int] = {}
         self._layers = layers
         self._count = count
         self._add = add
+        self._parallel = parallel
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._shared: dict[Any, _Call] = {}
         self._take: Take | None = None
@@ -249,6 +259,14 @@ class Taps:
         rule = known.rule
         assert rule is not None
         count = self._count
+        layer: Any = known.layer
+        is_split = False
+        if self._parallel is not None:
+            localized = self._parallel.localized(layer, inputs, output_grads)
+            if localized is None:
+                return False
+            layer, inputs, output_grads = localized.layer, localized.inputs, localized.output_grads
+            is_split = localized.is_split
         if call.is_shared and not call.is_shown:
             if len(inputs) != len(output_grads) or len(inputs) % count:
                 return False
@@ -258,12 +276,17 @@ class Taps:
         if inputs.ndim < rule.least_dims or len(inputs) != count or len(output_grads) != count:
             return False
         try:
-            pieces = rule.gradients(known.layer, inputs, output_grads)
+            pieces = rule.gradients(layer, inputs, output_grads)
             pieces = {known.names[name]: piece for name, piece in pieces.items() if name in known.names}
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             return False
+        if self._parallel is not None:
+            placed = {name: self._parallel.placed(name, piece, is_split) for name, piece in pieces.items()}
+            pieces = {name: piece for name, piece in placed.items() if piece is not None}
+            if len(pieces) < len(placed):
+                return False
         for name, piece in pieces.items():
             self._hand_on(name, piece, 0)
         return True
