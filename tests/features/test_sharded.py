@@ -133,3 +133,16 @@ def test_rows_with_gaps_are_projected_as_the_whole_matrix_with_zeros(
     for block, column in tensor_parallel.spread(rows, first, pitch):
         trak_fast.project([block], 16, seed=SEED, offset=column, out=total)
     torch.testing.assert_close(total, trak_fast.project([whole], 16, seed=SEED), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
+def test_the_stages_of_a_pipeline_add_up_to_the_whole(tmp_path: Path, schedule: str) -> None:
+    launch(2, "pipeline.py", tmp_path, schedule)
+    model = build("untied")
+    rows = []
+    for seed in range(2):
+        tokens = samples(6, length=8, seed=seed)[0]
+        rows.append(expected(model, [tokens, torch.ones_like(tokens)]))
+    for rank in range(2):
+        with np.load(tmp_path / f"rank_{rank}.npz") as found:
+            require_close(found["features"], torch.cat(rows))

@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from sharded_models import K, SEED, TASK, build, samples
+from sharded_models import SEED, TASK, K, build, samples
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

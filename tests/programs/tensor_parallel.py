@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from sharded_models import K, SEED, TASK, build, samples
+from sharded_models import SEED, TASK, K, build, samples
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (

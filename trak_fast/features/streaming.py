@@ -28,7 +28,7 @@ from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
 from ..gradients.layers import Rule, rule_of
 from ..gradients.modes import checkpointing, differentiable, no_key_caches, requiring_grad, uncompiled
-from ..gradients.parameters import Columns, columns_of, layers_of, listed
+from ..gradients.parameters import Columns, columns_of, layers_of, listed, placed_columns
 from ..gradients.pieces import Lookup, Piece, Whole
 from ..gradients.repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
 from ..projection.functions import project
@@ -39,6 +39,7 @@ from ..tasks.registry import resolve_task
 from . import memory
 from .check import NEGLIGIBLE_ROUNDINGS, Sketches, differing
 from .sharded import Kind, Lockstep, shards_of
+from .stages import StagePass, projecting
 from .taps import TappedLayer, Taps
 from .tensor_parallel import TensorParallel
 
@@ -179,6 +180,7 @@ class GradientProjector(ParameterGradients):
         grad_wrt: Iterable[str] | None = None,
         memory_budget: int | None = None,
         precision: str | None = None,
+        columns: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Prepares the projection of a model's gradients.
 
@@ -195,9 +197,12 @@ class GradientProjector(ParameterGradients):
             memory_budget: Bytes for gradients beside the model and its activations: rows of a layer's gradients are
                 formed as many at a time as it takes. By default 64 MiB.
             precision: See `trak_fast.project`.
+            columns: The columns of the projection matrix that belong to each parameter, (first, count) by name, of a
+                model that is a part of a larger one: those that the larger one's projector has as `columns`, under the
+                names that parameters have here. By default they follow each other.
 
         Raises:
-            ValueError: A number is out of range, or `grad_wrt` fits no parameter.
+            ValueError: A number is out of range, `grad_wrt` fits no parameter, or `columns` do not fit the parameters.
             TypeError: An argument has the wrong type.
         """
         if not isinstance(model, nn.Module):
@@ -205,6 +210,7 @@ class GradientProjector(ParameterGradients):
         self.slice_bytes = SLICE_BYTES
         if memory_budget is not None:
             self.slice_bytes = integer("memory_budget", memory_budget, 1, 2**62)
+        self._given_columns = columns
         self._ways: dict[str, _Way] = {}  # to the gradients of parameters whose first way was wrong
         super().__init__(model, resolve_task(task), grad_wrt=grad_wrt)
         self.projector = Projector(
@@ -237,6 +243,8 @@ class GradientProjector(ParameterGradients):
         self._lockstep = Lockstep(model, self.parameters, self._imitate) if shards_of(model) else None
         self._parallel = TensorParallel.of(model, self.parameters)
         self.columns = columns_of(self.selected)
+        if self._given_columns is not None:
+            self.columns = placed_columns(self.columns, self._given_columns)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
         self._unchecked = SAMPLES_A_CHECK
         self._assign_layers()
@@ -314,6 +322,27 @@ class GradientProjector(ParameterGradients):
             memory.halving_on_oom(count, count, compute)
             self.finish()
         return features
+
+    def stage(self, batch_size: int, micro_batches: int = 1, model_id: int = 0) -> AbstractContextManager[StagePass]:
+        """Projects the gradients of this model, a stage of a pipeline, in passes that the block makes.
+
+        The block runs the model forward and backward over one batch, as a schedule of torch.distributed.pipelining
+        does; the last stage's loss is the sum of f over the samples of a micro-batch. The features are those of the
+        returned object, (B, k), after the block; the sum over all stages is that of the whole model, whose columns
+        `GradientProjector(columns=...)` places this one's parameters in.
+
+        Args:
+            batch_size: Samples of the batch, B.
+            micro_batches: Calls of the model, each with as many of the samples, in order.
+            model_id: See `project`.
+
+        Raises:
+            ValueError: A number is out of range.
+            RuntimeError: Parameters belong to no layer, or the block made other passes (at its end); gradients do not
+                follow from layers' inputs and outputs, or samples change each other.
+        """
+        self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
+        return projecting(self, batch_size, micro_batches)
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
         """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a ridge given as a number refers to.
@@ -553,17 +582,19 @@ class GradientProjector(ParameterGradients):
         seed: Tensor,
         chosen: Mapping[str, Tensor],
         take: Callable[[str, Tensor], None],
+        evaluate: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Differentiates one sample with respect to some parameters.
 
         Args:
             single: The sample's tensors, (1, ...) each.
-            seed: The factor of f, (1,).
+            seed: The factor of f, (1,), or the gradient of what `evaluate` returns.
             chosen: The parameters, by name.
             take: Takes each gradient, which is freed then.
+            evaluate: Computes something else than f of the sample.
 
         Returns:
-            f, (1,), detached.
+            f, (1,), or the other thing, detached.
         """
         before = {name: parameter.grad for name, parameter in chosen.items()}
         handles: dict[Tensor, Any] = {}
@@ -589,7 +620,7 @@ class GradientProjector(ParameterGradients):
                 for name, parameter in chosen.items():
                     parameter.grad = None
                     hook(name, parameter)
-                output = self._outputs(single)
+                output = self._outputs(single) if evaluate is None else evaluate()
                 if output.requires_grad:
                     torch.autograd.backward(output, seed.to(output))
             finally:

@@ -159,6 +159,15 @@ class Taps:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def shared(self) -> set[str]:
+        """Names of the parameters of layers whose outputs all samples share, whose gradients are in their sums."""
+        return {name for call in self._shared.values() for name in call.known.names.values()}
+
+    def show_to(self, take: Take) -> None:
+        """Has pieces handed to `take` in a backward pass that is run by others."""
+        self._take = take
+
     def run_backward(self, outputs: Tensor, seeds: Tensor, take: Take) -> None:
         """Differentiates Σ_b seeds_b · outputs_b, and hands each piece of the gradients to `take`.
 
