@@ -1,5 +1,6 @@
 """Sharded models under torchrun with 1, 2 and 4 processes give what one process computes by a plain loop."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -146,3 +147,32 @@ def test_the_stages_of_a_pipeline_add_up_to_the_whole(tmp_path: Path, schedule: 
     for rank in range(2):
         with np.load(tmp_path / f"rank_{rank}.npz") as found:
             require_close(found["features"], torch.cat(rows))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "variant"), [(2, "tied", "batches"), (2, "untied", "shards"), (4, "untied", "own rows")]
+)
+def test_a_sharded_model_is_attributed_as_the_whole_one_is(tmp_path: Path, ranks: int, name: str, variant: str) -> None:
+    """Folders are those of the whole model too: features and digests of weights are the same."""
+    launch(ranks, "sharded_traker.py", tmp_path, name, variant)
+    done = subprocess.run(
+        [warm.python(), str(PROGRAMS / "sharded_traker.py"), str(tmp_path / "alone"), name, "whole"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = build(name)
+    for model_id in range(2):
+        if model_id:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.1
+        paths = [path / "results" / f"checkpoint_{model_id}" for path in (tmp_path, tmp_path / "alone")]
+        rows = expected(model, samples(11, seed=1), model_id=model_id)
+        require_close(np.load(paths[0] / "train" / "features.npy"), rows)
+        marks = [json.loads((path / "checkpoint.json").read_text()) for path in paths]
+        assert marks[0] == marks[1]
+    with np.load(tmp_path / "alone" / "rank_0.npz") as whole:
+        for rank in range(ranks):
+            with np.load(tmp_path / f"rank_{rank}.npz") as found:
+                for key in ("scores", "influence"):
+                    np.testing.assert_allclose(found[key], whole[key], rtol=1e-3, atol=1e-4 * np.abs(whole[key]).max())

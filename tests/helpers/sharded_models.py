@@ -134,7 +134,7 @@ def samples(count: int, length: int = 7, seed: int = 0) -> list[Tensor]:
     return [tokens, (torch.arange(length) < lengths.unsqueeze(1)).long()]
 
 
-def expected(model: nn.Module, batch: list[Tensor], proj_type: str = "rademacher") -> Tensor:
+def expected(model: nn.Module, batch: list[Tensor], proj_type: str = "rademacher", model_id: int = 0) -> Tensor:
     """Computes the projections of gradients that autograd gives for one sample after the other, (B, K)."""
     parameters = dict(model.eval().named_parameters())
     rows = []
@@ -143,4 +143,4 @@ def expected(model: nn.Module, batch: list[Tensor], proj_type: str = "rademacher
         parts = torch.autograd.grad(output, list(parameters.values()), allow_unused=True)
         filled = zip(parts, parameters.values(), strict=True)
         rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in filled]))
-    return trak_fast.project([torch.stack(rows)], K, proj_type=proj_type, seed=SEED)
+    return trak_fast.project([torch.stack(rows)], K, proj_type=proj_type, seed=SEED, model_id=model_id)

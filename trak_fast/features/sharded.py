@@ -59,6 +59,23 @@ def gather_objects(mesh: Any, value: T) -> list[T]:
     return values
 
 
+class WholeEntries(Mapping[str, Any]):
+    """A state dict whose sharded tensors are gathered as they are read, one at a time, in all processes alike."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._state[name]
+        return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
 class Lockstep:
     """The passes of processes over a sharded model, which all of them make together.
 
@@ -83,16 +100,17 @@ class Lockstep:
         self._modules = dict(model.named_modules())
         self._mesh = mesh_of(parameters)
         self._imitate = imitate
-        self._sample: list[Tensor] | None = None  # the last one seen
-
-    def remember(self, batch: Sequence[Tensor]) -> None:
-        """Keeps a sample to imitate the passes of other processes with."""
-        if len(batch) and len(batch[0]):
-            self._sample = [x[:1].clone() for x in batch]
+        self._sample: list[Tensor] | None = None  # the first one seen, to imitate the passes of others with
 
     @contextmanager
-    def turn(self, kind: Kind) -> Iterator[None]:
-        """Waits until it is this process's turn to make a pass of a kind in the block, together with all others."""
+    def turn(self, kind: Kind, batch: Sequence[Tensor]) -> Iterator[None]:
+        """Waits until it is this process's turn to make a pass of a kind in the block, together with all others.
+
+        Args:
+            kind: The kind.
+            batch: The samples, (B, ...) each.
+        """
+        self._sample = self._sample or [x[:1].clone() for x in batch]
         while (leader := self._leader(kind)) != kind:
             self._follow(leader)
         try:

@@ -361,9 +361,19 @@ class GradientProjector(ParameterGradients):
         """True where all processes have to make the same passes over the model (FSDP2, tensor parallelism)."""
         return self._lockstep is not None or self._parallel is not None
 
-    def turn(self, kind: Kind = FORWARD) -> AbstractContextManager[None]:
-        """Makes room for one pass over the model: of a sharded one, all processes make it together."""
-        return nullcontext() if self._lockstep is None else self._lockstep.turn(kind)
+    @contextmanager
+    def turn(self, batch: Sequence[Tensor], kind: Kind = FORWARD) -> Iterator[None]:
+        """Makes room for one pass over the model in the block: all processes that a model is sharded over make it.
+
+        Args:
+            batch: The samples, (B, ...) each.
+            kind: The kind of the pass; weights require no gradients unless it says so.
+        """
+        if self._lockstep is None:
+            yield
+            return
+        with self._lockstep.turn(kind, batch), requiring_grad(self.parameters.values(), ()):
+            yield
 
     def finish(self) -> None:
         """Makes the passes over a sharded model that other processes still have to make, until all are here."""
@@ -397,22 +407,24 @@ class GradientProjector(ParameterGradients):
                     self._outputs(sample)
 
     def _ask_for_weightings(self, batch: Sequence[Tensor]) -> Tensor:
-        with self.turn(("weightings", len(batch[0]))):
+        with self.turn(batch, ("weightings", len(batch[0]))):
             return super()._ask_for_weightings(batch)
+
+    def _constants(self) -> dict[str, Tensor]:
+        # shards are known by what they are, and require no gradients in a turn
+        return super()._constants() if self._lockstep is None else dict(self.parameters)
 
     def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
         return torch.cat([self._forward(sample) for sample in singles_of(batch)])
 
     def _forward(self, batch: Sequence[Tensor]) -> Tensor:
         """Computes f of samples, (B,), by one pass without gradients."""
-        with self.turn(), self._running(()), torch.no_grad():
+        with self.turn(batch), self._running(()), torch.no_grad():
             return self._outputs(batch).detach()
 
     def _compute(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         if not self.is_sharded:
             return super()._compute(batch)
-        if self._lockstep is not None:
-            self._lockstep.remember(batch)
         try:
             return super()._compute(batch)
         except Exception as error:
@@ -490,7 +502,7 @@ class GradientProjector(ParameterGradients):
         # modules that gather their weights take no views as their outputs
         add = self._adds or self._lockstep is not None
         taps = Taps(layers, count, self._device, add=add, parallel=self._parallel)
-        with self.turn(self._kind_of(layers)), self._running(()), taps.attached():
+        with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
             outputs = self._outputs(batch)
             taps.run_backward(outputs, seeds, take)
         outputs = outputs.detach()
@@ -572,7 +584,7 @@ class GradientProjector(ParameterGradients):
                 dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
                 take(name, Whole(dense.unsqueeze(0)), sample)
 
-            with self.turn(("alone", tuple(names))):
+            with self.turn(single, ("alone", tuple(names))):
                 outputs.append(self._pass_alone(single, seeds[sample : sample + 1], chosen, take_gradient))
         return torch.cat(outputs)
 

@@ -174,6 +174,7 @@ def rule_of(layer: nn.Module) -> Rule | None:
         The rule; None where there is none, or the one found does not cover the layer's options.
     """
     layer_type = type(layer)
-    found = [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(layer_type.__name__, pattern)]
+    written = layer_type.__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    found = [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(written, pattern)]
     found += [RULES[base] for base in layer_type.__mro__ if base in RULES]
     return found[0] if found and found[0].covers(layer) else None
