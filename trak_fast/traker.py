@@ -53,6 +53,10 @@ _FIXED = {
 """Attributes of `TRAKer` that a later assignment would not change the features by -> the arguments that do."""
 
 
+def _nothing() -> None:
+    """Does nothing."""
+
+
 def _setting(name: str) -> property:
     """Makes an attribute of `TRAKer` that is a setting of its estimator."""
 
@@ -247,6 +251,7 @@ class TRAKer:
         chosen = None if grad_wrt is None and len(parameters) == len(every) else list(parameters)
         gradient_bytes = 0
         computer: FeatureComputer
+        self._end_call: Callable[[], None] = _nothing
         self._ranks = Ranks(distributed)
         sharded = self._require_supported(parameters, projector, gradient_computer)
         if (
@@ -256,6 +261,7 @@ class TRAKer:
         ):
             computer = self.gradient_computer = GradientProjector.with_projector(model, self.task, projector, chosen)
             self._ranks.prepare = computer.finish
+            self._end_call = computer.finish_call
             self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
         else:
             self.gradient_computer = (gradient_computer or FunctionalGradientComputer)(
@@ -672,6 +678,7 @@ class TRAKer:
             )
         try:
             record(batch, inds, num_samples)
+            self._end_call()
         finally:
             if self._weights is not None:
                 self._weights = self._contents()  # embeddings with max_norm change their own

@@ -34,6 +34,7 @@ for call, shares in enumerate(counts):
     batch = samples(shares[rank], length=7 + rank, seed=10 * call + rank)
     if variant == "coupled" and rank == 1:
         batch[0][:, 0] = 0
+    dist.barrier()  # a call is over in all processes once it is in one
     rows[f"call_{call}"] = projector.project(batch).numpy()
 assert all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
 assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

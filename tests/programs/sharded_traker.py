@@ -44,6 +44,8 @@ for model_id, checkpoint in enumerate(checkpoints):
     for start in range(0, len(own), 2):
         rows = np.array(own[start : start + 2])
         traker.featurize([x[rows] for x in train], inds=rows)
+        if variant == "shards":
+            dist.barrier()
 traker.finalize_features()
 for model_id, checkpoint in enumerate(checkpoints):
     traker.start_scoring_checkpoint("test", checkpoint, model_id, num_targets=M)

@@ -21,6 +21,10 @@ Kind = Hashable
 """A kind of pass: two passes of a kind gather the same weights in the same order."""
 
 
+_CALL_ENDED: Kind = ("call ended",)
+_AT_MEETING: Kind = ("at meeting",)
+
+
 def shards_of(model: nn.Module) -> list[nn.Module]:
     """Lists the modules whose weights are gathered together (FSDP2)."""
     try:
@@ -118,18 +122,30 @@ class Lockstep:
         finally:
             self.reshard()
 
-    def finish(self) -> None:
-        """Makes the passes that other processes still have to make, until all are here."""
-        while (leader := self._leader(None)) is not None:
+    def finish_call(self) -> None:
+        """Makes the passes that other processes have to make in their calls, until all have ended theirs."""
+        while (leader := self._leader(_CALL_ENDED)) not in (_CALL_ENDED, _AT_MEETING):
             self._follow(leader)
 
-    def _leader(self, kind: Kind | None) -> Kind | None:
-        """Agrees on the kind of the next pass: that of the first process that has one to make."""
+    def finish(self) -> None:
+        """Makes the passes that other processes still have to make, in any number of calls, until all are here."""
+        while (leader := self._leader(_AT_MEETING)) != _AT_MEETING:
+            if leader != _CALL_ENDED:
+                self._follow(leader)
+
+    def _leader(self, kind: Kind) -> Kind:
+        """Agrees on the kind of the next pass: that of the first process that has one to make.
+
+        Where none has, it is the end of calls, unless all processes have come to a meeting.
+        """
         announced = gather_objects(self._mesh, (kind, self._sample is None))
-        leader = next((other for other, _ in announced if other is not None), None)
-        if leader is not None and any(lacks for _, lacks in announced):
+        kinds = [other for other, _ in announced]
+        passes = [other for other in kinds if other not in (_CALL_ENDED, _AT_MEETING)]
+        if not passes:
+            return _CALL_ENDED if _CALL_ENDED in kinds else _AT_MEETING
+        if any(lacks for _, lacks in announced):
             self._share_sample()
-        return leader
+        return passes[0]
 
     def _share_sample(self) -> None:
         """Has processes that have seen no sample yet take that of another one."""
@@ -159,7 +175,7 @@ class Lockstep:
                 alone.
 
         Raises:
-            ValueError: What was gathered is a shard again, by tensor parallelism (in the pass).
+            ValueError: A gathered tensor is a shard again, by tensor parallelism (in the pass).
         """
 
         def look(*arguments: object) -> None:

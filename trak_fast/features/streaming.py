@@ -320,7 +320,7 @@ class GradientProjector(ParameterGradients):
 
         with evaluation_mode(self.model):
             memory.halving_on_oom(count, count, compute)
-            self.finish()
+        self.finish_call()
         return features
 
     def stage(self, batch_size: int, micro_batches: int = 1, model_id: int = 0) -> AbstractContextManager[StagePass]:
@@ -375,8 +375,14 @@ class GradientProjector(ParameterGradients):
         with self._lockstep.turn(kind, batch), requiring_grad(self.parameters.values(), ()):
             yield
 
+    def finish_call(self) -> None:
+        """Makes the passes over a sharded model that other processes have to make, until all have ended this call."""
+        if self._lockstep is not None:
+            with evaluation_mode(self.model), differentiable(self.model, fused=True):
+                self._lockstep.finish_call()
+
     def finish(self) -> None:
-        """Makes the passes over a sharded model that other processes still have to make, until all are here."""
+        """Makes the passes that other processes have to make in this and more calls, until all have called this."""
         if self._lockstep is not None:
             with evaluation_mode(self.model), differentiable(self.model, fused=True):
                 self._lockstep.finish()
