@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from sharded_models import SEED, TASK, K, build, samples
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from trak_fast.features.streaming import GradientProjector
 
@@ -23,9 +24,12 @@ model = build(name)
 for module in [*model.modules()] if variant == "each" else []:
     if isinstance(module, nn.Linear):
         fully_shard(module, mesh=mesh)
+policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if variant == "half" else None)
+if variant == "checkpointed":
+    model.gradient_checkpointing_enable()
 for layer in model.model.layers if name == "llama" else model.blocks:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
+    fully_shard(layer, mesh=mesh, mp_policy=policy)
+fully_shard(model, mesh=mesh, mp_policy=policy)
 
 projector = GradientProjector(model, TASK, K, seed=SEED)
 counts = [[3, 0, 5, 1], [0, 2, 1, 4], [2, 2, 0, 0]]  # of each rank, call by call

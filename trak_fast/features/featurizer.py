@@ -167,11 +167,10 @@ class Featurizer:
             return
         shapes = tuple(x.shape[1:] for x in batch)
         if shapes not in self._samples_at_a_time:
-            if self.computer.is_sharded:  # not even one pass may be made without the other processes
-                fitting = 2**48
-            else:
-                fitting = self._fitting_samples([x[0] for x in batch])
-            self._samples_at_a_time[shapes] = self.chunk_size or fitting
+            # not even one pass may be made without the other processes of a sharded model
+            self._samples_at_a_time[shapes] = self.chunk_size or (
+                2**48 if self.computer.is_sharded else self._fitting_samples([x[0] for x in batch])
+            )
         self._samples_at_a_time[shapes] = memory.halving_on_oom(
             len(positions),
             self._samples_at_a_time[shapes],
@@ -180,7 +179,7 @@ class Featurizer:
 
     def evaluate(self, batch: Sequence[Tensor]) -> Evaluation:
         """Computes f and Q of samples, (P, ...) each, by the task alone and without gradients."""
-        weights = dict(self.model.named_parameters())
+        weights: dict[str, Tensor] = dict(self.model.named_parameters())
         if not self.computer.is_sharded:  # shards are known by what they are
             weights = {name: parameter.detach() for name, parameter in weights.items()}
         buffers = dict(self.model.named_buffers())

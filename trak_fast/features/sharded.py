@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -85,6 +86,7 @@ class Lockstep:
 
     Attributes:
         shards: The modules whose weights are gathered together.
+        dtypes: The dtypes that weights were gathered in, which mixed precision makes others than those of the shards.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Lockstep:
             ValueError: The model is sharded over several meshes.
         """
         self.shards = shards_of(model)
+        self.dtypes: set[torch.dtype] = set()
         self._modules = dict(model.named_modules())
         self._mesh = mesh_of(parameters)
         self._imitate = imitate
@@ -189,6 +192,7 @@ class Lockstep:
                         f"model must be sharded by FSDP2 or by tensor parallelism, not by both, as {name} is; leave "
                         "one of them out"
                     )
+                self.dtypes.add(tensor.dtype)
                 found(name, tensor)
 
         handles = [shard.register_forward_pre_hook(look) for shard in self.shards]

@@ -16,7 +16,7 @@ import enum
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -416,6 +416,10 @@ class GradientProjector(ParameterGradients):
         with self.turn(batch, ("weightings", len(batch[0]))):
             return super()._ask_for_weightings(batch)
 
+    @property
+    def _dtypes(self) -> set[torch.dtype]:
+        return super()._dtypes if self._lockstep is None else super()._dtypes | self._lockstep.dtypes
+
     def _constants(self) -> dict[str, Tensor]:
         # shards are known by what they are, and require no gradients in a turn
         return super()._constants() if self._lockstep is None else dict(self.parameters)
@@ -588,7 +592,8 @@ class GradientProjector(ParameterGradients):
                 if self._parallel is not None:
                     gradient = self._parallel.local_gradient(name, gradient)
                 dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
-                take(name, Whole(dense.unsqueeze(0)), sample)
+                if dense.numel():  # or this process has no part of it
+                    take(name, Whole(dense.unsqueeze(0)), sample)
 
             with self.turn(single, ("alone", tuple(names))):
                 outputs.append(self._pass_alone(single, seeds[sample : sample + 1], chosen, take_gradient))

@@ -87,8 +87,9 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        ctx.show(ctx.call, ctx.saved_tensors, grads)
-        return (None, None, None, None, *grads, *(None for _ in ctx.saved_tensors))
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them for it
+        ctx.show(ctx.call, saved, grads)
+        return (None, None, None, None, *grads, *(None for _ in saved))
 
 
 class _Probe(torch.autograd.Function):
@@ -104,8 +105,9 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        ctx.show(ctx.call, ctx.saved_tensors, [gradient])
-        return (None, None, None, None, *(None for _ in ctx.saved_tensors))
+        saved = ctx.saved_tensors
+        ctx.show(ctx.call, saved, [gradient])
+        return (None, None, None, None, *(None for _ in saved))
 
 
 class Taps:

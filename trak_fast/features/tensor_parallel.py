@@ -9,7 +9,7 @@ summands that are counted in all. Where DTensors do not say which it is, the gra
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..gradients.parameters import listed
 from ..gradients.pieces import Lookup, Piece
 from .sharded import gather_objects, mesh_of, shards_of
 
@@ -220,23 +221,25 @@ class TensorParallel:
             RuntimeError: One was found to be something else before.
         """
         own = {name: sketches[name] for name in self._plain if name in sketches}
-        others = gather_objects(self._mesh, own)
-        for name, sketch in own.items():
-            differs = any((other[name] - sketch).abs().max() > SAME * sketch.abs().max() for other in others)
-            if self.is_compared and differs and name not in self._summands:
-                raise RuntimeError(
-                    f"gradients of {name} were the same in all processes, and are not now; make it a DTensor "
-                    "(SequenceParallel, for example), by which it is known"
-                )
-            if any(self.gather(differs)):
-                self._summands.add(name)
+        others = self.gather(own)
+        differing = self.union(
+            name
+            for name, sketch in own.items()
+            if any((other[name] - sketch).abs().max() > SAME * sketch.abs().max() for other in others)
+        )
+        if self.is_compared and (new := sorted(differing - self._summands)):
+            raise RuntimeError(
+                f"gradients of {listed(new)} were the same in all processes, and are not now; make them DTensors "
+                "(SequenceParallel, for example), by which it is known"
+            )
+        self._summands |= differing
         self.is_compared = True
 
     def gather(self, value: Any) -> list[Any]:
         """Collects a value of each process."""
         return gather_objects(self._mesh, value)
 
-    def union(self, names: Collection[str]) -> set[str]:
+    def union(self, names: Iterable[str]) -> set[str]:
         """Collects the names that any process has."""
         return set().union(*self.gather(sorted(names)))
 
