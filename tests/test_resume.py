@@ -13,11 +13,12 @@ from attribution import CHECKPOINTS, TARGETS, TRAIN, M, N, build, by_hand, data,
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trak_fast.features.streaming import GradientProjector
 from trak_fast.gradients import FunctionalGradientComputer
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are killed before each call that changes the disk, and in the middle of each write."""
     torch.save(CHECKPOINTS[0], tmp_path / "state.pt")
     command = [warm.python(), str(Path(__file__).parent / "programs" / "killed_at_each_moment.py"), str(tmp_path)]
@@ -25,13 +26,16 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
     assert moments > 40
     computed: list[int] = []
 
-    class Counting(FunctionalGradientComputer):
-        def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
-            computed.append(len(batch[0]))
-            return super().compute_per_sample_grad(batch)
+    whole = GradientProjector.features
+
+    def features(projector: GradientProjector, samples: Any, model_id: int) -> Tensor:
+        computed.append(len(samples[0]))
+        return whole(projector, samples, model_id)
+
+    monkeypatch.setattr(GradientProjector, "features", features)
 
     def finish(save_dir: Path) -> tuple[bytes, bytes, NDArray[np.float64], int, int]:
-        traker = build(save_dir, gradient_computer=Counting)
+        traker = build(save_dir)
         done = int(traker.store.train(0).done.sum()) if traker.store.model_ids() else 0
         computed.clear()
         traker.load_checkpoint(CHECKPOINTS[0], model_id=0)

@@ -160,6 +160,21 @@ def row_numbers(
     return rows.astype(np.intp), following
 
 
+def checked_batch(batch: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns a batch of tensors, once they are found to have as many samples each.
+
+    Raises:
+        TypeError: It is something else; the message says how to make it one.
+        ValueError: There is no tensor, or one has no dimensions or another number of samples.
+    """
+    _check_batch(batch)
+    if not len(batch):
+        raise ValueError("batch must hold the tensors of samples, not be empty")
+    if len({len(x) for x in batch}) > 1:
+        raise ValueError(f"batch must have one number of samples in all its tensors, not {[len(x) for x in batch]}")
+    return batch
+
+
 def _check_batch(batch: Sequence[Tensor]) -> None:
     """Checks that a batch is a sequence of tensors with dimensions.
 

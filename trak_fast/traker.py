@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .arguments import Indices, integer
+from .arguments import Indices, integer, row_numbers
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.featurizer import FeatureComputer, Featurizer, ProjectedGradients
 from .features.sharded import WholeEntries, shards_of
 from .features.streaming import GradientProjector
+from .features.two_sided import side_of
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
-from .gradients.base import Contents, description_of
+from .gradients.base import Contents, LossGradientComputer, description_of
 from .projection.projector import NoProjection, Projector, ProjectorLike
 from .recorder import Recorder
 from .scales import beyond_float32
@@ -37,7 +38,7 @@ from .store.files import DENIED, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import digest, manifest_of
 from .store.rows import Rows, require_same_samples
-from .tasks import Task, resolve_task
+from .tasks import Batch, Task, batch_tensors, resolve_task
 
 _FIXED = {
     "model": "model",
@@ -128,6 +129,8 @@ class TRAKer:
         nonzeros: int | None = None,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
+        sketch: str = "full",
+        sketch_side: int | None = None,
         distributed: bool | None = None,
         check_samples: bool = True,
         curvature: bool = True,
@@ -174,6 +177,10 @@ class TRAKer:
             memory_budget: Bytes for gradients and for the results that computing them keeps; by default a quarter of
                 the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
                 than that needs.
+            sketch: "two_sided" replaces the gradients of linear layers' weights by sketches made from their factors,
+                which takes a fraction of the time of forming and projecting them; "full" does not
+                (docs/two-sided.md). With proj_dim=0 features are the sketches as they are.
+            sketch_side: Rows and columns of a sketch at most; 64 by default.
             distributed: Shares the work with the other processes of torch.distributed; by default if there are any.
             check_samples: Refuses samples that are not those that their rows were stored from, in a run before or at
                 another checkpoint; a digest of each is stored. False takes them as they come, with augmentation for
@@ -247,24 +254,41 @@ class TRAKer:
         elif (grad_dim := getattr(projector, "grad_dim", 0)) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector
-        self.proj_dim = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48) or self.grad_dim
+        two_sided = side_of(sketch, sketch_side) is not None
+        if two_sided and (gradient_computer is not None or type(projector) not in (Projector, NoProjection)):
+            own = "gradient_computer" if gradient_computer is not None else "projector"
+            raise ValueError(f'{own} must be left out with sketch="two_sided", not given; set proj_dim and proj_type')
+        width = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48)
         chosen = None if grad_wrt is None and len(parameters) == len(every) else list(parameters)
         gradient_bytes = 0
         computer: FeatureComputer
         self._end_call: Callable[[], None] = _nothing
         self._ranks = Ranks(distributed)
         sharded = self._require_supported(parameters, projector, gradient_computer)
-        if (
-            gradient_computer is None
-            and type(projector) is Projector
-            and (sharded or hasattr(self.task, "get_outputs"))
-        ):
-            computer = self.gradient_computer = GradientProjector.with_projector(model, self.task, projector, chosen)
-            self._ranks.prepare = computer.finish
-            self._end_call = computer.finish_call
+        streams = gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs")
+        if two_sided or streams or sharded:
+            if type(projector) is Projector:
+                streaming = GradientProjector.with_projector(
+                    model, self.task, projector, chosen, sketch=sketch, sketch_side=sketch_side
+                )
+            else:
+                streaming = GradientProjector(
+                    model,
+                    self.task,
+                    0,
+                    seed=projector_seed,
+                    grad_wrt=chosen,
+                    sketch=sketch,
+                    sketch_side=sketch_side,
+                )
+            self.gradient_computer: LossGradientComputer = streaming
+            computer = streaming
+            width = streaming.proj_dim
+            self._ranks.prepare = streaming.finish
+            self._end_call = streaming.finish_call
             self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
         else:
-            self.gradient_computer = (gradient_computer or FunctionalGradientComputer)(
+            whole = (gradient_computer or FunctionalGradientComputer)(
                 model=model,
                 task=self.task,
                 grad_dim=self.grad_dim,
@@ -272,8 +296,10 @@ class TRAKer:
                 device=self.device,
                 grad_wrt=chosen,
             )
-            computer = ProjectedGradients(self.gradient_computer, projector)
+            self.gradient_computer = whole
+            computer = ProjectedGradients(whole, projector)
             gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+        self.proj_dim = width or self.grad_dim
 
         contents = manifest_of(
             projector,
@@ -307,6 +333,7 @@ class TRAKer:
         self._check_samples = check_samples
         self._seen: set[int] = set()  # checkpoints loaded by this object
         self._weights: Contents | None = None  # of the loaded checkpoint
+        self._loaded: int | None = None  # its number
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuses what would have no effect.
@@ -373,11 +400,11 @@ class TRAKer:
         self._recorder.open_training(model_id, train, others)
         self._saver.load_current_store(model_id)
 
-    def featurize(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
+    def featurize(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features and weightings of a batch of training samples that are not stored yet.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each.
+            batch: The tensors that the task asks for, (B, ...) each: in its order, or by name (`tasks.NamedBatches`).
             inds: (B,) the samples' numbers in the training set, each once.
             num_samples: B, instead of `inds`: the samples follow those of the previous call.
 
@@ -456,13 +483,13 @@ class TRAKer:
         self._seen.add(model_id)
         self._saver.load_current_store(model_id)
 
-    def score(self, batch: Sequence[Tensor], inds: Indices | None = None, num_samples: int | None = None) -> None:
+    def score(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
         """Stores the features of a batch of targets; the scores are computed by `finalize_scores`.
 
         Features that are stored for these targets are replaced, so that an experiment can be repeated with others.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each.
+            batch: The tensors that the task asks for, (B, ...) each: in its order, or by name (`tasks.NamedBatches`).
             inds: (B,) the targets' numbers, each once.
             num_samples: B, instead of `inds`: the targets follow those of the previous call.
 
@@ -568,11 +595,79 @@ class TRAKer:
         if self._ranks.rank == 0:
             self.logger.warning("%s may not be written: these scores are returned, but not saved", path)
 
+    def token_scores(
+        self,
+        exp_name: str,
+        target: int,
+        batch: Batch,
+        inds: Indices,
+        model_ids: Iterable[int] | None = None,
+    ) -> NDArray[np.float64]:
+        """Computes what each token of training samples adds to their scores for a target.
+
+        With y = (X'X + λI)⁻¹ φ(target) and v = P'y, a sample's score is Q v'∇f, and its gradient a sum over its tokens
+        of what they make together with the gradients that reach them. Only the target's feature is read from disk; one
+        forward and backward pass over the batch makes the rest.
+
+        The model must have the weights of one checkpoint, by `load_checkpoint` or `start_scoring_checkpoint`. The
+        result is this checkpoint's part: the sum of the parts of all `model_ids` over the checkpoints and tokens is the
+        score of `finalize_scores`. With use_half_precision=True it is that of the features before they were rounded.
+
+        Under torchrun all processes make the call; each computes its own batch.
+
+        Args:
+            exp_name: The experiment, with all its targets at all `model_ids`.
+            target: The target's number, from 0 on.
+            batch: The training samples' tensors, (B, T, ...) the first, (B, ...) the others.
+            inds: (B,) their numbers.
+            model_ids: Checkpoints that scores are averaged over; all by default.
+
+        Returns:
+            (B, T), in the unit of scores. Padding has 0 where the model ignores it.
+
+        Raises:
+            ValueError: A number is out of range, samples are others than were featurized, a parameter's gradient is no
+                sum over the tokens (`grad_wrt` can leave it out), gradients are not streamed
+                (`gradient_computer`, `projector`), or as in `finalize_scores`.
+            RuntimeError: No checkpoint is loaded, or it is none of `model_ids`, or as in `finalize_scores`.
+            TypeError: As in `featurize`.
+        """
+        computer = self.gradient_computer
+        if not isinstance(computer, GradientProjector):
+            raise ValueError(
+                "gradient_computer and projector must be left out, and task have get_outputs, for token_scores; "
+                f"gradients come from {type(computer).__name__}"
+            )
+        self._require_loaded_weights()
+        if self._loaded is None:
+            raise RuntimeError("call load_checkpoint or start_scoring_checkpoint before token_scores")
+        batch = batch_tensors(batch, self.task)
+        rows, _ = row_numbers(batch, inds, None, 0, self.train_set_size)
+        with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
+            if self._loaded not in used:
+                raise RuntimeError(f"model_id {self._loaded}, which is loaded, must be one of model_ids {list(used)}")
+            target = integer("target", target, 0, len(used[self._loaded].done) - 1)
+            self._recorder.require_training_samples(self.store.train(self._loaded), batch, rows)
+            direction = self._estimator.direction(used, self._loaded, target)
+            factors = self._estimator.factors(used, self._loaded, rows) * computer.projector.dense_scale
+        products = computer.token_products(batch, direction, self._loaded)
+        return (products.cpu() * factors.unsqueeze(1)).numpy()
+
     @contextmanager
     def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> Iterator[ScoreMatrix]:
-        """Describes the scores of an experiment, once all its targets are there.
+        """Describes the scores of an experiment, once all its targets are there."""
+        with self._all_targets(exp_name, model_ids, allow_skip) as used:
+            with self._ranks.together():
+                matrix = self._estimator.score_matrix(used)
+            yield matrix
 
-        Other processes cannot replace what they are computed from during the block.
+    @contextmanager
+    def _all_targets(
+        self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool
+    ) -> Iterator[Mapping[int, Rows]]:
+        """Opens the targets of an experiment at each checkpoint, once all are there.
+
+        Other processes cannot replace what scores are computed from during the block.
         """
         ranks = self._ranks
         with ranks.together():  # and until all have written their targets
@@ -605,8 +700,7 @@ class TRAKer:
                 if self._check_samples:
                     require_same_samples({i: self.store.train(i) for i in used}, "training samples")
                     require_same_samples(used, f"targets of exp_name {exp_name!r}")
-                matrix = self._estimator.score_matrix(used)
-            yield matrix
+            yield used
 
     def delete_experiment(self, exp_name: str) -> None:
         """Deletes the targets of an experiment at all checkpoints, and its scores, so that its name is free.
@@ -666,22 +760,25 @@ class TRAKer:
     def _record(
         self,
         record: Callable[[Sequence[Tensor], Indices | None, int | None], None],
-        batch: Sequence[Tensor],
+        batch: Batch,
         inds: Indices | None,
         num_samples: int | None,
     ) -> None:
         """Records a batch, unless the model has other weights than those of the checkpoint."""
+        self._require_loaded_weights()
+        try:
+            record(batch_tensors(batch, self.task), inds, num_samples)
+            self._end_call()
+        finally:
+            if self._weights is not None:
+                self._weights = self._contents()  # embeddings with max_norm change their own
+
+    def _require_loaded_weights(self) -> None:
         if self._weights is not None and not self._weights.same_as(self._contents()):
             raise RuntimeError(
                 "the model's weights have changed since its checkpoint was loaded: load it again (two TRAKers need a "
                 "model each)"
             )
-        try:
-            record(batch, inds, num_samples)
-            self._end_call()
-        finally:
-            if self._weights is not None:
-                self._weights = self._contents()  # embeddings with max_norm change their own
 
     def _digest(self) -> str:
         """Returns the digest of the model's state dict: of a sharded model that of the whole one, in all processes."""
@@ -727,9 +824,11 @@ class TRAKer:
         self._ranks.prepare()  # other processes may need the weights that the model has
         self._recorder.close()
         self._weights = None
+        self._loaded = None
         load_checkpoint(self.model, checkpoint)
         self.gradient_computer.load_model_params(self.model)
         self._weights = self._contents()
+        self._loaded = model_id
         return model_id
 
     def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:

@@ -18,6 +18,7 @@ from hook_models import (
     Untransformable,
     images,
 )
+from streamed import StreamedGradients
 from torch import Tensor, nn
 
 from trak_fast import HookGradientComputer, TRAKer
@@ -42,10 +43,11 @@ def test_gradients_are_those_of_a_loop_and_of_torch_func(case: str) -> None:
     torch.manual_seed(0)
     model, batch, task = CASES[case].make()
     hooks, functional = HookGradientComputer(model, task), FunctionalGradientComputer(model, task)
+    streamed = StreamedGradients(model, task)
     with evaluation_mode(model):
         expected = loop(model, task, batch)
-        for _ in range(2):
-            grads = hooks.compute_per_sample_grad(batch)
+        for computer in (hooks, streamed, hooks, streamed):
+            grads = computer.compute_per_sample_grad(batch)
             assert list(grads) == list(expected)
             for name, value in grads.items():
                 assert not value.requires_grad
@@ -56,6 +58,8 @@ def test_gradients_are_those_of_a_loop_and_of_torch_func(case: str) -> None:
             torch.testing.assert_close(value, vectorised[name], rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(hooks.compute_loss_grad(batch), functional.compute_loss_grad(batch))
     assert hooks.singly == CASES[case].per_sample  # everything else came from its layer
+    assert streamed.singly <= CASES[case].per_sample
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
 
 

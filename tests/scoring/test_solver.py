@@ -59,6 +59,8 @@ def check(
     # The last product sums k float32 terms, of which one factor was rounded: an error of at most (k + 2) ε of the
     # terms' magnitudes. All else is float64, and condition numbers of 100² leave it 12 digits.
     assert (error <= (x.shape[1] + 2) * 2.0**-23 * (np.abs(x) @ np.abs(solution_)) + 1e-11).all()
+    coefficients = solved.coefficients(targets).numpy()
+    assert np.linalg.norm(coefficients - solution_) <= 1e-9 * np.linalg.norm(solution_)
     itself = np.einsum("ik,ki->i", x, solution(x, x, ridge, weights))
     np.testing.assert_allclose(solved.self_influence(slice(0, len(x))), itself, rtol=1e-10, atol=1e-12)
     part = slice(len(x) // 3, len(x) // 2)

@@ -5,10 +5,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trak_fast.store.samples import StoredSamples, digest_samples
-from trak_fast.tasks import CausalLM, MaskedLM, TextClassification
+from trak_fast.tasks import CausalLM, CausalLMPerToken, MaskedLM, Seq2SeqLM, TextClassification
 
 
 def digests(*batch: Tensor) -> list[int]:
@@ -45,12 +45,13 @@ def test_the_place_of_a_number_and_its_dtype_count() -> None:
     assert digests(torch.ones(1)) != digests(torch.ones(1).view(torch.int32))
 
 
-@pytest.mark.parametrize(("task", "fields"), [(CausalLM(), "im"), (MaskedLM(), "iml"), (TextClassification(), "itm")])
+@pytest.mark.parametrize(("task", "fields"), [(CausalLM(), "im"), (MaskedLM(), "iml"), (TextClassification(), "itmc")])
 def test_padding_has_no_part_in_a_text(task: MaskedLM, fields: str) -> None:
     def batch(length: int, filling: int) -> list[Tensor]:
         mask = (torch.arange(length) < torch.tensor([[3], [5]])).long()
         given = {"i": torch.where(mask > 0, torch.arange(length) + 4, filling), "m": mask}
         given |= {"l": torch.where(mask > 0, torch.arange(length) + 1, -100), "t": torch.zeros(2, length).long()}
+        given["c"] = torch.arange(2)
         return [given[field] for field in fields]
 
     short, long = (digests(*task.clear_padding(batch(length, filling))) for length, filling in ((5, 1), (9, 2)))
@@ -61,6 +62,27 @@ def test_padding_has_no_part_in_a_text(task: MaskedLM, fields: str) -> None:
         x[0] = x[0].roll(4)
         x[1] = x[1].roll(2)
     assert digests(*task.clear_padding(moved)) == short
+
+
+def test_padding_has_no_part_in_the_place_of_a_token() -> None:
+    ids, mask, position = torch.arange(1, 5).view(1, 4), torch.ones(1, 4, dtype=torch.long), torch.tensor([2])
+    task = CausalLMPerToken()
+    alone = digests(*task.clear_padding([ids, mask, position]))
+    moved = [nn.functional.pad(ids, (3, 1), value=7), nn.functional.pad(mask, (3, 1)), position + 3]
+    assert digests(*task.clear_padding(moved)) == alone
+    assert digests(*task.clear_padding([ids, mask, position + 1])) != alone
+
+
+def test_padding_has_no_part_in_an_output() -> None:
+    ids, labels = torch.arange(1, 5).view(1, 4), torch.tensor([[3, -100, 0]])
+    mask = torch.ones_like(ids)
+    task = Seq2SeqLM()
+    alone = digests(*task.clear_padding([ids, mask, labels]))
+    for sides in ((0, 2), (2, 0), (1, 3)):
+        padded = nn.functional.pad(labels, sides, value=-100)
+        assert digests(*task.clear_padding([ids, mask, padded])) == alone
+    assert digests(*task.clear_padding([ids, mask, labels[:, :2]])) != alone  # without the token 0
+    assert digests(*task.clear_padding([ids, mask, labels[:, 1:]])) != alone
 
 
 def test_stored_samples_come_back(tmp_path: object) -> None:

@@ -109,7 +109,10 @@ def test_text_batches_reach_the_model_by_name(wrapped: bool) -> None:
 
 
 def test_text_batch_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"input_ids, token_type_ids, attention_mask, labels\), 4 tensors, not 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"input_ids, token_type_ids, attention_mask, labels\), 4 tensors, or 3 without token_type_ids, not 2",
+    ):
         TextClassification().get_out_to_loss_grad(Bag(False), {}, {}, [torch.zeros(1, 2), torch.zeros(1)])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trak_fast.gradients import FunctionalGradientComputer
-from trak_fast.tasks import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, Task
+from trak_fast.tasks import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, Seq2SeqLM, Task
 
 WORDS, LENGTH = 9, 6
 IDS = torch.tensor([[3, 1, 4, 1, 5, 0], [2, 7, 1, 8, 2, 8], [0, 0, 6, 6, 2, 1]])
@@ -79,6 +79,65 @@ def test_causal_sequences(model: Model, wrapped: bool) -> None:
         check(CausalLM(), model, [IDS, MASK], tokens)
 
 
+def test_causal_sequences_with_labels(model: Model) -> None:
+    """Labels say which tokens are predicted; those of padding, and of the first token behind it, never are."""
+    labels = torch.tensor([[-100, 1, -100, 7, 5, 0], [2, -100, 1, -100, -100, 8], [0, 0, 6, -100, 2, 1]])
+    check(CausalLM(), model, [IDS, MASK, labels], [[(0, 1), (2, 7), (3, 5)], [(1, 1), (4, 8)], [(3, 2), (4, 1)]])
+
+
+class Translator(nn.Module):
+    """An encoder and a decoder: the logits depend on the words that the mask keeps and on the labels so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, 5), nn.Linear(5, WORDS)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SimpleNamespace:
+        read = (self.words(input_ids) * attention_mask.unsqueeze(2)).sum(1, keepdim=True)
+        before = nn.functional.pad(labels.clamp(min=0), (1, 0))[:, :-1]
+        return SimpleNamespace(logits=self.head(torch.tanh(read + self.words(before).cumsum(1))))
+
+
+def test_outputs_of_another_length_than_inputs() -> None:
+    model = Translator().double()
+    labels = torch.tensor([[4, 3, -100], [1, -100, -100], [2, 0, 8]])
+    weights = dict(model.named_parameters())
+    task = Seq2SeqLM()
+    f = task.get_outputs(model, weights, {}, [IDS, MASK, labels])
+    logits = model(IDS, MASK, labels).logits
+    for row in range(3):
+        places = (labels[row] >= 0).nonzero().flatten().tolist()
+        p = math.prod(torch.softmax(logits[row, t], 0)[labels[row, t]] for t in places) ** (1 / len(places))
+        torch.testing.assert_close(f[row], torch.log(p / (1 - p)), rtol=1e-11, atol=1e-11)
+    grads = FunctionalGradientComputer(model, task).compute_per_sample_grad([IDS, MASK, labels])
+    for row in range(3):
+        slope = torch.autograd.grad(f[row], model.head.weight, retain_graph=True)[0]
+        torch.testing.assert_close(grads["head.weight"][row], slope, rtol=1e-10, atol=1e-12)
+
+
+def test_logits_of_an_output_must_be_as_many_as_its_labels() -> None:
+    class Short(Translator):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=super().forward(input_ids, attention_mask, labels).logits[:, 1:])
+
+    model = Short()
+    with pytest.raises(ValueError, match=r"one row for each of the \(3, 6\) tokens, not \(3, 5, 9\)"):
+        Seq2SeqLM().get_outputs(model, dict(model.named_parameters()), {}, [IDS[:, :4], MASK[:, :4], LABELS])
+
+
+def test_samples_without_predicted_tokens_are_logged_once(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    weights = dict(model.named_parameters())
+    task = MaskedLM()
+    task.get_out_to_loss_grad(model, weights, {}, [IDS, MASK, LABELS])
+    assert not caplog.records
+    labels = torch.where(torch.tensor([[True], [False], [True]]), -100, LABELS)
+    for _ in range(2):
+        q = task.get_out_to_loss_grad(model, weights, {}, [IDS, MASK, labels])
+        assert (q == 0).tolist() == [True, False, True]
+    assert [record.getMessage()[:42] for record in caplog.records] == ["2 of 3 samples have no predicted token: th"]
+    assert "_warned" not in task.get_settings()
+
+
 def test_causal_tokens(model: Model) -> None:
     check(CausalLMPerToken(), model, [IDS, MASK, torch.tensor([4, 1, 3])], [[(3, 5)], [(0, 7)], [(2, 6)]])
 
@@ -113,8 +172,21 @@ def test_probabilities_close_to_1_keep_their_accuracy() -> None:
 
 
 def test_batches_of_another_length_are_refused(model: Model) -> None:
-    with pytest.raises(ValueError, match=r"CausalLM: batch must be \(input_ids, attention_mask\), 2 tensors, not 3"):
-        CausalLM().get_outputs(model, {}, {}, [IDS, MASK, LABELS])
+    message = r"CausalLM: batch must be \(input_ids, attention_mask, labels\), 3 tensors, or 2 without labels, not 4$"
+    with pytest.raises(ValueError, match=message):
+        CausalLM().get_outputs(model, {}, {}, [IDS, MASK, LABELS, LABELS])
+    with pytest.raises(
+        ValueError, match=r"MaskedLM: batch must be \(input_ids, attention_mask, labels\), 3 tensors, not 2$"
+    ):
+        MaskedLM().get_outputs(model, {}, {}, [IDS, MASK])
+
+
+@pytest.mark.parametrize("task", [CausalLM(), MaskedLM()])
+def test_labels_of_another_shape_are_refused(model: Model, task: Task) -> None:
+    with pytest.raises(ValueError, match=r"labels must have the shape of input_ids, \(3, 6\), not \(3, 5\)"):
+        task.get_out_to_loss_grad(model, dict(model.named_parameters()), {}, [IDS, MASK, LABELS[:, :5]])
+    with pytest.raises(ValueError, match=r"labels must have shape \(B, T\), not \(3,\)"):
+        Seq2SeqLM().get_outputs(model, {}, {}, [IDS, MASK, LABELS[:, 0]])
 
 
 def test_logits_of_another_shape_are_refused(model: Model) -> None:

@@ -32,10 +32,24 @@ class Sink(Protocol):
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
 
 
+class Sums(Sink, Protocol):
+    """A sum of vectors, one for each sample."""
+
+    def add_whole(self, name: str, piece: Piece, start: int) -> None:
+        """Adds the whole gradient of a parameter, for samples from `start` on."""
+
+    def flush(self) -> None:
+        """Adds what has come in several pieces, where these had to be kept."""
+
+    def result(self, device: torch.device) -> Tensor:
+        """Returns the sum over all devices, (B, k) float32."""
+
+
 class Sketches:
     """The projected gradients of one sample, a vector for each parameter.
 
     Attributes:
+        sample: The sample's place in its batch.
         values: (CHECK_DIM,) float64 on the CPU, by parameter.
         norms: Norms of the gradients that were added as a whole.
         exponents: Powers of two that gradients are divided by before they are projected, for those far from 1.
@@ -53,14 +67,14 @@ class Sketches:
             exponents: Those of another sketch of the same gradients, where there is one.
         """
         self._columns = columns
-        self._sample = sample
+        self.sample = sample
         self.values = {name: torch.zeros(CHECK_DIM, dtype=torch.float64) for name in names}
         self.norms = dict.fromkeys(self.values, 0.0)
         self.exponents = dict(exponents)
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds the whole gradient of a parameter, as autograd computes it for a sample alone."""
-        if name not in self.values or start != self._sample:
+        if name not in self.values or start != self.sample:
             return
         rows = piece.rows(0, piece.height)
         largest = float(torch.linalg.vector_norm(rows, torch.inf))
@@ -81,7 +95,7 @@ class Sketches:
             column: The column of the first row, within the parameter.
             start: The first sample.
         """
-        place = self._sample - start
+        place = self.sample - start
         if name not in self.values or not 0 <= place < len(rows):
             return
         own = rows[place : place + 1]

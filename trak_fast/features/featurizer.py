@@ -13,7 +13,7 @@ from numpy import intp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..gradients.base import GradientComputer
+from ..gradients.base import GradientComputer, LossGradientComputer
 from ..gradients.modes import differentiable
 from ..projection.projector import ProjectorLike
 from ..scales import LARGEST_FEATURE, map_rows
@@ -108,7 +108,7 @@ class Featurizer:
         task: Task,
         *,
         computer: FeatureComputer,
-        gradient_computer: GradientComputer,
+        gradient_computer: LossGradientComputer,
         proj_dim: int,
         gradient_bytes: int,
         device: torch.device,

@@ -24,11 +24,11 @@ from ..gradients.parameters import listed
 from ..gradients.pieces import Whole
 from ..gradients.repeatable import differ
 from ..tasks.base import evaluation_mode
-from .check import Sketches
+from .check import Sketches, Sums
 from .taps import Taps
 
 if TYPE_CHECKING:
-    from .streaming import FeatureSums, GradientProjector
+    from .streaming import GradientProjector
 
 
 class StagePass:
@@ -40,7 +40,7 @@ class StagePass:
 
     features: Tensor
 
-    def __init__(self, projector: GradientProjector, size: int, micro_batches: int, sums: FeatureSums) -> None:
+    def __init__(self, projector: GradientProjector, size: int, micro_batches: int, sums: Sums) -> None:
         """Takes what is common to all micro-batches, of `size` samples each."""
         self._projector = projector
         self._size = size
@@ -124,6 +124,8 @@ def projecting(projector: GradientProjector, batch_size: int, micro_batches: int
     micro_batches = integer("micro_batches", micro_batches, 1, batch_size)
     if batch_size % micro_batches:
         raise ValueError(f"batch_size must be a multiple of micro_batches, {micro_batches}, not {batch_size}")
+    if projector._moments is not None or projector._side is not None:
+        raise RuntimeError('a stage must have gradients as they are: sketch="full" and no optimizer_state')
     if projector.singly:
         raise RuntimeError(
             f"a stage must have parameters of layers alone, not {listed(sorted(projector.singly))}, which follow from "
@@ -133,7 +135,7 @@ def projecting(projector: GradientProjector, batch_size: int, micro_batches: int
     sample = int(torch.randint(size, (), generator=projector._choices, device="cpu"))
     names = list(projector.selected)
     found = Sketches(projector.columns, sample, names, {})
-    stage = StagePass(projector, size, micro_batches, projector._new_sums(batch_size, found))
+    stage = StagePass(projector, size, micro_batches, projector._new_sums([torch.empty(batch_size)], found))
     with evaluation_mode(projector.model):
         handles = [
             projector.model.register_forward_pre_hook(stage.begin, with_kwargs=True),

@@ -15,33 +15,41 @@ from __future__ import annotations
 import enum
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..arguments import integer
+from ..arguments import checked_batch, choice, integer
+from ..gradients.adam import AdamMoments
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
 from ..gradients.layers import Rule, rule_of
 from ..gradients.modes import checkpointing, differentiable, no_key_caches, requiring_grad, uncompiled
-from ..gradients.parameters import Columns, columns_of, layers_of, listed, placed_columns
-from ..gradients.pieces import Lookup, Piece, Whole
-from ..gradients.repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
-from ..projection.functions import project
+from ..gradients.parameters import columns_of, layers_of, listed, placed_columns
+from ..gradients.pieces import Piece, Whole
+from ..gradients.repeatable import GRADIENT_ROUNDINGS, RANDOM, RandomOutputsError, differ, tolerance_of
 from ..projection.projector import Projector
-from ..scales import exponents_of
-from ..tasks.base import Task, evaluation_mode, restored
+from ..scales import exponents_of, split
+from ..tasks.base import Task, copy_tensors, evaluation_mode, restored, weighs_by_outputs
+from ..tasks.batches import Batch, batch_tensors
 from ..tasks.registry import resolve_task
 from . import memory
-from .check import NEGLIGIBLE_ROUNDINGS, Sketches, differing
+from .check import NEGLIGIBLE_ROUNDINGS, Sketches, Sums, differing
+from .groups import group_by_length
 from .sharded import Kind, Lockstep, shards_of
 from .stages import StagePass, projecting
+from .steps import StepSums
+from .sums import FeatureSums
 from .taps import TappedLayer, Taps
 from .tensor_parallel import TensorParallel
+from .tokens import NoTokensError, TokenShares, TokenSums
+from .two_sided import BlockSums, Layout, TwoSidedSums, side_of
 
 logger = logging.getLogger("trak_fast")
 
@@ -50,6 +58,9 @@ SLICE_BYTES = 64 << 20
 
 SAMPLES_A_CHECK = 32
 """Samples for each one that is differentiated alone, to compare with."""
+
+OptimizerState = Optimizer | Mapping[str, Any] | str | os.PathLike[str]
+"""An optimizer, its state dict, or the path of a file with one."""
 
 FORWARD: Kind = ("forward",)
 """The kind of a pass without gradients."""
@@ -60,107 +71,16 @@ _ANY = Rule(lambda layer, inputs, output_grads: {})
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
 
 
-class FeatureSums:
-    """Sums of the projections of pieces, (B, k)."""
-
-    def __init__(
-        self,
-        projector: Projector,
-        columns: Mapping[str, Columns],
-        count: int,
-        *,
-        model_id: int,
-        slice_bytes: int,
-        sketches: Sketches | None,
-        parallel: TensorParallel | None = None,
-    ) -> None:
-        """Starts with zeros.
-
-        Args:
-            projector: Names the matrix.
-            columns: The columns of each parameter.
-            count: Samples, B.
-            model_id: The checkpoint's number.
-            slice_bytes: Bytes of gradients that are formed at a time.
-            sketches: Gets the rows of one sample too, for a check.
-            parallel: Knows the columns of the parts that this process has of parameters.
-        """
-        self._projector = projector
-        self._columns = columns
-        self._count = count
-        self._model_id = model_id
-        self._slice_bytes = slice_bytes
-        self._sketches = sketches
-        self._parallel = parallel
-        self._sums: dict[torch.device, Tensor] = {}
-
-    def add(self, name: str, piece: Piece, start: int) -> None:
-        """Adds a piece of a parameter's gradient, for samples from `start` on."""
-        if isinstance(piece, Lookup):
-            self._add_lookup(name, piece, start)
-            return
-        step = piece.height if isinstance(piece, Whole) else self._rows_at_once(piece)
-        for first in range(0, piece.height, step):
-            rows = piece.rows(first, min(first + step, piece.height))
-            self._add_rows(name, rows, first * piece.width, start)
-            del rows  # before the next ones are formed
-
-    def _rows_at_once(self, piece: Piece) -> int:
-        return max(1, self._slice_bytes // max(1, 4 * piece.count * piece.width))
-
-    def _add_lookup(self, name: str, piece: Lookup, start: int) -> None:
-        """Adds the rows of a table that tokens have read, and no others."""
-        tokens, places = torch.unique(piece.indices, return_inverse=True)
-        step = self._rows_at_once(piece)
-        for low in range(0, len(tokens), step):
-            chosen = tokens[low : low + step]
-            inside = None if step >= len(tokens) else (places >= low) & (places < low + step)
-            rows = piece.at(places - low, len(chosen), inside)
-            # rows next to each other in the table go together
-            ends = (chosen.diff() != 1).nonzero().flatten().add(1).tolist()
-            for first, last in zip([0, *ends], [*ends, len(chosen)], strict=True):
-                self._add_rows(name, rows[:, first:last], int(chosen[first]) * piece.width, start)
-
-    def _add_rows(self, name: str, rows: Tensor, column: int, start: int) -> None:
-        """Adds the projection of rows (B, r, width) that begin at a column of a parameter."""
-        sums = self._sums_on(rows.device)[start : start + len(rows)]
-        projector = self._projector
-        blocks = [(rows, column)] if self._parallel is None else self._parallel.blocks(name, rows, column)
-        for block, first in blocks:
-            project(
-                [block],
-                projector.proj_dim,
-                proj_type=projector.proj_type,
-                seed=projector.seed,
-                model_id=self._model_id,
-                offset=self._columns[name].first + first,
-                precision=projector.precision,
-                nonzeros=projector.nonzeros,
-                out=sums,
-            )
-        if self._sketches is not None:
-            self._sketches.add_rows(name, rows, column, start)
-
-    def _sums_on(self, device: torch.device) -> Tensor:
-        if device not in self._sums:
-            self._sums[device] = torch.zeros(self._count, self._projector.proj_dim, device=device)
-        return self._sums[device]
-
-    def result(self, device: torch.device) -> Tensor:
-        """Returns the sum over all devices, and all processes that have parts of the model, (B, k) float32."""
-        total = self._sums_on(device)
-        for other, sums in self._sums.items():
-            if other != device:
-                total += sums.to(device)
-        return total if self._parallel is None else self._parallel.total(total)
+class PaddingError(RuntimeError):
+    """The outputs of a model depend on how far its inputs are padded."""
 
 
 class GradientProjector(ParameterGradients):
     """Projects the gradients of samples, which never exist as a whole: features of models of any size.
 
     The result is that of `trak_fast.project` on the per-sample gradients of the task's model output f, flattened in the
-    model's order of parameters, up to rounding: for any `nn.Module`, whole or with adapters (LoRA), frozen in part, with
-    activation checkpointing, in mixed or half precision.
+    model's order of parameters, up to rounding: for any `nn.Module`, whole or with adapters (LoRA), frozen in part,
+    with activation checkpointing, in mixed or half precision.
 
     Attributes:
         grad_dim: Size of a sample's gradient, D.
@@ -180,6 +100,10 @@ class GradientProjector(ParameterGradients):
         grad_wrt: Iterable[str] | None = None,
         memory_budget: int | None = None,
         precision: str | None = None,
+        optimizer_state: OptimizerState | None = None,
+        sketch: str = "full",
+        sketch_side: int | None = None,
+        per: str = "sample",
         columns: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Prepares the projection of a model's gradients.
@@ -197,12 +121,25 @@ class GradientProjector(ParameterGradients):
             memory_budget: Bytes for gradients beside the model and its activations: rows of a layer's gradients are
                 formed as many at a time as it takes. By default 64 MiB.
             precision: See `trak_fast.project`.
+            optimizer_state: An Adam or AdamW optimizer, its state dict, or the path of an `optimizer.pt` of
+                transformers' Trainer. The gradient of each sample's loss is replaced by the step that Adam would make
+                with it, as LESS does (`gradients.adam.AdamMoments`).
+            sketch: "full": gradients are projected as they are. "two_sided": those of linear layers' weights are
+                replaced by sketches made from their factors, of at most `sketch_side`² numbers each, which takes a
+                fraction of the time and changes inner products by more (docs/two-sided.md). `proj_dim` may be 0 then:
+                features are the sketches as they are, one after the other, with E‖φ‖² = ‖g‖².
+            sketch_side: Rows and columns of a sketch at most; 64 by default.
+            per: "sample", or "token" for a feature of each token, which add up to the sample's. "token" needs
+                sketch="two_sided", and batches whose first tensor is (B, T, ...), padded at the end.
             columns: The columns of the projection matrix that belong to each parameter, (first, count) by name, of a
                 model that is a part of a larger one: those that the larger one's projector has as `columns`, under the
                 names that parameters have here. By default they follow each other.
 
         Raises:
-            ValueError: A number is out of range, `grad_wrt` fits no parameter, or `columns` do not fit the parameters.
+            ValueError: A number is out of range, `grad_wrt` fits no parameter, `optimizer_state` fits another model or
+                is given with "two_sided", `sketch_side` is given for "full", or `per` is "token" without sketches or
+                for a task without `get_outputs`; `columns` do not fit the parameters, or are given with sketches; or a
+                sharded model is to have what needs it whole.
             TypeError: An argument has the wrong type.
         """
         if not isinstance(model, nn.Module):
@@ -212,10 +149,28 @@ class GradientProjector(ParameterGradients):
             self.slice_bytes = integer("memory_budget", memory_budget, 1, 2**62)
         self._given_columns = columns
         self._ways: dict[str, _Way] = {}  # to the gradients of parameters whose first way was wrong
+        self._side = side_of(sketch, sketch_side)
+        self._per_token = choice("per", per, ("sample", "token")) == "token"
+        if self._per_token and self._side is None:
+            raise ValueError(
+                'per must be "sample" with sketch="full", not "token": to form and project a gradient for each token '
+                'takes as many times as long as there are tokens; add sketch="two_sided"'
+            )
+        self._direction: Tensor | None = None  # the vector that features are multiplied by, token by token
         super().__init__(model, resolve_task(task), grad_wrt=grad_wrt)
+        self._blocks = self._side is not None and integer("proj_dim", proj_dim, 0) == 0
         self.projector = Projector(
-            self.grad_dim, proj_dim, seed=seed, proj_type=proj_type, precision=precision, nonzeros=nonzeros
+            self.grad_dim,
+            self.sketched_dim if self._blocks else proj_dim,
+            seed=seed,
+            proj_type="rademacher" if self._blocks else proj_type,
+            precision=precision,
+            nonzeros=nonzeros,
         )
+        if self._per_token:
+            self._require_batches("per")
+        self._moments: AdamMoments | None = None
+        self.precondition(optimizer_state)
         self._is_alone = False  # True once samples of a batch have changed each other
         self._adds = False  # True once a layer's output was changed in place
         self._compared_all = False  # True once all samples of a batch were compared with their outputs alone
@@ -223,7 +178,14 @@ class GradientProjector(ParameterGradients):
 
     @classmethod
     def with_projector(
-        cls, model: nn.Module, task: Task, projector: Projector, grad_wrt: Iterable[str] | None
+        cls,
+        model: nn.Module,
+        task: Task,
+        projector: Projector,
+        grad_wrt: Iterable[str] | None,
+        *,
+        sketch: str = "full",
+        sketch_side: int | None = None,
     ) -> GradientProjector:
         """Prepares the projection by the matrix that a `Projector` stands for."""
         return cls(
@@ -235,7 +197,41 @@ class GradientProjector(ParameterGradients):
             nonzeros=projector.nonzeros,
             grad_wrt=grad_wrt,
             precision=projector.precision,
+            sketch=sketch,
+            sketch_side=sketch_side,
         )
+
+    def precondition(self, optimizer_state: OptimizerState | None) -> None:
+        """Takes another `optimizer_state`, of another checkpoint for example; None: gradients as they are."""
+        self._moments = None
+        if optimizer_state is not None and self._layout is not None:
+            raise ValueError(
+                'optimizer_state must be None with sketch="two_sided": a step of Adam is no product of factors; '
+                'sketch="full" takes it'
+            )
+        if optimizer_state is not None and self.is_sharded:
+            raise ValueError(
+                "optimizer_state must be None for a sharded model, of whose moments processes have parts; give a whole "
+                "model"
+            )
+        if optimizer_state is not None:
+            self._moments = AdamMoments.from_optimizer_state(optimizer_state, self.model, self.selected)
+
+    def describe(self) -> dict[str, Any]:
+        """Describes the features for their manifest."""
+        described: dict[str, Any] = {
+            "gradient_computer": "exact",
+            "sketch": "full" if self._layout is None else f"two_sided {self._layout.side}",
+            "preconditioner": None if self._moments is None else "adam",
+        }
+        if self._blocks:  # which no other entry of the manifest tells
+            described.update(seed=self.projector.seed, matrix_definition=self.projector.definition)
+        return described
+
+    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes the weighting Q of each sample, (B,) or (B, 1); 1 with moments, whose steps have Q in them."""
+        weightings = super().compute_loss_grad(batch)
+        return torch.ones_like(weightings) if self._moments is not None else weightings
 
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
@@ -243,9 +239,15 @@ class GradientProjector(ParameterGradients):
         self._lockstep = Lockstep(model, self.parameters, self._imitate) if shards_of(model) else None
         self._parallel = TensorParallel.of(model, self.parameters)
         self.columns = columns_of(self.selected)
+        if self._side is not None and (self._parallel is not None or self._given_columns is not None):
+            raise ValueError(
+                'sketch must be "full" for a part of a model, by tensor parallelism or with columns, not "two_sided": '
+                "a sketch is made of a layer's whole input and output"
+            )
         if self._given_columns is not None:
             self.columns = placed_columns(self.columns, self._given_columns)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
+        self._layout = None if self._side is None else Layout(model, self.selected, self._side)
         self._unchecked = SAMPLES_A_CHECK
         self._assign_layers()
 
@@ -287,41 +289,104 @@ class GradientProjector(ParameterGradients):
         return self.projector.proj_dim
 
     @property
+    def sketched_dim(self) -> int:
+        """Numbers that a sample's gradient is made of when it is projected: D, or those of the sketches."""
+        return self.grad_dim if self._layout is None else self._layout.dim
+
+    @property
     def singly(self) -> frozenset[str]:
         """Names of the parameters that are differentiated sample by sample."""
         everything = self._is_alone or not hasattr(self.task, "get_outputs")
         return frozenset(self.selected) if everything else self._untapped
 
-    def project(self, batch: Sequence[Tensor], model_id: int = 0) -> Tensor:
+    def project(self, batch: Batch, model_id: int = 0) -> Tensor:
         """Computes the projected gradient of each sample's model output.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each. If memory runs out, halves of it are computed. Of
-                a sharded model (FSDP2), each process has samples of its own, any number; all make each call.
+            batch: The tensors that the task asks for, (B, ...) each, in its order or by name (a dict, a BatchEncoding).
+                If memory runs out, halves of it are computed. Texts of very different lengths are computed in groups.
+                Of a model that is sharded by FSDP2, each process has samples of its own, any number; of one that is
+                split by tensor parallelism, the same. All processes make each call.
             model_id: The checkpoint's number, 0 to 2^32 − 1, which selects the projection matrix.
 
         Returns:
-            (B, k) float32, on the model's device. The same batch gives the same bits each time.
+            (B, k) float32, on the model's device; (B, T, k) with per="token". The same batch gives the same bits each
+            time.
 
         Raises:
-            RuntimeError: The model cannot be differentiated, its outputs are random, or memory ran out in a pass over a
-                sharded one.
-            ValueError: The batch is not what the task takes.
+            RuntimeError: The model cannot be differentiated, its outputs are random or depend on padding, or memory ran
+                out in a pass over a sharded one.
+            ValueError: The batch is not what the task takes, or with per="token" the gradient of a parameter is no sum
+                over the tokens.
             TypeError: The batch is no sequence of tensors.
         """
+        features = self._compute_rows(batch, model_id, torch.float32)
+        if not self._per_token:
+            return features
+        return features.view(len(features), features.shape[1] // self.proj_dim, self.proj_dim)
+
+    def token_products(self, batch: Batch, direction: Tensor, model_id: int = 0) -> Tensor:
+        """Computes what each token adds to the product of its sample's feature with a vector.
+
+        With v = P'y, the product y'P g = v'g is a sum over tokens, as g is. Slices of v are made as layers need them,
+        in one forward and backward pass; v is never there.
+
+        Args:
+            batch: The tensors that the task asks for, (B, T, ...) the first, (B, ...) the others.
+            direction: The vector y, (k,).
+            model_id: As in `project`.
+
+        Returns:
+            (B, T) float64, on the model's device; sums over T are `project(batch, model_id) @ direction`, up to
+            rounding.
+
+        Raises:
+            RuntimeError: As in `project`.
+            ValueError: As in `project`, the vector is not (k,), the gradient of a parameter is no sum over the tokens,
+                or the task has no `get_outputs`.
+            TypeError: As in `project`.
+        """
+        self._require_batches("token_products")
+        if self._moments is not None:
+            raise ValueError("optimizer_state must be None for token_products: a step of Adam is no sum over tokens")
+        if direction.shape != (self.proj_dim,):
+            raise ValueError(f"direction must be ({self.proj_dim},), not {tuple(direction.shape)}")
+        scaled = split(direction.detach().double().cpu().unsqueeze(0), 1)
+        self._direction = scaled.mantissas[0].float()
+        try:
+            products = self._compute_rows(batch, model_id, torch.float64)
+        finally:
+            self._direction = None
+        return products * 2.0 ** int(scaled.exponents[0])
+
+    def _require_batches(self, user: str) -> None:
+        if not hasattr(self.task, "get_outputs"):
+            raise ValueError(
+                f"task must have get_outputs for {user}, not be {type(self.task).__name__}, of single samples; "
+                "see BatchOutputs"
+            )
+
+    def _compute_rows(self, batch: Batch, model_id: int, dtype: torch.dtype) -> Tensor:
+        """Computes the numbers of each sample, (B, ...); of halves of the batch if memory runs out."""
         self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
-        batch = [x.to(self._device) for x in batch]
+        batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
         count = len(batch[0])
         self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        features = torch.zeros(count, self.proj_dim, device=self._device)
+        rows = torch.zeros(count, self._width(batch), dtype=dtype, device=self._device)
 
         def compute(part: slice) -> None:
-            features[part] = self._compute([x[part] for x in batch])["features"]
+            rows[part] = self._compute([x[part] for x in batch])["features"]
 
         with evaluation_mode(self.model):
             memory.halving_on_oom(count, count, compute)
         self.finish_call()
-        return features
+        return rows
+
+    def _width(self, batch: Sequence[Tensor]) -> int:
+        """Counts the numbers of each sample: k, T · k or T."""
+        if self._direction is not None:
+            return _tokens_of(batch)
+        return self.proj_dim * _tokens_of(batch) if self._per_token else self.proj_dim
 
     def stage(self, batch_size: int, micro_batches: int = 1, model_id: int = 0) -> AbstractContextManager[StagePass]:
         """Projects the gradients of this model, a stage of a pipeline, in passes that the block makes.
@@ -345,7 +410,7 @@ class GradientProjector(ParameterGradients):
         return projecting(self, batch_size, micro_batches)
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
-        """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a ridge given as a number refers to.
+        """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a given ridge refers to.
 
         Returns:
             (B, k); float64 on the CPU if a row is beyond what float32 computes with.
@@ -425,7 +490,7 @@ class GradientProjector(ParameterGradients):
         return super()._constants() if self._lockstep is None else dict(self.parameters)
 
     def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
-        return torch.cat([self._forward(sample) for sample in singles_of(batch)])
+        return torch.cat([self._forward(sample) for sample in singles_of(batch, self.task)])
 
     def _forward(self, batch: Sequence[Tensor]) -> Tensor:
         """Computes f of samples, (B,), by one pass without gradients."""
@@ -448,8 +513,40 @@ class GradientProjector(ParameterGradients):
 
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the features of a batch, (B, k), and f of each sample, (B,), detached."""
+        task: Any = self.task
+        if self._tells_tokens:
+            self._require_padding_at_end(batch)
+        if self._tells_tokens or not hasattr(task, "text_lengths"):
+            features, outputs = self._differentiate_group(batch)
+            return {"features": features}, outputs
+        groups = group_by_length(task.text_lengths(batch).cpu())
+        results = []
+        for rows in groups:
+            group = [x[rows.to(x.device)] for x in batch]
+            results.append(self._differentiate_group(task.without_spare_padding(group)))
+        order = torch.cat(groups).argsort()
+        features = torch.cat([features for features, _ in results])
+        outputs = torch.cat([outputs for _, outputs in results])
+        return {"features": features[order.to(features.device)]}, outputs[order.to(outputs.device)]
+
+    @property
+    def _tells_tokens(self) -> bool:
+        """True where each token has numbers of its own."""
+        return self._per_token or self._direction is not None
+
+    def _require_padding_at_end(self, batch: Sequence[Tensor]) -> None:
+        """Refuses texts that are padded at the front, whose tokens models see in other places."""
+        task: Any = self.task
+        if not hasattr(task, "without_spare_padding"):
+            return
+        moved = task.without_spare_padding(batch)
+        if not all(torch.equal(x[:, : y.shape[1]] if x.ndim > 1 else x, y) for x, y in zip(batch, moved, strict=True)):
+            raise ValueError("batch must be padded at the end, not at the front, for its tokens to be told apart")
+
+    def _differentiate_group(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Computes the features of some samples of a batch, (B, k), and f of each, (B,), detached."""
         features, outputs = self._differentiate_with(batch, torch.ones(len(batch[0])))
-        return {"features": self._rescaled(batch, features)}, outputs
+        return (features if self._moments is not None else self._rescaled(batch, features)), outputs
 
     def _rescaled(self, batch: Sequence[Tensor], features: Tensor) -> Tensor:
         """Computes rows again that are beyond what float32 computes with, from multiples of f by powers of two."""
@@ -482,7 +579,8 @@ class GradientProjector(ParameterGradients):
                     check = self._begin_check(batch, seeds)
                 streamed = self._stream(batch, seeds, check)
             except Exception as error:
-                if is_out_of_memory(error) or isinstance(error, RandomOutputsError) or self.is_sharded:
+                known = (RandomOutputsError, PaddingError, NoTokensError)
+                if self.is_sharded or is_out_of_memory(error) or isinstance(error, known):
                     raise
                 if not self._adds and "modified inplace" in str(error):
                     self._adds = True
@@ -490,8 +588,10 @@ class GradientProjector(ParameterGradients):
                 return self._after_failure(batch, seeds, error)
             if streamed is not None:
                 return streamed
-        sums = self._new_sums(len(batch[0]), None)
-        outputs = self._add_alone(batch, list(self.selected), seeds, sums.add)
+        if self._tells_tokens and self._is_alone:
+            raise NoTokensError(f"batch must be one whose tokens can be told apart, but {COUPLED}")
+        sums = self._new_sums(batch)
+        outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
         return sums.result(self._device), outputs
 
     def _stream(self, batch: Sequence[Tensor], seeds: Tensor, check: _Check | None) -> tuple[Tensor, Tensor] | None:
@@ -502,25 +602,21 @@ class GradientProjector(ParameterGradients):
         sketches = None
         if check is not None:
             sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
-        sums = self._new_sums(count, sketches)
-
-        def take(name: str, piece: Piece, start: int) -> None:
-            if name not in singly:
-                sums.add(name, piece, start)
-
         layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
         # modules that gather their weights take no views as their outputs
         add = self._adds or self._lockstep is not None
-        taps = Taps(layers, count, self._device, add=add, parallel=self._parallel)
+        taps = Taps(layers, count, self._device, omitted=singly, add=add, parallel=self._parallel)
+        sums = self._new_sums(batch, sketches, taps.is_whole)
         with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
             outputs = self._outputs(batch)
-            taps.run_backward(outputs, seeds, take)
+            taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
+        sums.flush()
         outputs = outputs.detach()
         if unexplained := self._union(taps.unexplained - singly):
             self._fall_back(unexplained)
             return None
         if check is not None and sketches is not None:
-            if not self._agree(batch, check, outputs):  # as all processes find that have parts of the model
+            if not self._agree(batch, check, outputs):
                 self._stay_alone()
                 return None
             if failed := self._union(self._differing(sketches, check.expected)):
@@ -530,7 +626,7 @@ class GradientProjector(ParameterGradients):
             self._compared_all = True
         self._unchecked += count
         if singly:
-            alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add)
+            alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)
             if differ(alone, outputs, self._output_tolerance):
                 self._stay_alone()
                 return None
@@ -549,22 +645,62 @@ class GradientProjector(ParameterGradients):
         """Has the model run as it is written, and `chosen` parameters alone require gradients."""
         with ExitStack() as modes:
             modes.enter_context(restored(self.model))
-            modes.enter_context(uncompiled())
+            modes.enter_context(uncompiled(self.model))
             modes.enter_context(no_key_caches(self.model))
             modes.enter_context(checkpointing(self.model))
             modes.enter_context(requiring_grad(self.parameters.values(), chosen))
             yield
 
-    def _new_sums(self, count: int, sketches: Sketches | None) -> FeatureSums:
-        return FeatureSums(
-            self.projector,
-            self.columns,
-            count,
-            model_id=self._model_id,
-            slice_bytes=self.slice_bytes,
-            sketches=sketches,
-            parallel=self._parallel,
-        )
+    def _new_sums(
+        self,
+        batch: Sequence[Tensor],
+        sketches: Sketches | None = None,
+        is_whole: Callable[[str], bool] = lambda name: True,
+    ) -> Sums:
+        """Starts the sums that the pieces of a batch's gradients go to."""
+        count = len(batch[0])
+        layout = self._layout
+        columns = self.columns if layout is None else layout.columns
+        common = _Common(model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=sketches)
+        if self._direction is not None:
+            return TokenShares(
+                self.projector,
+                columns,
+                layout,
+                self._direction,
+                count,
+                _tokens_of(batch),
+                is_projected=not self._blocks,
+                **common,
+            )
+        if layout is None:
+            sums = FeatureSums(self.projector, columns, count, parallel=self._parallel, **common)
+            if self._moments is None:
+                return sums
+            shapes = {name: parameter.shape for name, parameter in self.selected.items()}
+            return StepSums(sums, self._moments, shapes, count, self._device, is_whole)
+        if self._per_token:
+            return TokenSums(self.projector, layout, count, _tokens_of(batch), is_projected=not self._blocks, **common)
+        inner: Sums
+        if self._blocks:
+            inner = BlockSums(columns, count, layout.dim, self.slice_bytes)
+        else:
+            # which sees sketches, and no gradients to check
+            inner = FeatureSums(
+                self.projector, columns, count, model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=None
+            )
+        return TwoSidedSums(layout, inner, seed=self.projector.seed, **common)
+
+    def _weighted(self, seeds: Tensor, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        """Returns the factors of f that are differentiated, (B,): with moments, those of the negative loss."""
+        seeds = seeds.to(outputs)
+        if self._moments is None:
+            return seeds
+        if weighs_by_outputs(self.task):
+            weightings = self.task.get_weightings(outputs.detach(), copy_tensors(batch))
+        else:
+            weightings = self._own_weightings(batch)
+        return seeds * weightings.detach().reshape(-1).to(outputs)
 
     def _union(self, names: Collection[str]) -> Collection[str]:
         """Adds the names that other processes have which have parts of the model."""
@@ -586,7 +722,7 @@ class GradientProjector(ParameterGradients):
         """
         outputs: list[Tensor] = []
         chosen = {name: self.selected[name] for name in names}
-        for sample, single in enumerate(singles_of(batch)):
+        for sample, single in enumerate(singles_of(batch, self.task)):
 
             def take_gradient(name: str, gradient: Tensor, sample: int = sample) -> None:
                 if self._parallel is not None:
@@ -645,7 +781,8 @@ class GradientProjector(ParameterGradients):
                     hook(name, parameter)
                 output = self._outputs(single) if evaluate is None else evaluate()
                 if output.requires_grad:
-                    torch.autograd.backward(output, seed.to(output))
+                    weighted = self._weighted(seed, output, single) if evaluate is None else seed.to(output)
+                    torch.autograd.backward(output, weighted)
             finally:
                 for handle in handles.values():
                     handle.remove()
@@ -700,26 +837,52 @@ class GradientProjector(ParameterGradients):
             expected[check.sample] = check.outputs[0]
         if not differ(expected, outputs, self._output_tolerance):
             return True
-        single = [x[check.sample : check.sample + 1] for x in batch]
-        first, second = self._forward(single), self._forward(single)
+        worst = int((expected.double() - outputs.double()).abs().nan_to_num(torch.inf).argmax())
+        single = [x[worst : worst + 1] for x in batch]
+        first = self._outputs_alone(single)
+        second = self._outputs_alone(single)
         if differ(first, second, self._output_tolerance) or differ(
-            first, expected[check.sample : check.sample + 1], self._output_tolerance
+            first, expected[worst : worst + 1], self._output_tolerance
         ):
             raise RandomOutputsError(RANDOM)
+        self._refuse_padding(single, first, outputs[worst : worst + 1])
         return False
+
+    def _refuse_padding(self, single: Sequence[Tensor], alone: Tensor, in_batch: Tensor) -> None:
+        """Refuses a model whose f of a sample depends on how far the sample is padded.
+
+        Raises:
+            PaddingError: So it is; the message says what may help.
+        """
+        if not hasattr(self.task, "without_spare_padding"):
+            return
+        padded = self._forward(single)
+        if differ(alone, padded, self._output_tolerance) and not differ(in_batch, padded, self._output_tolerance):
+            used = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+            other = "sdpa" if used == "eager" else "eager"
+            raise PaddingError(
+                f"padding changes the model's outputs: f of a sample is {alone.item():.6g} alone and "
+                f"{padded.item():.6g} padded to {single[0].shape[1]} positions; load the model with "
+                f"attn_implementation={other!r} (it has {used!r}), or give batches of texts of one length"
+            )
 
     def _differing(self, found: Sketches, expected: Sketches) -> Collection[str]:
         """Returns the names of the parameters whose gradients differ by more than rounding explains."""
         if not all(math.isfinite(norm) for norm in expected.norms.values()):
             return []
-        negligible = tolerance_of(NEGLIGIBLE_ROUNDINGS, self._dtypes)
-        return differing(found, expected, self._gradient_tolerance, negligible)
+        dtypes = {*self._dtypes, torch.float32}  # in which sketches are computed
+        return differing(
+            found,
+            expected,
+            tolerance=tolerance_of(GRADIENT_ROUNDINGS, dtypes),
+            negligible=tolerance_of(NEGLIGIBLE_ROUNDINGS, dtypes),
+        )
 
     def _after_failure(self, batch: Sequence[Tensor], seeds: Tensor, error: Exception) -> tuple[Tensor, Tensor]:
         """Differentiates samples alone from now on, if that works where a batch has failed."""
-        sums = self._new_sums(len(batch[0]), None)
+        sums = self._new_sums(batch)
         try:
-            outputs = self._add_alone(batch, list(self.selected), seeds, sums.add)
+            outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
         except (ValueError, TypeError) as of_one:
             if type(error) is type(of_one):
                 raise error from None  # it speaks of the whole batch
@@ -767,6 +930,21 @@ class GradientProjector(ParameterGradients):
             listed(list(layers)),
             100 * share,
         )
+
+
+class _Common(TypedDict):
+    """The arguments that all sums take."""
+
+    model_id: int
+    slice_bytes: int
+    sketches: Sketches | None
+
+
+def _tokens_of(batch: Sequence[Tensor]) -> int:
+    """Counts the tokens of each sample, T: the second dimension of the first tensor."""
+    if batch[0].ndim < 2:
+        raise ValueError(f"batch[0] must be (B, T, ...) to have tokens, not {tuple(batch[0].shape)}")
+    return batch[0].shape[1]
 
 
 class _Way(enum.Enum):

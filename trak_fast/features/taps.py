@@ -11,7 +11,7 @@ A layer without a rule (gradients/layers.py) is evaluated once more by itself, a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,7 +59,7 @@ class _Call:
     Attributes:
         known: The layer.
         shapes: Shapes of its outputs that are floating-point tensors.
-        arguments: What it was called with, None in place of tensors; for a layer without a rule.
+        arguments: All that a layer without a rule was called with, None in place of tensors.
         structure: The structure of these.
         is_shared: True where all samples share its output.
         is_shown: True once gradients of such an output were taken from the sums that it is a summand of.
@@ -115,7 +115,6 @@ class Taps:
 
     Attributes:
         unexplained: Names of the parameters of layers that were called in a way that no rule knows.
-        calls: Calls of the layers of each parameter.
     """
 
     def __init__(
@@ -123,7 +122,9 @@ class Taps:
         layers: Sequence[TappedLayer],
         count: int,
         device: torch.device,
-        add: bool,
+        *,
+        omitted: Collection[str] = (),
+        add: bool = False,
         parallel: TensorParallel | None = None,
     ) -> None:
         """Prepares taps on some layers.
@@ -132,11 +133,13 @@ class Taps:
             layers: The layers.
             count: Samples of the batch, B.
             device: The device of the model.
+            omitted: Parameters of these layers whose gradients are not wanted.
             add: Adds zeros to outputs, instead of returning views of them: for models that change them in place.
             parallel: Knows the parts of layers that this process has.
         """
         self.unexplained: set[str] = set()
-        self.calls: dict[str, int] = {}
+        self._calls: dict[str, int] = {}
+        self._omitted = omitted
         self._layers = layers
         self._count = count
         self._add = add
@@ -170,6 +173,10 @@ class Taps:
         """Has pieces handed to `take` in a backward pass that is run by others."""
         self._take = take
 
+    def is_whole(self, name: str) -> bool:
+        """Tells if a parameter's gradient comes in one piece for each sample."""
+        return self._calls.get(name, 0) <= 1
+
     def run_backward(self, outputs: Tensor, seeds: Tensor, take: Take) -> None:
         """Differentiates Σ_b seeds_b · outputs_b, and hands each piece of the gradients to `take`.
 
@@ -200,7 +207,7 @@ class Taps:
             return None
         if self._is_counting:
             for name in known.names.values():
-                self.calls[name] = self.calls.get(name, 0) + 1
+                self._calls[name] = self._calls.get(name, 0) + 1
         if not torch.is_grad_enabled():
             return None  # the first pass of reentrant checkpointing
         if known.rule is None:
@@ -215,6 +222,8 @@ class Taps:
         if len(output) != self._count:
             call.is_shared = True
             self._shared[tapped.grad_fn] = call
+            for name in known.names.values():
+                self._calls[name] += 1  # it may be a summand more than once
         return tapped
 
     def _tap_any(self, known: TappedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -238,11 +247,15 @@ class Taps:
 
     def _tapped(self, call: _Call, outputs: list[Tensor], tensors: list[Tensor]) -> Sequence[Tensor]:
         if not self._add:
-            tapped: Sequence[Tensor] = _Tap.apply(self._show, call, self._trigger, len(outputs), *outputs, *tensors)
+            tapped: Sequence[Tensor] = _Tap.apply(  # type: ignore[no-untyped-call]
+                self._show, call, self._trigger, len(outputs), *outputs, *tensors
+            )
             return tapped
-        return [
-            x + _Probe.apply(self._show_of(place), call, self._trigger, x, *tensors) for place, x in enumerate(outputs)
+        probes = [
+            _Probe.apply(self._show_of(place), call, self._trigger, x, *tensors)  # type: ignore[no-untyped-call]
+            for place, x in enumerate(outputs)
         ]
+        return [x + probe for x, probe in zip(outputs, probes, strict=True)]
 
     def _show_of(self, place: int) -> Callable[[_Call, Sequence[Tensor], Sequence[Tensor | None]], None]:
         """Returns a function that shows the gradient of one of a call's outputs."""
@@ -282,8 +295,8 @@ class Taps:
             if len(inputs) != len(output_grads) or len(inputs) % count:
                 return False
             # all tokens in one dimension, sample by sample
-            inputs = inputs.unflatten(0, (count, -1))
-            output_grads = output_grads.unflatten(0, (count, -1))
+            inputs = _by_samples(inputs, count)
+            output_grads = _by_samples(output_grads, count)
         if inputs.ndim < rule.least_dims or len(inputs) != count or len(output_grads) != count:
             return False
         try:
@@ -304,7 +317,8 @@ class Taps:
 
     def _hand_on(self, name: str, piece: Piece, start: int) -> None:
         assert self._take is not None
-        self._take(name, piece, start)
+        if name not in self._omitted:
+            self._take(name, piece, start)
 
     def _capture_sums(self, outputs: Tensor) -> list[Any]:
         """Has the gradients of outputs that all samples share taken from the sums that they are summands of.
@@ -435,11 +449,16 @@ class _Split:
         return value.unsqueeze(0) if self.had_batch else value
 
 
+def _by_samples(tensor: Tensor, count: int) -> Tensor:
+    """Gives each sample its rows, as many as others have: (B · T, ...) becomes (B, T, ...)."""
+    return tensor.reshape(count, -1, *tensor.shape[1:])
+
+
 def _split(tensor: Tensor, count: int, lengths: set[int]) -> _Split:
     """Splits a tensor by samples: of which it has one a row, or as many rows of each as outputs have."""
     length = len(tensor) if tensor.ndim else 0
     if length == count:
         return _Split(tensor, is_split=True, had_batch=True)
     if length in lengths:
-        return _Split(tensor.unflatten(0, (count, -1)), is_split=True, had_batch=False)
+        return _Split(_by_samples(tensor, count), is_split=True, had_batch=False)
     return _Split(tensor, is_split=False, had_batch=False)

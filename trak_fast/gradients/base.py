@@ -19,7 +19,17 @@ from .repeatable import GRADIENT_ROUNDINGS, OUTPUT_ROUNDINGS, RandomWatch, gener
 logger = logging.getLogger("trak_fast")
 
 
-class GradientComputer(Protocol):
+class LossGradientComputer(Protocol):
+    """The weightings of samples by the weights of one checkpoint."""
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Takes the parameters and buffers of `model`, which has the next checkpoint's weights."""
+
+    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes the weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
+
+
+class GradientComputer(LossGradientComputer, Protocol):
     """The gradients of samples; `TRAKer(gradient_computer=...)` takes a class that has this constructor and methods.
 
     `FunctionalGradientComputer` and `HookGradientComputer` are such classes. Others need not inherit from this one.
@@ -46,9 +56,6 @@ class GradientComputer(Protocol):
                 gradients.
         """
 
-    def load_model_params(self, model: nn.Module) -> None:
-        """Takes the parameters and buffers of `model`, which has the next checkpoint's weights."""
-
     def compute_per_sample_grad(self, batch: Sequence[Tensor]) -> Mapping[str, Tensor] | Tensor:
         """Computes the gradient of each sample's model output.
 
@@ -58,9 +65,6 @@ class GradientComputer(Protocol):
         Returns:
             (B, *shape) for each selected parameter, in the model's order; or (B, D), these flattened side by side.
         """
-
-    def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
-        """Computes the weighting Q of each sample (`Task.get_out_to_loss_grad`), (B,) or (B, 1)."""
 
 
 class Contents:
@@ -144,7 +148,7 @@ class ParameterGradients(ABC):
         self._is_first_batch = True
 
     def _compute(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Computes results of `_differentiate` that are no random numbers, and keeps the outputs for `compute_loss_grad`.
+        """Computes results of `_differentiate`, none of them random, and keeps f for `compute_loss_grad`.
 
         Args:
             batch: The batch's tensors, (B, ...) each, at least one sample. The model gets copies of them.
@@ -241,7 +245,7 @@ class ParameterGradients(ABC):
 
     def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
         """Computes f of each sample in a batch of one, (B,), detached."""
-        return torch.cat([self._outputs(sample).detach() for sample in singles_of(batch)])
+        return torch.cat([self._outputs(sample).detach() for sample in singles_of(batch, self.task)])
 
     def _contents(self, batch: Sequence[Tensor]) -> Contents:
         """Notes the contents that outputs are made from."""
@@ -301,7 +305,8 @@ class WholeGradients(ParameterGradients):
         return self._compute(batch)
 
 
-def singles_of(batch: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields the samples of a batch as batches of one."""
+def singles_of(batch: Sequence[Tensor], task: object) -> Iterator[list[Tensor]]:
+    """Yields the samples of a batch as batches of one, without padding where the task knows it (`PaddedTexts`)."""
     for i in range(len(batch[0])):
-        yield [x[i : i + 1] for x in batch]
+        single = [x[i : i + 1] for x in batch]
+        yield task.without_spare_padding(single) if hasattr(task, "without_spare_padding") else single

@@ -231,7 +231,7 @@ class HookGradientComputer(WholeGradients):
         rows: list[list[Tensor]] = []
         outputs: list[Tensor] = []
         with requiring_grad(self.parameters.values(), chosen):
-            for sample in singles_of(batch):
+            for sample in singles_of(batch, self.task):
                 output = self._outputs(sample)[0]
                 rows.append(_gradients(output, chosen))
                 outputs.append(output.detach())

@@ -31,11 +31,13 @@ class Rule:
             parameters, whether or not the layer has all of them.
         covers: Tells from a layer's options if the rule holds for it.
         least_dims: Fewest dimensions of an input whose first one is the batch.
+        is_linear: True where the weight is a matrix that tokens are multiplied by.
     """
 
     gradients: Callable[[Any, Tensor, Tensor], LayerGradients]
     covers: Callable[[Any], bool] = _covers_all
     least_dims: int = 2
+    is_linear: bool = False
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -73,6 +75,11 @@ def _scaled_embedding(layer: Any, inputs: Tensor, output_grads: Tensor) -> Layer
 
 def _is_plain_embedding(layer: nn.Embedding) -> bool:
     """Tells if rows are looked up as they are, and their gradients neither rescaled nor sparse."""
+    return not hasattr(layer, "embed_scale") and _is_dense_embedding(layer)
+
+
+def _is_dense_embedding(layer: nn.Embedding) -> bool:
+    """Tells if an embedding's gradients are neither rescaled nor sparse."""
     return not (layer.max_norm or layer.scale_grad_by_freq or layer.sparse)
 
 
@@ -144,7 +151,7 @@ _CONVOLUTION = Rule(_convolution, covers=_is_padded_by_zeros)
 _BATCH_NORM = Rule(_batch_norm, covers=_has_running_statistics)
 
 RULES: dict[type, Rule] = {
-    nn.Linear: Rule(_linear),
+    nn.Linear: Rule(_linear, is_linear=True),
     nn.Embedding: Rule(_embedding, covers=_is_plain_embedding, least_dims=1),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
@@ -158,15 +165,15 @@ RULES: dict[type, Rule] = {
 """Rules of classes; they are tried on subclasses too."""
 
 RULES_BY_NAME: dict[str, Rule] = {
-    "Conv1D": Rule(_transposed_linear),
-    "*ScaledWordEmbedding": Rule(_scaled_embedding, covers=_is_plain_embedding, least_dims=1),
+    "Conv1D": Rule(_transposed_linear, is_linear=True),
+    "*ScaledWordEmbedding": Rule(_scaled_embedding, covers=_is_dense_embedding, least_dims=1),
     "*RMSNorm": Rule(_rms_norm, covers=_has_weight_vector),
 }
 """Rules of classes that many libraries define for themselves, by patterns of the classes' names."""
 
 
 def rule_of(layer: nn.Module) -> Rule | None:
-    """Finds the rule of a layer by its class's name, its class, or the nearest class that it inherits from.
+    """Finds the rule of a layer by its class, the nearest class that it inherits from, or its class's name.
 
     A subclass, or a class that only has the name, may compute something else: results are compared with autograd's.
 
@@ -175,6 +182,6 @@ def rule_of(layer: nn.Module) -> Rule | None:
     """
     layer_type = type(layer)
     written = layer_type.__name__.removeprefix("FSDP")  # which fully_shard puts before it
-    found = [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(written, pattern)]
-    found += [RULES[base] for base in layer_type.__mro__ if base in RULES]
-    return found[0] if found and found[0].covers(layer) else None
+    found = [RULES[base] for base in layer_type.__mro__ if base in RULES][:1]
+    found += [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(written, pattern)]
+    return next((rule for rule in found if rule.covers(layer)), None)

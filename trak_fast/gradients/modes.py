@@ -144,10 +144,14 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Runs what torch.compile has compiled as it was before: compiled layers call no hooks."""
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Runs what torch.compile has compiled in a model as it was before: compiled modules call no hooks."""
+    is_compiled = any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6 or newer
-    if set_stance is None:
+    if not is_compiled or set_stance is None:
         yield
     else:
         with set_stance("force_eager"):

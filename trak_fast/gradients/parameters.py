@@ -71,7 +71,7 @@ class Columns(NamedTuple):
     """
 
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # and no method that counts values
 
 
 def columns_of(parameters: Mapping[str, Tensor]) -> dict[str, Columns]:

@@ -8,7 +8,8 @@ formed as a whole: `rows` forms some rows for all samples.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -225,3 +226,50 @@ class Convolved:
             self.count * groups,
         )
         return weight.view(self.count, channels, self.width)
+
+
+def part_of(piece: Piece, samples: slice) -> Piece:
+    """Returns a piece's part for some of its samples: of these pieces, all tensors have one row a sample."""
+    assert isinstance(piece, (Whole, Summed, Outer, Lookup, Convolved))
+    changes: dict[str, Any] = {name: x[samples] for name, x in vars(piece).items() if isinstance(x, Tensor)}
+    part: Piece = replace(piece, **changes)
+    return part
+
+
+def row_slices(piece: Piece, size: int) -> Iterator[tuple[Tensor, int]]:
+    """Forms the rows of a gradient, some at a time; those of a table that no token has read, which are 0, are left out.
+
+    Args:
+        piece: The gradient, or a summand of it.
+        size: Bytes of float32 rows at a time, unless one row takes more.
+
+    Yields:
+        Consecutive rows, (B, r, width), and the place of their first entry in the flattened parameter. The caller frees
+        rows before it asks for the next ones.
+    """
+    step = max(1, size // max(1, 4 * piece.count * piece.width))
+    if isinstance(piece, Lookup):
+        yield from _read_rows(piece, step)
+        return
+    if isinstance(piece, Whole):
+        step = piece.height  # all of them are there
+    for first in range(0, piece.height, step):
+        yield piece.rows(first, min(first + step, piece.height)), first * piece.width
+
+
+def _read_rows(piece: Lookup, step: int) -> Iterator[tuple[Tensor, int]]:
+    """Forms the rows of a table that tokens have read, `step` at a time."""
+    tokens, places = torch.unique(piece.indices, return_inverse=True)
+    for low in range(0, len(tokens), step):
+        chosen = tokens[low : low + step]
+        inside = None if step >= len(tokens) else (places >= low) & (places < low + step)
+        rows = piece.at(places - low, len(chosen), inside)
+        for first, last in runs(chosen):
+            yield rows[:, first:last], int(chosen[first]) * piece.width
+
+
+def runs(numbers: Tensor) -> Iterator[tuple[int, int]]:
+    """Yields the ranges [first, last) of places at which sorted numbers follow each other without a gap."""
+    ends = (numbers.diff() != 1).nonzero().flatten().add(1).tolist()
+    if len(numbers):
+        yield from zip([0, *ends], [*ends, len(numbers)], strict=True)

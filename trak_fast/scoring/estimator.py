@@ -193,10 +193,42 @@ class Estimator:
             Checkpoint(self.solver(i, len(targets), rho), self.store.train(i), rows.features)
             for i, rows in targets.items()
         ]
-        weights = self.mean_weights(targets)
+        return ScoreMatrix(checkpoints, self._score_weights(targets))
+
+    def _score_weights(self, model_ids: Collection[int]) -> Tensor:
+        """Computes the factors of samples in scores that are summed over checkpoints, (n,) float64."""
+        weights = self.mean_weights(model_ids)
         if self.settings.lambda_reg is None and self.settings.shrink_weights:
             weights = shrunk_weights(weights)
-        return ScoreMatrix(checkpoints, weights / len(targets))
+        return weights / len(model_ids)
+
+    def direction(self, targets: Mapping[int, Rows], model_id: int, target: int) -> Tensor:
+        """Computes the vector whose product with training samples' features, times `factors`, is a checkpoint's share.
+
+        Args:
+            targets: The target rows of each checkpoint, by model_id.
+            model_id: The checkpoint.
+            target: The target's number.
+
+        Returns:
+            (k,) float64.
+        """
+        solver = self.solver(model_id, len(targets), self.disagreement(targets))
+        return solver.coefficients(targets[model_id].features[target : target + 1])[:, 0].cpu()
+
+    def factors(self, model_ids: Collection[int], model_id: int, rows: NDArray[np.intp]) -> Tensor:
+        """Computes what products of features with `direction` are multiplied by, (len(rows),) float64.
+
+        Args:
+            model_ids: All checkpoints that scores are averaged over.
+            model_id: The checkpoint whose features they are.
+            rows: Training samples.
+        """
+        factors = self._score_weights(model_ids)[torch.from_numpy(rows)]
+        if self.settings.normalize:
+            features = torch.from_numpy(np.array(self.store.train(model_id).features[rows], np.float64))
+            factors = factors / features.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+        return factors
 
     def mean_weights(self, model_ids: Collection[int]) -> Tensor:
         """Averages the weightings Q of the training samples over checkpoints, (n,) float64.

@@ -162,6 +162,32 @@ class Solver:
         scaled = split(solved, 0, 2.0**-50, 2.0**32)
         return Scaled(scaled.mantissas.float(), scaled.exponents)
 
+    def coefficients(self, targets: Features) -> Tensor:
+        """Computes (X'RX + λI)⁻¹ φ for some targets, whose product with a training sample's feature is its score.
+
+        Args:
+            targets: Projected gradients of the targets, (m, k) floating.
+
+        Returns:
+            (k, m) float64 on the solver's device.
+        """
+        right = load_block(targets, torch.float64, self.device, self.normalize).mT
+        if self.primal:
+            return self.inverse.solve(right)
+        n, k = self.features.shape
+        inner = torch.cat([self._rows(rows) @ right for rows in blocks(n, k)])
+        # λ > 0: φ − X'R½ (R½XX'R½ + λI)⁻¹ R½Xφ, over λ (Woodbury); λ = 0: X' (XX')⁻² Xφ, the pseudo-inverse's
+        if self.roots is not None:
+            inner = self.roots * self.inverse.solve(self.roots * inner)
+        else:
+            inner = self.inverse.solve(inner)
+        if not self.ridge:
+            inner = self.inverse.solve(inner)
+        back = torch.zeros_like(right)
+        for rows in blocks(n, k):
+            back.addmm_(self._rows(rows).mT, inner[rows])
+        return (right - back) / self.ridge if self.ridge else back
+
     def self_influence(self, rows: slice) -> Tensor:
         """Computes φ (X'RX + λI)⁻¹ φ' of training samples for themselves, a part of the diagonal of X (X'RX + λI)⁻¹ X'.
 

@@ -223,6 +223,28 @@ class PaddedBatches(Protocol):
         """Returns a batch with nothing but zeros at the end for padding: a sample is the same however it is padded."""
 
 
+class PaddedTexts(PaddedBatches, Protocol):
+    """A task whose batches can be cut where only padding follows, which saves computing it."""
+
+    def text_lengths(self, batch: Sequence[Tensor]) -> Tensor:
+        """Counts the positions of each sample without the padding at its end, (B,) int64."""
+
+    def without_spare_padding(self, batch: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a batch that is padded to its longest sample and no further."""
+
+
+class NamedBatches(Protocol):
+    """A task whose batches may be mappings (`batches.batch_tensors`), as those of tokenizers and collators are.
+
+    Attributes:
+        fields: Names of a batch's tensors, in the order in which the task takes them.
+        optional_fields: Those of them that a batch may lack; a task without this attribute needs all.
+    """
+
+    fields: tuple[str, ...]
+    optional_fields: tuple[str, ...]
+
+
 class LossCurvature(Protocol):
     """A task that knows the curvature of its loss, by which `TRAKer` weighs training samples."""
 

@@ -71,7 +71,12 @@ class Classification(BatchTask):
 
 
 class ImageClassification(Classification):
-    """Batches are (images, labels); the model takes the images and returns the logits."""
+    """Batches are (images, labels); the model takes the images and returns the logits.
+
+    By name the images are `pixel_values`, as in batches of transformers.
+    """
+
+    fields = ("pixel_values", "labels")
 
     def logits(self, model: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         return model(*inputs)

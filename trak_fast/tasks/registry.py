@@ -10,7 +10,7 @@ from .base import FunctionTask, Task
 from .classification import ImageClassification, IterativeImageClassification
 from .clip import CLIP
 from .regression import Regression
-from .text import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, TextClassification
+from .text import CausalLM, CausalLMPerToken, MaskedLM, MaskedLMPerToken, Seq2SeqLM, TextClassification
 
 TASKS: dict[str, type[Task]] = {
     "image_classification": ImageClassification,
@@ -22,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     "causal_lm_per_token": CausalLMPerToken,
     "masked_lm": MaskedLM,
     "masked_lm_per_token": MaskedLMPerToken,
+    "seq2seq_lm": Seq2SeqLM,
 }
 
 

@@ -1,11 +1,13 @@
-"""Tasks of text models: classification, masked and causal language modelling.
+"""Tasks of text models: classification, masked, causal and sequence-to-sequence language modelling.
 
 Models are called as those of Hugging Face's transformers are: with keyword arguments. They return logits or an object
-that has them.
+that has them. Texts may be padded on either side: all are moved to the front before the model sees them, as many models
+count positions from there.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,111 +18,149 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import BatchTask, bind
+from .batches import by_name
 from .checks import tensor_of, within
-from .classification import Classification, margin
+from .classification import Classification
+from .padding import leading, moved_to_front, without_padding
+from .tokens import IGNORED, token_losses
 
-IGNORED = -100
-"""Label of positions that are not predicted."""
+logger = logging.getLogger("trak_fast")
 
 
-class TextClassification(Classification):
-    """Text classification: batches are (input_ids, token_type_ids, attention_mask, labels).
+class _Texts:
+    """Base class for tasks whose batches have texts, `input_ids` and `attention_mask` (B, T) among their fields."""
 
-    The model is called with the first three as keyword arguments, as Hugging Face's sequence classifiers are, and
-    returns the logits or an object that has them.
-    """
-
-    inputs = ("input_ids", "token_type_ids", "attention_mask")
-
-    def logits(self, model: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
-        if len(inputs) != len(self.inputs):
-            raise ValueError(
-                f"text_classification: batch must be ({', '.join(self.inputs)}, labels), {len(self.inputs) + 1} "
-                f"tensors, not {len(inputs) + 1}"
-            )
-        return model(**dict(zip(self.inputs, inputs, strict=True)))
+    fields: tuple[str, ...]
+    optional_fields: tuple[str, ...] = ()
 
     def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns a batch whose texts begin at the front, with 0 after them, as its attention_mask says."""
-        place = self.inputs.index("attention_mask")
-        return without_padding(batch, batch[place]) if len(batch) > place else batch
+        return list(self._cleared(self._at_front(by_name(batch, self))).values()) if len(batch) else batch
+
+    def text_lengths(self, batch: Sequence[Tensor]) -> Tensor:
+        """Counts the positions of each text up to its last that is no padding, (B,) int64."""
+        named = self._at_front(by_name(batch, self))
+        mask = named["attention_mask"]
+        if mask.ndim != 2:
+            return torch.full((len(mask),), named["input_ids"].shape[1])
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        return torch.where(mask != 0, places, 0).amax(1)
+
+    def without_spare_padding(self, batch: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a batch whose texts begin at the front, cut after the longest of them."""
+        named = self._at_front(by_name(batch, self))
+        shape = named["input_ids"].shape
+        longest = max(1, int(self.text_lengths(batch).max()))
+        return [x[:, :longest] if x.shape == shape else x for x in named.values()]
+
+    def _cleared(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sets padding to 0 and moves all of it to the end."""
+        mask = named["attention_mask"]
+        return dict(zip(named, without_padding(list(named.values()), mask), strict=True)) if mask.ndim == 2 else named
+
+    def _at_front(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moves leading padding of `attention_mask` to the end, in all that has the mask's shape; shifts `position`."""
+        mask = named["attention_mask"]
+        if mask.ndim != 2 or mask.shape != named["input_ids"].shape:
+            return dict(named)
+        count = leading(mask == 0)
+        moved = {name: moved_to_front(x, count) if x.shape == mask.shape else x for name, x in named.items()}
+        if "position" in moved:
+            moved["position"] = moved["position"] - count
+        return moved
 
 
-def without_padding(batch: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
-    """Moves what `mask` (B, T) keeps to the front, and sets the rest to 0, in each tensor of its shape."""
-    kept = mask.bool()
-    order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
-    return [torch.where(kept, x, torch.zeros_like(x)).gather(1, order) if x.shape == mask.shape else x for x in batch]
+class TextClassification(_Texts, Classification):
+    """Text classification: batches are (input_ids, token_type_ids, attention_mask, labels).
+
+    The model is called with all but the labels as keyword arguments, as Hugging Face's sequence classifiers are, and
+    returns the logits or an object that has them. Batches may lack token_type_ids, which many models do not take.
+    """
+
+    fields = ("input_ids", "token_type_ids", "attention_mask", "labels")
+    optional_fields = ("token_type_ids",)
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        """Computes f of each sample of a batch, (B,)."""
+        named = self._at_front(by_name(batch, self))
+        return super().get_outputs(model, weights, buffers, list(named.values()))
+
+    def logits(self, model: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        *names, _ = by_name([*inputs, inputs[0]], self)
+        return model(**dict(zip(names, inputs, strict=True)))
 
 
-class LanguageModelling(BatchTask):
-    """Base class for masked and causal language modelling: a model predicts tokens, each by a classification.
+class LanguageModelling(_Texts, BatchTask):
+    """Base class for language modelling: a model predicts tokens, each by a classification.
 
     The model is called with `input_ids` and `attention_mask` and returns logits (B, T, V), V the vocabulary's size. For
     a sequence, p is the geometric mean of its predicted tokens' probabilities: the loss is −log p, the tokens' mean
     cross-entropy, f = log p/(1 − p), and Q = 1 − p. With one predicted token this is a classification.
     """
 
-    fields: tuple[str, ...]
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
+    _warned = False  # True once it was said that samples have no predicted tokens
 
     @abstractmethod
-    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Picks logits (B, T', V) and the tokens that they should predict, (B, T'), IGNORED where there is none."""
+    def labels(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Returns the token that the logits at each position should predict, IGNORED where there is none.
+
+        Args:
+            named: The batch's tensors by name; texts begin at the front.
+
+        Returns:
+            (B, T) integers.
+        """
 
     def get_outputs(
         self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
     ) -> Tensor:
         """Computes f of each sequence of a batch, (B,)."""
-        if len(batch) != len(self.fields):
-            raise ValueError(
-                f"{type(self).__name__}: batch must be ({', '.join(self.fields)}), {len(self.fields)} tensors, "
-                f"not {len(batch)}"
-            )
-        output = bind(model, weights, buffers)(input_ids=batch[0], attention_mask=batch[1])
-        logits, labels = self.predicted(_checked_logits(output, batch[0]), batch)
-        counted = labels != IGNORED
-        margins = margin(logits.flatten(0, 1), torch.where(counted, labels, 0).flatten()).view(labels.shape)
+        named = self._at_front(by_name(batch, self))
+        labels = self.labels(named)
+        output = bind(model, weights, buffers)(**{name: named[name] for name in self.inputs})
         # −log p, with its relative accuracy where p is close to 1
-        losses = (F.softplus(-margins) * counted).sum(1) / counted.sum(1).clamp(min=1)
+        losses = token_losses(_checked_logits(output, labels.shape), labels)
+        losses = losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
         losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)  # 0 where a sequence has no predicted tokens
         return -losses - torch.log(-torch.expm1(-losses))
 
     def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
-        """Computes Q = 1 − p = σ(−f) of each sequence, (B,); 0 for one without predicted tokens, whose f is largest."""
+        """Computes Q = 1 − p = σ(−f) of each sequence, (B,); 0 for one without predicted tokens, whose f is largest.
+
+        The first batch with such sequences is logged.
+        """
+        if not self._warned:
+            empty = (self.labels(self._at_front(by_name(batch, self))) == IGNORED).all(1)
+            if count := int(empty.sum()):
+                self._warned = True
+                logger.warning(
+                    "%d of %d samples have no predicted token: their gradient and Q are 0, and so are all scores of "
+                    "them (too short, or all labels -100?); more of them are not logged",
+                    count,
+                    len(empty),
+                )
         largest = -math.log(torch.finfo(outputs.dtype).tiny)
         return torch.where(outputs < largest * (1 - 1e-6), torch.sigmoid(-outputs), 0)
 
-    def clear_padding(self, batch: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns a batch whose texts begin at the front, with 0 after them, as its attention_mask says."""
-        place = self.fields.index("attention_mask")
-        return without_padding(batch, batch[place]) if len(batch) > place else batch
-
 
 class CausalLM(LanguageModelling):
-    """Causal language modelling: batches are (input_ids, attention_mask).
+    """Causal language modelling: batches are (input_ids, attention_mask), or (input_ids, attention_mask, labels).
 
-    Each token but the first is predicted from those before it.
+    Each token but the first is predicted from those before it. With labels (B, T), those that are not −100 are, as in
+    Hugging Face's models: the logits at t − 1 predict the label at t. Padding is not predicted, whatever its label is.
     """
 
-    fields = ("input_ids", "attention_mask")
+    fields = ("input_ids", "attention_mask", "labels")
+    optional_fields = ("labels",)
 
-    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        tokens = batch[0]
-        mask = batch[1].bool()
-        return logits[:, :-1], torch.where(mask[:, 1:] & mask[:, :-1], tokens[:, 1:], IGNORED)
-
-
-class CausalLMPerToken(LanguageModelling):
-    """Causal language modelling of single tokens: batches are (input_ids, attention_mask, position).
-
-    A sample is the token at `position` (B,) ≥ 1 of a sequence.
-    """
-
-    fields = ("input_ids", "attention_mask", "position")
-
-    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        position = _checked_positions(batch[2], 1, batch[0])
-        return _at(logits, position - 1), batch[0].gather(1, position.unsqueeze(1))
+    def labels(self, named: Mapping[str, Tensor]) -> Tensor:
+        tokens = _checked_labels(named) if "labels" in named else named["input_ids"]
+        mask = named["attention_mask"].bool()
+        following = torch.where(mask[:, 1:] & mask[:, :-1], tokens[:, 1:], IGNORED)
+        return F.pad(following, (0, 1), value=IGNORED)
 
 
 class MaskedLM(LanguageModelling):
@@ -131,40 +171,112 @@ class MaskedLM(LanguageModelling):
 
     fields = ("input_ids", "attention_mask", "labels")
 
-    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return logits, batch[2]
+    def labels(self, named: Mapping[str, Tensor]) -> Tensor:
+        return _checked_labels(named)
 
 
-class MaskedLMPerToken(LanguageModelling):
+class Seq2SeqLM(LanguageModelling):
+    """Sequence-to-sequence language modelling: batches are (input_ids, attention_mask, labels).
+
+    The labels (B, T') are the tokens of the output, padded by −100. The model is called with them too, makes the
+    decoder's input from them as Hugging Face's models do, and returns logits (B, T', V) that predict them.
+    """
+
+    fields = ("input_ids", "attention_mask", "labels")
+    inputs = fields
+
+    def without_spare_padding(self, batch: Sequence[Tensor]) -> list[Tensor]:
+        """Returns a batch whose texts begin at the front, cut after the longest of them, as the labels are."""
+        named = self._at_front(by_name(batch, self))
+        labels = named.pop("labels")
+        longest = max(1, int(self.text_lengths(batch).max()))
+        places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+        longest_label = max(1, int(torch.where(labels != IGNORED, places, 0).max()))
+        return [*(x[:, :longest] for x in named.values()), labels[:, :longest_label]]
+
+    def _cleared(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sets padding to 0; labels count from 1 then, so that the token 0 at the end is none."""
+        labels = named["labels"]
+        texts = {name: x for name, x in named.items() if name != "labels"}
+        return super()._cleared(texts) | {"labels": torch.where(labels == IGNORED, -1, labels) + 1}
+
+    def _at_front(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moves leading padding to the end, that of the labels by themselves."""
+        labels = named["labels"]
+        if labels.ndim != 2:
+            raise ValueError(f"labels must have shape (B, T), not {tuple(labels.shape)}")
+        moved = super()._at_front({name: x for name, x in named.items() if name != "labels"})
+        return moved | {"labels": moved_to_front(labels, leading(labels == IGNORED))}
+
+    def labels(self, named: Mapping[str, Tensor]) -> Tensor:
+        return named["labels"]
+
+
+class _PerToken(LanguageModelling):
+    """Base class for language modelling of single tokens: a sample is the token at `position` (B,) of a sequence."""
+
+    first: int
+    """The first position that is predicted."""
+
+    def _at_front(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moves leading padding to the end, and shifts positions that were checked."""
+        length = named["input_ids"].shape[1]
+        reason = f"as the sequences have {length} tokens"
+        position = within("position", named["position"], self.first, length - 1, reason)
+        return super()._at_front({**named, "position": position})
+
+    def place(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Returns the tokens' positions, (B, 1) int64, once they are known to be no padding at the front."""
+        last = named["input_ids"].shape[1] - 1
+        reason = "counted from the first token that attention_mask keeps"
+        return within("position", named["position"], self.first, last, reason).unsqueeze(1)
+
+
+class CausalLMPerToken(_PerToken):
+    """Causal language modelling of single tokens: batches are (input_ids, attention_mask, position).
+
+    A sample is the token at `position` (B,) of a sequence, which has a token before it.
+    """
+
+    fields = ("input_ids", "attention_mask", "position")
+    first = 1
+
+    def labels(self, named: Mapping[str, Tensor]) -> Tensor:
+        tokens = named["input_ids"]
+        place = self.place(named)
+        return torch.full_like(tokens, IGNORED).scatter(1, place - 1, tokens.gather(1, place))
+
+
+class MaskedLMPerToken(_PerToken):
     """Masked language modelling of single tokens: batches are (input_ids, attention_mask, labels, position).
 
     A sample is the token at `position` (B,) of a sequence.
     """
 
     fields = ("input_ids", "attention_mask", "labels", "position")
+    first = 0
 
-    def predicted(self, logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        position = _checked_positions(batch[3], 0, batch[0])
-        return _at(logits, position), batch[2].gather(1, position.unsqueeze(1))
+    def labels(self, named: Mapping[str, Tensor]) -> Tensor:
+        tokens = _checked_labels(named)
+        place = self.place(named)
+        return torch.full_like(tokens, IGNORED).scatter(1, place, tokens.gather(1, place))
 
 
-def _checked_logits(output: object, tokens: Tensor) -> Tensor:
-    """Returns the logits (B, T, V) in what a model returned for tokens (B, T)."""
+def _checked_labels(named: Mapping[str, Tensor]) -> Tensor:
+    """Returns the labels (B, T), once they are known to have the tokens' shape."""
+    labels = named["labels"]
+    shape = named["input_ids"].shape
+    if labels.shape != shape:
+        raise ValueError(f"labels must have the shape of input_ids, {tuple(shape)}, not {tuple(labels.shape)}")
+    return labels
+
+
+def _checked_logits(output: object, shape: torch.Size) -> Tensor:
+    """Returns the logits (B, T, V) in what a model returned for tokens of shape (B, T)."""
     logits = tensor_of(output, "logits (B, T, V), or an object that has them")
-    if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+    if logits.ndim != 3 or logits.shape[:2] != shape:
         raise ValueError(
-            f"the model must return logits of shape (B, T, V), one row for each of the {tuple(tokens.shape)} tokens, "
+            f"the model must return logits of shape (B, T, V), one row for each of the {tuple(shape)} tokens, "
             f"not {tuple(logits.shape)}"
         )
     return logits
-
-
-def _checked_positions(positions: Tensor, low: int, tokens: Tensor) -> Tensor:
-    """Returns positions (B,) in sequences (B, T), once all are in [low, T)."""
-    length = tokens.shape[1]
-    return within("position", positions, low, length - 1, f"as the sequences have {length} tokens")
-
-
-def _at(logits: Tensor, positions: Tensor) -> Tensor:
-    """Picks the logits (B, 1, V) at one position of each sequence."""
-    return logits.gather(1, positions[:, None, None].expand(-1, 1, logits.shape[2]))
