@@ -42,15 +42,19 @@ def test_pages_of_one_script(tmp_path: Path, page: str) -> None:
 
 
 def test_the_page_about_clusters(tmp_path: Path) -> None:
-    """Python blocks add to attribute.py, commands run one after the other; all ways give the same answer."""
+    """Python blocks add to attribute.py, or to the file that their first line names; commands run one after the other.
+
+    All ways give the same answer.
+    """
     answers = []
     for language, content in blocks("cluster.md"):
         if language == "python":
-            with (tmp_path / "attribute.py").open("a") as file:
+            named = re.match(r"# (\w+\.py)\n", content)
+            with (tmp_path / (named[1] if named else "attribute.py")).open("a") as file:
                 file.write(content)
         else:
             assert language == "bash"
             printed = execute(["bash", "-euc", content], tmp_path, warm.python())
             answers += re.findall(r"best training sample of the first target: (\d+)", printed)
-    assert len(answers) == 4  # of two ranks, and of three times one process
+    assert len(answers) == 6  # of two ranks, of two times one process, and of two ranks with a sharded model
     assert len(set(answers)) == 1

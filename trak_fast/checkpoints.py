@@ -32,7 +32,7 @@ def load_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """
     _check_type(checkpoint)
     own = model.state_dict()
-    completed = _with_tied(own, checkpoint)
+    completed = _placed_as(own, _with_tied(own, checkpoint))
     faults = _Faults.between(own, completed)
     # a model that renames old entries while it loads may take them all the same
     before = _copies(own) if faults else None
@@ -75,8 +75,30 @@ def _with_tied(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Mapping
     return completed
 
 
-def _memory(value: object) -> tuple[object, ...] | None:
+def _placed_as(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Cuts out of whole tensors the parts that a sharded model has in this process; the others stay as they are."""
+    sharded = {
+        name: value
+        for name, value in checkpoint.items()
+        if hasattr(own.get(name), "placements") and isinstance(value, Tensor) and not hasattr(value, "placements")
+        if value.shape == own[name].shape
+    }
+    if not sharded:
+        return checkpoint
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = OrderedDict(checkpoint)
+    for name, value in sharded.items():
+        mesh, placements = own[name].device_mesh, own[name].placements
+        # every process has the whole tensor, so that none is sent
+        placed[name] = distribute_tensor(value.to(own[name].device), mesh, placements, src_data_rank=None)
+    return placed
+
+
+def _memory(value: Any) -> tuple[object, ...] | None:
     """Returns what two tensors have in common that are the same memory; None for those that have none of their own."""
+    if hasattr(value, "to_local"):
+        value = value.to_local()
     if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
         return None
     return (value.device, value.data_ptr(), value.dtype, value.shape, value.stride()) if value.data_ptr() else None

@@ -32,6 +32,10 @@ def share(total: int, rank: int, size: int) -> slice:
     return slice(total * rank // size, total * (rank + 1) // size)
 
 
+def _nothing() -> None:
+    """Does nothing."""
+
+
 _joined: weakref.WeakSet[Ranks] = weakref.WeakSet()
 _initialized_here = False  # True once torch.distributed was initialised here, and is to be ended here
 
@@ -81,6 +85,7 @@ class Ranks:
         """
         self.rank = 0
         self.size = 1
+        self.prepare: Callable[[], object] = _nothing  # before each meeting: finishes what needs all processes
         self._group: Any = None
         if distributed is False or not dist.is_available():
             return
@@ -113,6 +118,7 @@ class Ranks:
         """Sums a tensor over all processes; the sum is on its device."""
         if self.size == 1:
             return value
+        self.prepare()
         total = value.cpu()
         dist.all_reduce(total, group=self._group)
         return total.to(value.device)
@@ -121,6 +127,7 @@ class Ranks:
         """Collects a value of each process, in the order of ranks."""
         if self.size == 1:
             return [value]
+        self.prepare()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values

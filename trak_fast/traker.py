@@ -21,6 +21,7 @@ from .arguments import Indices, integer, row_numbers
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.featurizer import FeatureComputer, Featurizer, ProjectedGradients
+from .features.sharded import WholeEntries, shards_of
 from .features.streaming import GradientProjector
 from .features.two_sided import side_of
 from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
@@ -35,7 +36,7 @@ from .scoring.scores import ScoreFile, ScoreMatrix, unsaved_scores
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
 from .store.files import DENIED, temporary_name
 from .store.folder import Store, check_name
-from .store.manifest import manifest_of
+from .store.manifest import digest, manifest_of
 from .store.rows import Rows, require_same_samples
 from .tasks import Batch, Task, batch_tensors, resolve_task
 
@@ -51,6 +52,10 @@ _FIXED = {
     "store": "save_dir",
 }
 """Attributes of `TRAKer` that a later assignment would not change the features by -> the arguments that do."""
+
+
+def _nothing() -> None:
+    """Does nothing."""
 
 
 def _setting(name: str) -> property:
@@ -257,8 +262,11 @@ class TRAKer:
         chosen = None if grad_wrt is None and len(parameters) == len(every) else list(parameters)
         gradient_bytes = 0
         computer: FeatureComputer
+        self._end_call: Callable[[], None] = _nothing
+        self._ranks = Ranks(distributed)
+        sharded = self._require_supported(parameters, projector, gradient_computer)
         streams = gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs")
-        if two_sided or streams:
+        if two_sided or streams or sharded:
             if type(projector) is Projector:
                 streaming = GradientProjector.with_projector(
                     model, self.task, projector, chosen, sketch=sketch, sketch_side=sketch_side
@@ -276,6 +284,8 @@ class TRAKer:
             self.gradient_computer: LossGradientComputer = streaming
             computer = streaming
             width = streaming.proj_dim
+            self._ranks.prepare = streaming.finish
+            self._end_call = streaming.finish_call
             self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
         else:
             whole = (gradient_computer or FunctionalGradientComputer)(
@@ -301,7 +311,6 @@ class TRAKer:
             use_half_precision,
             description_of(self.gradient_computer),
         )
-        self._ranks = Ranks(distributed)
         with self._ranks.together():
             self.store = Store(save_dir, contents, self.train_set_size, self.proj_dim)
         self._estimator = Estimator(self.store, settings, task=self.task, grad_dim=self.grad_dim, device=self.device)
@@ -380,8 +389,9 @@ class TRAKer:
             with self._ranks.together():
                 self.store.let_go([model_id])
             self._ranks.first(self.store.forget, model_id)
+        weights = self._digest()
         with self._ranks.together():
-            train = self.store.register(model_id, self.model.state_dict())
+            train = self.store.register(model_id, weights)
             known = self.store.model_ids() if self._resume else self._seen
             others = [self.store.train(i) for i in known if i != model_id]
         self._seen.add(model_id)
@@ -463,10 +473,11 @@ class TRAKer:
         """
         model_id = self._load(checkpoint, model_id)
         num_targets = integer("num_targets", num_targets, 1, 2**48)
+        weights = self._digest()
         with self._ranks.together():
             self._require_finalized([model_id])
             with self.store.train(model_id).kept():
-                self.store.check_weights(model_id, self.model.state_dict())
+                self.store.check_weights(model_id, weights)
                 targets = self.store.targets(model_id, exp_name, num_targets)
             self._recorder.open_targets(model_id, targets)
         self._seen.add(model_id)
@@ -757,6 +768,7 @@ class TRAKer:
         self._require_loaded_weights()
         try:
             record(batch_tensors(batch, self.task), inds, num_samples)
+            self._end_call()
         finally:
             if self._weights is not None:
                 self._weights = self._contents()  # embeddings with max_norm change their own
@@ -768,6 +780,40 @@ class TRAKer:
                 "model each)"
             )
 
+    def _digest(self) -> str:
+        """Returns the digest of the model's state dict: of a sharded model that of the whole one, in all processes."""
+        return digest(WholeEntries(self.model.state_dict()))
+
+    def _require_supported(
+        self, parameters: Mapping[str, Tensor], projector: ProjectorLike, gradient_computer: object
+    ) -> bool:
+        """Tells if the model is sharded (FSDP2), and refuses what sharded models are not supported with.
+
+        Raises:
+            ValueError: It is split by tensor parallelism, gradients are to be computed in another way than layer by
+                layer, or processes of the model would not share the work.
+        """
+        sharded = bool(shards_of(self.model))
+        if not sharded:
+            if any(hasattr(parameter, "placements") for parameter in parameters.values()):
+                raise ValueError(
+                    "model must be whole or sharded by FSDP2, not split by tensor parallelism, where processes have "
+                    "the same samples; GradientProjector takes such models"
+                )
+            return False
+        if gradient_computer is not None or type(projector) is not Projector:
+            raise ValueError(
+                "a sharded model must have its gradients projected layer by layer: leave out gradient_computer and "
+                "projector, and give proj_dim of 1 or more"
+            )
+        size = {p.device_mesh.size() for p in self.model.parameters() if hasattr(p, "device_mesh")}
+        if size != {self._ranks.size}:
+            raise ValueError(
+                f"model must be sharded over all {self._ranks.size} processes that share the work, not over "
+                f"{', '.join(map(str, sorted(size)))}; distributed=False shares none"
+            )
+        return True
+
     def _contents(self) -> Contents:
         """Notes the contents of the model's parameters and buffers."""
         return Contents(itertools.chain(self.model.parameters(), self.model.buffers()))
@@ -775,6 +821,7 @@ class TRAKer:
     def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
         model_id = integer("model_id", model_id, 0, 2**32 - 1)
+        self._ranks.prepare()  # other processes may need the weights that the model has
         self._recorder.close()
         self._weights = None
         self._loaded = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -23,7 +24,14 @@ _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 class FeatureComputer(Protocol):
-    """A way to the features of samples; the model is in evaluation mode meanwhile."""
+    """A way to the features of samples; the model is in evaluation mode meanwhile.
+
+    Attributes:
+        is_sharded: True where all processes have to make the same passes over the model.
+    """
+
+    @property
+    def is_sharded(self) -> bool: ...
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
         """Computes the projected gradient of each sample's model output, (B, k) floating.
@@ -33,13 +41,22 @@ class FeatureComputer(Protocol):
             model_id: The checkpoint's number, which selects the projection matrix.
         """
 
+    def turn(self, batch: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Makes room for one pass without gradients over the model in the block, on a batch."""
+
 
 class ProjectedGradients:
     """Features from whole gradients: (B, D) numbers, in the parameters' dtype, exist at a time."""
 
+    is_sharded = False
+
     def __init__(self, gradient_computer: GradientComputer, projector: ProjectorLike) -> None:
         self.gradient_computer = gradient_computer
         self.projector = projector
+
+    def turn(self, batch: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Does nothing: this process is alone with its model."""
+        return nullcontext()
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
         """Computes gradients and projects them, (B, k); float64 if a row is beyond what float32 computes with.
@@ -150,7 +167,10 @@ class Featurizer:
             return
         shapes = tuple(x.shape[1:] for x in batch)
         if shapes not in self._samples_at_a_time:
-            self._samples_at_a_time[shapes] = self.chunk_size or self._fitting_samples([x[0] for x in batch])
+            # not even one pass may be made without the other processes of a sharded model
+            self._samples_at_a_time[shapes] = self.chunk_size or (
+                2**48 if self.computer.is_sharded else self._fitting_samples([x[0] for x in batch])
+            )
         self._samples_at_a_time[shapes] = memory.halving_on_oom(
             len(positions),
             self._samples_at_a_time[shapes],
@@ -159,7 +179,9 @@ class Featurizer:
 
     def evaluate(self, batch: Sequence[Tensor]) -> Evaluation:
         """Computes f and Q of samples, (P, ...) each, by the task alone and without gradients."""
-        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        weights: dict[str, Tensor] = dict(self.model.named_parameters())
+        if not self.computer.is_sharded:  # shards are known by what they are
+            weights = {name: parameter.detach() for name, parameter in weights.items()}
         buffers = dict(self.model.named_buffers())
         outputs: list[Tensor] = []
         weightings: list[Tensor] = []
@@ -167,13 +189,13 @@ class Featurizer:
             for i in range(len(batch[0])):
                 single = [x[i : i + 1].to(self.device, copy=True) for x in batch]
                 sample = [x[0].clone() for x in single]
-                with restored(self.model):
+                with restored(self.model), self.computer.turn(single):
                     output = self.task.get_output(self.model, weights, copy_buffers(buffers), *sample).detach()
                 outputs.append(output)
                 if weighs_by_outputs(self.task):
                     weightings.append(self.task.get_weightings(output.reshape(1), single))
                 else:
-                    with restored(self.model):
+                    with restored(self.model), self.computer.turn(single):
                         own = self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(buffers), single)
                     weightings.append(own)
         return Evaluation(outputs=_flattened(outputs), weightings=_flattened(weightings))

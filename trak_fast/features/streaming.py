@@ -17,7 +17,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypedDict
 
 import numpy as np
@@ -30,9 +30,9 @@ from ..gradients.adam import AdamMoments
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import experts_rule_of
-from ..gradients.layers import rule_of
-from ..gradients.modes import checkpointing, no_key_caches, requiring_grad, uncompiled
-from ..gradients.parameters import columns_of, layers_of, listed
+from ..gradients.layers import Rule, rule_of
+from ..gradients.modes import checkpointing, differentiable, no_key_caches, requiring_grad, uncompiled
+from ..gradients.parameters import columns_of, layers_of, listed, placed_columns
 from ..gradients.pieces import Piece, Whole
 from ..gradients.repeatable import GRADIENT_ROUNDINGS, RANDOM, RandomOutputsError, differ, tolerance_of
 from ..projection.projector import Projector
@@ -43,9 +43,12 @@ from ..tasks.registry import resolve_task
 from . import memory
 from .check import NEGLIGIBLE_ROUNDINGS, Sketches, Sums, differing
 from .groups import group_by_length
+from .sharded import Kind, Lockstep, shards_of
+from .stages import StagePass, projecting
 from .steps import StepSums
 from .sums import FeatureSums
 from .taps import Split, TappedLayer, Taps
+from .tensor_parallel import TensorParallel
 from .tokens import NoTokensError, TokenShares, TokenSums
 from .two_sided import BlockSums, Layout, TwoSidedSums, side_of
 
@@ -59,6 +62,12 @@ SAMPLES_A_CHECK = 32
 
 OptimizerState = Optimizer | Mapping[str, Any] | str | os.PathLike[str]
 """An optimizer, its state dict, or the path of a file with one."""
+
+FORWARD: Kind = ("forward",)
+"""The kind of a pass without gradients."""
+
+_ANY = Rule(lambda layer, inputs, output_grads: {})
+"""A rule of no parameters, to tap a layer as one with a rule."""
 
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
 
@@ -96,6 +105,7 @@ class GradientProjector(ParameterGradients):
         sketch: str = "full",
         sketch_side: int | None = None,
         per: str = "sample",
+        columns: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Prepares the projection of a model's gradients.
 
@@ -122,11 +132,15 @@ class GradientProjector(ParameterGradients):
             sketch_side: Rows and columns of a sketch at most; 64 by default.
             per: "sample", or "token" for a feature of each token, which add up to the sample's. "token" needs
                 sketch="two_sided", and batches whose first tensor is (B, T, ...), padded at the end.
+            columns: The columns of the projection matrix that belong to each parameter, (first, count) by name, of a
+                model that is a part of a larger one: those that the larger one's projector has as `columns`, under the
+                names that parameters have here. By default they follow each other.
 
         Raises:
             ValueError: A number is out of range, `grad_wrt` fits no parameter, `optimizer_state` fits another model or
                 is given with "two_sided", `sketch_side` is given for "full", or `per` is "token" without sketches or
-                for a task without `get_outputs`.
+                for a task without `get_outputs`; `columns` do not fit the parameters, or are given with sketches; or a
+                sharded model is to have what needs it whole.
             TypeError: An argument has the wrong type.
         """
         if not isinstance(model, nn.Module):
@@ -134,6 +148,7 @@ class GradientProjector(ParameterGradients):
         self.slice_bytes = SLICE_BYTES
         if memory_budget is not None:
             self.slice_bytes = integer("memory_budget", memory_budget, 1, 2**62)
+        self._given_columns = columns
         self._ways: dict[str, _Way] = {}  # to the gradients of parameters whose first way was wrong
         self._side = side_of(sketch, sketch_side)
         self._per_token = choice("per", per, ("sample", "token")) == "token"
@@ -196,6 +211,11 @@ class GradientProjector(ParameterGradients):
                 'optimizer_state must be None with sketch="two_sided": a step of Adam is no product of factors; '
                 'sketch="full" takes it'
             )
+        if optimizer_state is not None and self.is_sharded:
+            raise ValueError(
+                "optimizer_state must be None for a sharded model, of whose moments processes have parts; give a whole "
+                "model"
+            )
         if optimizer_state is not None:
             self._moments = AdamMoments.from_optimizer_state(optimizer_state, self.model, self.selected)
 
@@ -218,7 +238,16 @@ class GradientProjector(ParameterGradients):
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
         super().load_model_params(model)
+        self._lockstep = Lockstep(model, self.parameters, self._imitate) if shards_of(model) else None
+        self._parallel = TensorParallel.of(model, self.parameters)
         self.columns = columns_of(self.selected)
+        if self._side is not None and (self._parallel is not None or self._given_columns is not None):
+            raise ValueError(
+                'sketch must be "full" for a part of a model, by tensor parallelism or with columns, not "two_sided": '
+                "a sketch is made of a layer's whole input and output"
+            )
+        if self._given_columns is not None:
+            self.columns = placed_columns(self.columns, self._given_columns)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
         self._layout = None if self._side is None else Layout(model, self.selected, self._side)
         self._unchecked = SAMPLES_A_CHECK
@@ -244,10 +273,17 @@ class GradientProjector(ParameterGradients):
                     around.setdefault(self.model.get_submodule(parent_path), {})[f"{own_path}.{own}"] = name
         # the whole model by itself is no faster than its samples alone
         self._layers += [
-            TappedLayer(layer, rule=None, names=names) for layer, names in around.items() if layer is not self.model
+            TappedLayer(layer, rule=None, names=names)
+            for layer, names in around.items()
+            # and a module that gathers its weights cannot be called again while its own are in use
+            if layer is not self.model and not shards_of(layer) and not self._is_split(layer)
         ]
         tapped = {name for known in self._layers for name in known.names.values()}
         self._untapped = frozenset(self.selected) - tapped
+
+    def _is_split(self, layer: nn.Module) -> bool:
+        """Tells if other processes have parts of a layer, without whom it cannot be differentiated by itself."""
+        return self._parallel is not None and self._parallel.covers(layer)
 
     @property
     def proj_dim(self) -> int:
@@ -271,6 +307,8 @@ class GradientProjector(ParameterGradients):
         Args:
             batch: The tensors that the task asks for, (B, ...) each, in its order or by name (a dict, a BatchEncoding).
                 If memory runs out, halves of it are computed. Texts of very different lengths are computed in groups.
+                Of a model that is sharded by FSDP2, each process has samples of its own, any number; of one that is
+                split by tensor parallelism, the same. All processes make each call.
             model_id: The checkpoint's number, 0 to 2^32 − 1, which selects the projection matrix.
 
         Returns:
@@ -278,7 +316,8 @@ class GradientProjector(ParameterGradients):
             time.
 
         Raises:
-            RuntimeError: The model cannot be differentiated, or its outputs are random or depend on padding.
+            RuntimeError: The model cannot be differentiated, its outputs are random or depend on padding, or memory ran
+                out in a pass over a sharded one.
             ValueError: The batch is not what the task takes, or with per="token" the gradient of a parameter is no sum
                 over the tokens.
             TypeError: The batch is no sequence of tensors.
@@ -342,6 +381,7 @@ class GradientProjector(ParameterGradients):
 
         with evaluation_mode(self.model):
             memory.halving_on_oom(count, count, compute)
+        self.finish_call()
         return rows
 
     def _width(self, batch: Sequence[Tensor]) -> int:
@@ -349,6 +389,27 @@ class GradientProjector(ParameterGradients):
         if self._direction is not None:
             return _tokens_of(batch)
         return self.proj_dim * _tokens_of(batch) if self._per_token else self.proj_dim
+
+    def stage(self, batch_size: int, micro_batches: int = 1, model_id: int = 0) -> AbstractContextManager[StagePass]:
+        """Projects the gradients of this model, a stage of a pipeline, in passes that the block makes.
+
+        The block runs the model forward and backward over one batch, as a schedule of torch.distributed.pipelining
+        does; the last stage's loss is the sum of f over the samples of a micro-batch. The features are those of the
+        returned object, (B, k), after the block; the sum over all stages is that of the whole model, whose columns
+        `GradientProjector(columns=...)` places this one's parameters in.
+
+        Args:
+            batch_size: Samples of the batch, B.
+            micro_batches: Calls of the model, each with as many of the samples, in order.
+            model_id: See `project`.
+
+        Raises:
+            ValueError: A number is out of range.
+            RuntimeError: Parameters belong to no layer, or the block made other passes (at its end); gradients do not
+                follow from layers' inputs and outputs, or samples change each other.
+        """
+        self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
+        return projecting(self, batch_size, micro_batches)
 
     def features(self, samples: Sequence[Tensor], model_id: int) -> Tensor:
         """Computes features with the scale of the dense kinds, E‖φ‖² = k ‖g‖², which a given ridge refers to.
@@ -361,6 +422,96 @@ class GradientProjector(ParameterGradients):
         self._model_id = model_id
         features = self._compute(samples)["features"]
         return features if self.projector.dense_scale == 1 else features * self.projector.dense_scale
+
+    @property
+    def is_sharded(self) -> bool:
+        """True where all processes have to make the same passes over the model (FSDP2, tensor parallelism)."""
+        return self._lockstep is not None or self._parallel is not None
+
+    @contextmanager
+    def turn(self, batch: Sequence[Tensor], kind: Kind = FORWARD) -> Iterator[None]:
+        """Makes room for one pass over the model in the block: all processes that a model is sharded over make it.
+
+        Args:
+            batch: The samples, (B, ...) each.
+            kind: The kind of the pass; weights require no gradients unless it says so.
+        """
+        if self._lockstep is None:
+            yield
+            return
+        with self._lockstep.turn(kind, batch), requiring_grad(self.parameters.values(), ()):
+            yield
+
+    def finish_call(self) -> None:
+        """Makes the passes over a sharded model that other processes have to make, until all have ended this call."""
+        if self._lockstep is not None:
+            with evaluation_mode(self.model), differentiable(self.model, fused=True):
+                self._lockstep.finish_call()
+
+    def finish(self) -> None:
+        """Makes the passes that other processes have to make in this and more calls, until all have called this."""
+        if self._lockstep is not None:
+            with evaluation_mode(self.model), differentiable(self.model, fused=True):
+                self._lockstep.finish()
+
+    def _imitate(self, kind: Kind, sample: Sequence[Tensor]) -> None:
+        """Makes a pass of a kind that another process has to make, on a batch of one, and drops its result."""
+        assert isinstance(kind, tuple)
+        details: list[Any]
+        name, *details = kind
+        sample = [x.to(self._device) for x in sample]
+        with torch.enable_grad():
+            if name == "stream":
+                layers = [
+                    TappedLayer(self.model.get_submodule(path), rule=_ANY if has_rule else None, names={})
+                    for path, has_rule in details[0]
+                ]
+                with self._running(()), Taps(layers, 1, self._device, add=True).attached():
+                    outputs = self._outputs(sample)
+                    if outputs.requires_grad:  # taps show nothing unless they were given a place for it
+                        torch.autograd.backward(outputs, torch.zeros_like(outputs))
+            elif name == "alone":
+                chosen = {own: self.selected[own] for own in details[0]}
+                self._pass_alone(sample, torch.zeros(1), chosen, lambda own, gradient: None)
+            elif name == "weightings":
+                super()._ask_for_weightings([x.expand(details[0], *x.shape[1:]) for x in sample])
+            else:
+                with self._running(()), torch.no_grad():
+                    self._outputs(sample)
+
+    def _ask_for_weightings(self, batch: Sequence[Tensor]) -> Tensor:
+        with self.turn(batch, ("weightings", len(batch[0]))):
+            return super()._ask_for_weightings(batch)
+
+    @property
+    def _dtypes(self) -> set[torch.dtype]:
+        return super()._dtypes if self._lockstep is None else super()._dtypes | self._lockstep.dtypes
+
+    def _constants(self) -> dict[str, Tensor]:
+        # shards are known by what they are, and require no gradients in a turn
+        return super()._constants() if self._lockstep is None else dict(self.parameters)
+
+    def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self._forward(sample) for sample in singles_of(batch, self.task)])
+
+    def _forward(self, batch: Sequence[Tensor]) -> Tensor:
+        """Computes f of samples, (B,), by one pass without gradients."""
+        with self.turn(batch), self._running(()), torch.no_grad():
+            return self._outputs(batch).detach()
+
+    def _compute(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        if not self.is_sharded:
+            return super()._compute(batch)
+        try:
+            return super()._compute(batch)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise RuntimeError(
+                    f"memory ran out in a pass over {len(batch[0])} samples, which the other processes of a sharded "
+                    "model are in too, so that it cannot be made again in halves; give smaller batches, or a smaller "
+                    "memory_budget"
+                ) from error
+            raise
 
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the features of a batch, (B, k), and f of each sample, (B,), detached."""
@@ -422,13 +573,16 @@ class GradientProjector(ParameterGradients):
     def _differentiate_with(self, batch: Sequence[Tensor], seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the features of Σ_b seeds_b f_b, (B, k), and f of each sample, (B,), detached."""
         check: _Check | None = None
+        if self._parallel is not None and not self._parallel.is_compared:
+            self._parallel.compare(self._sketched_alone(batch, seeds, 0, list(self.selected))[0].values)
         while not self.singly >= set(self.selected):
             try:
                 if check is None and self._is_due(len(batch[0])):
                     check = self._begin_check(batch, seeds)
                 streamed = self._stream(batch, seeds, check)
             except Exception as error:
-                if is_out_of_memory(error) or isinstance(error, (RandomOutputsError, PaddingError, NoTokensError)):
+                known = (RandomOutputsError, PaddingError, NoTokensError)
+                if self.is_sharded or is_out_of_memory(error) or isinstance(error, known):
                     raise
                 if not self._adds and "modified inplace" in str(error):
                     self._adds = True
@@ -451,15 +605,23 @@ class GradientProjector(ParameterGradients):
         if check is not None:
             sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
         layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
-        shared = {split.name for split in self._splits if split.is_shared}
-        taps = Taps(layers, count, self._device, omitted=singly, add=self._adds, known_as_shared=shared)
+        # modules that gather their weights take no views as their outputs
+        taps = Taps(
+            layers,
+            count,
+            self._device,
+            omitted=singly,
+            add=self._adds or self._lockstep is not None,
+            known_as_shared={split.name for split in self._splits if split.is_shared},
+            parallel=self._parallel,
+        )
         sums = self._new_sums(batch, sketches, taps.is_whole)
-        with self._running(()), taps.attached():
+        with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
             outputs = self._outputs(batch)
             taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
         sums.flush()
         outputs = outputs.detach()
-        if unexplained := taps.unexplained - singly:
+        if unexplained := self._union(taps.unexplained - singly):
             self._fall_back(unexplained)
             return None
         if check is None and count > 1 and not taps.splits <= self._splits:
@@ -469,7 +631,7 @@ class GradientProjector(ParameterGradients):
             if not self._agree(batch, check, outputs):
                 self._stay_alone()
                 return None
-            if failed := self._differing(sketches, check.expected):
+            if failed := self._union(self._differing(sketches, check.expected)):
                 self._fall_back(failed)
                 return None
             self._unchecked = 0
@@ -484,6 +646,13 @@ class GradientProjector(ParameterGradients):
                 return None
             outputs = alone
         return sums.result(self._device), outputs
+
+    def _kind_of(self, layers: Iterable[TappedLayer]) -> Kind:
+        """Names a pass with taps on some layers."""
+        if self._lockstep is None:
+            return ()
+        paths = {module: path for path, module in self.model.named_modules()}
+        return "stream", tuple((paths[known.layer], known.rule is not None) for known in layers)
 
     @contextmanager
     def _running(self, chosen: Iterable[Tensor]) -> Iterator[None]:
@@ -519,7 +688,7 @@ class GradientProjector(ParameterGradients):
                 **common,
             )
         if layout is None:
-            sums = FeatureSums(self.projector, columns, count, **common)
+            sums = FeatureSums(self.projector, columns, count, parallel=self._parallel, **common)
             if self._moments is None:
                 return sums
             shapes = {name: parameter.shape for name, parameter in self.selected.items()}
@@ -547,6 +716,10 @@ class GradientProjector(ParameterGradients):
             weightings = self._own_weightings(batch)
         return seeds * weightings.detach().reshape(-1).to(outputs)
 
+    def _union(self, names: Collection[str]) -> Collection[str]:
+        """Adds the names that other processes have which have parts of the model."""
+        return names if self._parallel is None else self._parallel.union(names)
+
     def _add_alone(
         self, batch: Sequence[Tensor], names: Sequence[str], seeds: Tensor, take: Callable[[str, Piece, int], None]
     ) -> Tensor:
@@ -562,47 +735,79 @@ class GradientProjector(ParameterGradients):
             f of each sample, (B,), detached.
         """
         outputs: list[Tensor] = []
-        chosen = [self.selected[name] for name in names]
-        before = [parameter.grad for parameter in chosen]
-        sample = 0
+        chosen = {name: self.selected[name] for name in names}
+        for sample, single in enumerate(singles_of(batch, self.task)):
 
-        def taking(name: str) -> Callable[[Tensor], None]:
+            def take_gradient(name: str, gradient: Tensor, sample: int = sample) -> None:
+                if self._parallel is not None:
+                    gradient = self._parallel.local_gradient(name, gradient)
+                dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+                if dense.numel():  # or this process has no part of it
+                    take(name, Whole(dense.unsqueeze(0)), sample)
+
+            with self.turn(single, ("alone", tuple(names))):
+                outputs.append(self._pass_alone(single, seeds[sample : sample + 1], chosen, take_gradient))
+        return torch.cat(outputs)
+
+    def _pass_alone(
+        self,
+        single: Sequence[Tensor],
+        seed: Tensor,
+        chosen: Mapping[str, Tensor],
+        take: Callable[[str, Tensor], None],
+        evaluate: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Differentiates one sample with respect to some parameters.
+
+        Args:
+            single: The sample's tensors, (1, ...) each.
+            seed: The factor of f, (1,), or the gradient of what `evaluate` returns.
+            chosen: The parameters, by name.
+            take: Takes each gradient, which is freed then.
+            evaluate: Computes something else than f of the sample.
+
+        Returns:
+            f, (1,), or the other thing, detached.
+        """
+        before = {name: parameter.grad for name, parameter in chosen.items()}
+        handles: dict[Tensor, Any] = {}
+
+        def hook(name: str, parameter: Tensor) -> None:
+            """Has the gradient of a parameter taken; of one that is sharded, that of what is gathered for it."""
+
             @torch.no_grad()
             def take_gradient(parameter: Tensor) -> None:
                 gradient = parameter.grad
                 parameter.grad = None
                 assert gradient is not None
-                dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
-                take(name, Whole(dense.unsqueeze(0)), sample)
+                take(name, gradient)
 
-            return take_gradient
+            if parameter not in handles:
+                handles[parameter] = parameter.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
 
-        with self._running(chosen):
-            handles = [
-                parameter.register_post_accumulate_grad_hook(taking(name))  # type: ignore[no-untyped-call]
-                for name, parameter in zip(names, chosen, strict=True)
-            ]
+        with ExitStack() as modes:
+            modes.enter_context(self._running(chosen.values()))
+            if self._lockstep is not None:
+                modes.enter_context(self._lockstep.gathered(chosen, hook))
             try:
-                for parameter in chosen:
+                for name, parameter in chosen.items():
                     parameter.grad = None
-                for sample, single in enumerate(singles_of(batch, self.task)):
-                    output = self._outputs(single)
-                    if output.requires_grad:
-                        seed = self._weighted(seeds[sample : sample + 1], output, single)
-                        torch.autograd.backward(output, seed)
-                    outputs.append(output.detach())
+                    hook(name, parameter)
+                output = self._outputs(single) if evaluate is None else evaluate()
+                if output.requires_grad:
+                    weighted = self._weighted(seed, output, single) if evaluate is None else seed.to(output)
+                    torch.autograd.backward(output, weighted)
             finally:
-                for handle in handles:
+                for handle in handles.values():
                     handle.remove()
-                for parameter, gradient in zip(chosen, before, strict=True):
-                    parameter.grad = gradient
-        return torch.cat(outputs)
+                for name, parameter in chosen.items():
+                    parameter.grad = before[name]
+        return output.detach()
 
     def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
-        with self._running(()), torch.no_grad():
-            if self._is_alone or not hasattr(self.task, "get_outputs"):
-                return self._outputs_alone(batch)
-            return self._outputs(batch).detach()
+        if self._is_alone or not hasattr(self.task, "get_outputs"):
+            return self._outputs_alone(batch)
+        return self._forward(batch)
 
     def _is_due(self, count: int) -> bool:
         """Tells if a batch of so many samples is to be checked."""
@@ -613,18 +818,25 @@ class GradientProjector(ParameterGradients):
         count = len(batch[0])
         sample = int(torch.randint(count, (), generator=self._choices, device="cpu"))
         streamed = [name for name in self.selected if name not in self.singly]
-        expected = Sketches(self.columns, sample, streamed, {})
-        single = [x[sample : sample + 1] for x in batch]
-        outputs = self._add_alone(
-            single,
-            streamed,
-            seeds[sample : sample + 1],
-            lambda name, piece, start: expected.add(name, piece, sample + start),
-        )
+        expected, outputs = self._sketched_alone(batch, seeds, sample, streamed)
+        if self._parallel is not None:
+            self._parallel.compare(expected.values)
         if not self._compared_all and count > 1:
-            with self._running(()), torch.no_grad():
-                outputs = self._outputs_alone(batch)
+            outputs = self._outputs_alone(batch)
         return _Check(sample, outputs, expected)
+
+    def _sketched_alone(
+        self, batch: Sequence[Tensor], seeds: Tensor, sample: int, names: list[str]
+    ) -> tuple[Sketches, Tensor]:
+        """Differentiates one sample of a batch alone; returns sketches of its gradients, and its f, (1,)."""
+        sketches = Sketches(self.columns, sample, names, {})
+        outputs = self._add_alone(
+            [x[sample : sample + 1] for x in batch],
+            names,
+            seeds[sample : sample + 1],
+            lambda name, piece, start: sketches.add(name, piece, sample + start),
+        )
+        return sketches, outputs
 
     def _agree(self, batch: Sequence[Tensor], check: _Check, outputs: Tensor) -> bool:
         """Compares f of samples in a batch with f of them alone.
@@ -641,14 +853,13 @@ class GradientProjector(ParameterGradients):
             return True
         worst = int((expected.double() - outputs.double()).abs().nan_to_num(torch.inf).argmax())
         single = [x[worst : worst + 1] for x in batch]
-        with self._running(()), torch.no_grad():
-            first = self._outputs_alone(single)
-            second = self._outputs_alone(single)
-            if differ(first, second, self._output_tolerance) or differ(
-                first, expected[worst : worst + 1], self._output_tolerance
-            ):
-                raise RandomOutputsError(RANDOM)
-            self._refuse_padding(single, first, outputs[worst : worst + 1])
+        first = self._outputs_alone(single)
+        second = self._outputs_alone(single)
+        if differ(first, second, self._output_tolerance) or differ(
+            first, expected[worst : worst + 1], self._output_tolerance
+        ):
+            raise RandomOutputsError(RANDOM)
+        self._refuse_padding(single, first, outputs[worst : worst + 1])
         return False
 
     def _refuse_padding(self, single: Sequence[Tensor], alone: Tensor, in_batch: Tensor) -> None:
@@ -659,7 +870,7 @@ class GradientProjector(ParameterGradients):
         """
         if not hasattr(self.task, "without_spare_padding"):
             return
-        padded = self._outputs(single)
+        padded = self._forward(single)
         if differ(alone, padded, self._output_tolerance) and not differ(in_batch, padded, self._output_tolerance):
             used = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
             other = "sdpa" if used == "eager" else "eager"

@@ -12,6 +12,7 @@ from ..gradients.pieces import Piece, row_slices
 from ..projection.functions import project
 from ..projection.projector import Projector
 from .check import Sketches
+from .tensor_parallel import TensorParallel
 
 
 class FeatureSums:
@@ -26,6 +27,7 @@ class FeatureSums:
         model_id: int,
         slice_bytes: int,
         sketches: Sketches | None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         """Starts with zeros.
 
@@ -36,6 +38,7 @@ class FeatureSums:
             model_id: The checkpoint's number.
             slice_bytes: Bytes of gradients that are formed at a time.
             sketches: Gets the rows of one sample too, for a check.
+            parallel: Knows the columns of the parts that this process has of parameters.
         """
         self._projector = projector
         self._columns = columns
@@ -43,6 +46,7 @@ class FeatureSums:
         self._model_id = model_id
         self._slice_bytes = slice_bytes
         self._sketches = sketches
+        self._parallel = parallel
         self._sums: dict[torch.device, Tensor] = {}
 
     def add(self, name: str, piece: Piece, start: int) -> None:
@@ -80,17 +84,19 @@ class FeatureSums:
         """
         sums = self._sums_on(rows.device)[start : start + len(rows)]
         projector = self._projector
-        project(
-            [rows],
-            projector.proj_dim,
-            proj_type=projector.proj_type,
-            seed=projector.seed,
-            model_id=self._model_id,
-            offset=self._columns[name].first + column,
-            precision=projector.precision,
-            nonzeros=projector.nonzeros,
-            out=sums,
-        )
+        blocks = [(rows, column)] if self._parallel is None else self._parallel.blocks(name, rows, column)
+        for block, first in blocks:
+            project(
+                [block],
+                projector.proj_dim,
+                proj_type=projector.proj_type,
+                seed=projector.seed,
+                model_id=self._model_id,
+                offset=self._columns[name].first + first,
+                precision=projector.precision,
+                nonzeros=projector.nonzeros,
+                out=sums,
+            )
 
     def _sums_on(self, device: torch.device) -> Tensor:
         if device not in self._sums:
@@ -98,9 +104,9 @@ class FeatureSums:
         return self._sums[device]
 
     def result(self, device: torch.device) -> Tensor:
-        """Returns the sum over all devices, (B, k) float32."""
+        """Returns the sum over all devices, and all processes that have parts of the model, (B, k) float32."""
         total = self._sums_on(device)
         for other, sums in self._sums.items():
             if other != device:
                 total += sums.to(device)
-        return total
+        return total if self._parallel is None else self._parallel.total(total)

@@ -28,6 +28,7 @@ from ..gradients.layers import Rule
 from ..gradients.modes import unfused_attention
 from ..gradients.pieces import Piece, Whole
 from .shared import hook_uses
+from .tensor_parallel import TensorParallel
 
 Take = Callable[[str, Piece, int], None]
 """Takes a piece of a parameter's gradient, by the parameter's name, for samples from a first one on."""
@@ -153,6 +154,7 @@ class Taps:
         omitted: Collection[str] = (),
         add: bool = False,
         known_as_shared: Collection[str] = (),
+        parallel: TensorParallel | None = None,
     ) -> None:
         """Prepares taps on some layers.
 
@@ -164,6 +166,7 @@ class Taps:
             add: Adds zeros to outputs, instead of returning views of them: for models that change them in place.
             known_as_shared: Parameters of layers whose outputs all samples have shared so far, even if the shape of one
                 happens to allow something else.
+            parallel: Knows the parts of layers that this process has.
         """
         self.unexplained: set[str] = set()
         self._calls: dict[str, int] = {}
@@ -171,6 +174,7 @@ class Taps:
         self._layers = layers
         self._count = count
         self._add = add
+        self._parallel = parallel
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._known_as_shared = frozenset(known_as_shared)
         self._taken: list[_Call] = []
@@ -183,14 +187,25 @@ class Taps:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Has the layers tapped during the block."""
+        # before all other hooks, which see the tapped output: those that gather a layer's weights go around the tap
         handles = [
-            known.layer.register_forward_hook(partial(self._tap, known), with_kwargs=True) for known in self._layers
+            known.layer.register_forward_hook(partial(self._tap, known), with_kwargs=True, prepend=True)
+            for known in self._layers
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @property
+    def shared(self) -> set[str]:
+        """Names of the parameters of layers whose outputs all samples share, whose gradients are in their sums."""
+        return {name for call in self._shared.values() for name in call.known.names.values()}
+
+    def show_to(self, take: Take) -> None:
+        """Has pieces handed to `take` in a backward pass that is run by others."""
+        self._take = take
 
     def is_whole(self, name: str) -> bool:
         """Tells if a parameter's gradient comes in one piece for each sample."""
@@ -327,6 +342,16 @@ class Taps:
         rule = known.rule
         assert rule is not None
         count = self._count
+        layer: Any = known.layer
+        is_split = False
+        if self._parallel is not None:
+            localized = self._parallel.localized(layer, inputs[0], output_grads) if len(inputs) == 1 else None
+            if localized is None:
+                return False
+            layer = localized.layer
+            inputs = [localized.inputs]
+            output_grads = localized.output_grads
+            is_split = localized.is_split
         if call.is_shared and not call.is_shown:
             if any(len(x) != len(output_grads) for x in inputs) or len(output_grads) % count:
                 return False
@@ -336,9 +361,12 @@ class Taps:
         if inputs[0].ndim < rule.least_dims or any(len(x) != count for x in (*inputs, output_grads)):
             return False
         failures: list[Exception] = []
-        for name, piece in _pieces(rule, known.layer, inputs, output_grads, failures):
+        for name, piece in _pieces(rule, layer, inputs, output_grads, failures):
             if name in known.names:
-                self._hand_on(known.names[name], piece, 0)
+                placed = piece if self._parallel is None else self._parallel.placed(known.names[name], piece, is_split)
+                if placed is None:
+                    return False
+                self._hand_on(known.names[name], placed, 0)
             del piece  # before the next one is made
         return not failures
 

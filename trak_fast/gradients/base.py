@@ -218,10 +218,14 @@ class ParameterGradients(ABC):
         return torch.cat([self._ask_for_weightings([x[i : i + 1] for x in batch]) for i in range(count)])
 
     def _ask_for_weightings(self, batch: Sequence[Tensor]) -> Tensor:
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        weights = self._constants()
         batch = copy_tensors(batch)
         with restored(self.model):
             return self.task.get_out_to_loss_grad(self.model, weights, copy_buffers(self.buffers), batch).detach()
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Returns the parameters for a task that does not differentiate with respect to them."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def _outputs(self, batch: Sequence[Tensor]) -> Tensor:
         """Computes f of each sample of a batch, (B,); of one sample for a task that takes single ones."""

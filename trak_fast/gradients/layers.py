@@ -181,6 +181,7 @@ def rule_of(layer: nn.Module) -> Rule | None:
         The rule; None where there is none, or the one found does not cover the layer's options.
     """
     layer_type = type(layer)
+    written = layer_type.__name__.removeprefix("FSDP")  # which fully_shard puts before it
     found = [RULES[base] for base in layer_type.__mro__ if base in RULES][:1]
-    found += [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(layer_type.__name__, pattern)]
+    found += [rule for pattern, rule in RULES_BY_NAME.items() if fnmatchcase(written, pattern)]
     return next((rule for rule in found if rule.covers(layer)), None)

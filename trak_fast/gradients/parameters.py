@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -82,6 +82,31 @@ def columns_of(parameters: Mapping[str, Tensor]) -> dict[str, Columns]:
         columns[name] = Columns(first=first, count=parameter.numel())
         first += parameter.numel()
     return columns
+
+
+def placed_columns(own: Mapping[str, Columns], given: Mapping[str, tuple[int, int]]) -> dict[str, Columns]:
+    """Returns the columns, among those of a larger model, of each parameter of a part of it.
+
+    Args:
+        own: The columns of the part's parameters alone, whose numbers must be those given.
+        given: (first, count) by name; of parameters that the part does not have too.
+
+    Raises:
+        ValueError: Columns are missing, of another number than the parameter has entries, or overlap.
+    """
+    if missing := [name for name in own if name not in given]:
+        raise ValueError(f"columns must have all parameters, not lack {listed(missing)}")
+    placed = {name: Columns(*given[name]) for name in own}
+    for name, columns in placed.items():
+        if columns.first < 0 or columns.count != own[name].count:
+            raise ValueError(
+                f"columns of {name} must be (first, {own[name].count}), as it has so many entries, not {tuple(columns)}"
+            )
+    ordered = sorted(placed.items(), key=lambda item: item[1].first)
+    for (name, columns), (other, following) in pairwise(ordered):
+        if columns.first + columns.count > following.first:
+            raise ValueError(f"columns must not overlap, as those of {name} and {other} do")
+    return placed
 
 
 def _requiring_gradients(model: nn.Module, parameters: Parameters) -> list[str]:

@@ -111,8 +111,12 @@ class Store:
         """Returns the path of a checkpoint's folder."""
         return self.path / f"checkpoint_{model_id}"
 
-    def register(self, model_id: int, weights: Mapping[str, Any]) -> Rows:
+    def register(self, model_id: int, weights: Mapping[str, Any] | str) -> Rows:
         """Makes a checkpoint's folder with no row done, or checks that the existing one belongs to these weights.
+
+        Args:
+            model_id: The checkpoint's number.
+            weights: Its state dict, or the digest of it (`manifest.digest`).
 
         Returns:
             The training rows.
@@ -131,8 +135,8 @@ class Store:
         self.check_weights(model_id, weights)
         return train
 
-    def check_weights(self, model_id: int, weights: Mapping[str, Any]) -> None:
-        """Checks that a checkpoint's folder belongs to a state dict.
+    def check_weights(self, model_id: int, weights: Mapping[str, Any] | str) -> None:
+        """Checks that a checkpoint's folder belongs to a state dict, or to that of a digest.
 
         Raises:
             ValueError: The folder belongs to other weights.
@@ -150,10 +154,11 @@ class Store:
                 "checkpoints are loaded into it: copy.deepcopy it, or give TRAKer a model of its own)"
             )
 
-    def _marks(self, weights: Mapping[str, Any]) -> dict[str, str]:
+    def _marks(self, weights: Mapping[str, Any] | str) -> dict[str, str]:
         """Makes what a checkpoint's folder is known by: the digests of its weights and of this folder's manifest."""
         manifest = (self.path / "manifest.json").read_bytes()
-        return {"digest": digest(weights), "manifest": hashlib.sha256(manifest).hexdigest()[:16]}
+        of_weights = weights if isinstance(weights, str) else digest(weights)
+        return {"digest": of_weights, "manifest": hashlib.sha256(manifest).hexdigest()[:16]}
 
     def _warn_of_same_weights(self, model_id: int) -> None:
         """Warns if another checkpoint has the very weights of this one."""

@@ -176,9 +176,15 @@ def manifest_of(
         "task_code": described.code,
         "dtype": "float16" if half else "float32",
         **(gradients or {}),
-        "modules": [f"{name} {type(module).__qualname__}".lstrip() for name, module in model.named_modules()],
+        "modules": [f"{name} {_class_of(module).__qualname__}".lstrip() for name, module in model.named_modules()],
         "parameters": [f"{name} {p.dtype} {tuple(p.shape)}" for name, p in parameters.items()],
     }
+
+
+def _class_of(module: nn.Module) -> type:
+    """Returns the class that a module had before `fully_shard` gave it one of its own, if it did."""
+    own = type(module)
+    return own.__bases__[-1] if own.__bases__[0].__name__ == "FSDPModule" else own
 
 
 def _plain(value: Any) -> Any:

@@ -194,7 +194,12 @@ def _same_entries(container: Any, content: Any) -> bool:
 
 
 def bind(model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """Returns `model` as a function that uses other parameters and buffers."""
+    """Returns `model` as a function that uses other parameters and buffers.
+
+    Parameters that are the model's own stay as they are: a sharded model gathers them in their places by itself.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    weights = {name: weight for name, weight in weights.items() if own.get(name) is not weight}
     return lambda *args, **kwargs: functional_call(model, (dict(weights), dict(buffers)), args, kwargs)
 
 
