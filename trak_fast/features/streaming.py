@@ -281,6 +281,11 @@ class GradientProjector(ParameterGradients):
         tapped = {name for known in self._layers for name in known.names.values()}
         self._untapped = frozenset(self.selected) - tapped
 
+    @property
+    def _stripping(self) -> object:
+        """The task, which takes the padding off single samples; processes with parts of sequences need their length."""
+        return None if self._parallel is not None else self.task
+
     def _is_split(self, layer: nn.Module) -> bool:
         """Tells if other processes have parts of a layer, without whom it cannot be differentiated by itself."""
         return self._parallel is not None and self._parallel.covers(layer)
@@ -308,7 +313,8 @@ class GradientProjector(ParameterGradients):
             batch: The tensors that the task asks for, (B, ...) each, in its order or by name (a dict, a BatchEncoding).
                 If memory runs out, halves of it are computed. Texts of very different lengths are computed in groups.
                 Of a model that is sharded by FSDP2, each process has samples of its own, any number; of one that is
-                split by tensor parallelism, the same. All processes make each call.
+                split by tensor parallelism, the same (padded to a multiple of the processes if they split sequences
+                too). All processes make each call.
             model_id: The checkpoint's number, 0 to 2^32 − 1, which selects the projection matrix.
 
         Returns:
@@ -492,7 +498,7 @@ class GradientProjector(ParameterGradients):
         return super()._constants() if self._lockstep is None else dict(self.parameters)
 
     def _outputs_alone(self, batch: Sequence[Tensor]) -> Tensor:
-        return torch.cat([self._forward(sample) for sample in singles_of(batch, self.task)])
+        return torch.cat([self._forward(sample) for sample in singles_of(batch, self._stripping)])
 
     def _forward(self, batch: Sequence[Tensor]) -> Tensor:
         """Computes f of samples, (B,), by one pass without gradients."""
@@ -518,7 +524,7 @@ class GradientProjector(ParameterGradients):
         task: Any = self.task
         if self._tells_tokens:
             self._require_padding_at_end(batch)
-        if self._tells_tokens or not hasattr(task, "text_lengths"):
+        if self._tells_tokens or self._parallel is not None or not hasattr(task, "text_lengths"):
             features, outputs = self._differentiate_group(batch)
             return {"features": features}, outputs
         groups = group_by_length(task.text_lengths(batch).cpu())
@@ -736,7 +742,7 @@ class GradientProjector(ParameterGradients):
         """
         outputs: list[Tensor] = []
         chosen = {name: self.selected[name] for name in names}
-        for sample, single in enumerate(singles_of(batch, self.task)):
+        for sample, single in enumerate(singles_of(batch, self._stripping)):
 
             def take_gradient(name: str, gradient: Tensor, sample: int = sample) -> None:
                 if self._parallel is not None:
