@@ -24,7 +24,7 @@ from ..gradients.parameters import listed
 from ..gradients.pieces import Whole
 from ..gradients.repeatable import differ
 from ..tasks.base import evaluation_mode
-from .check import Sketches, Sums
+from .sketches import Sketches, Sums
 from .taps import Taps
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from ..gradients.parameters import Columns
 from ..gradients.pieces import Piece, row_slices
 from ..projection.functions import project
 from ..projection.projector import Projector
-from .check import Sketches
+from .sketches import Sketches
 from .tensor_parallel import TensorParallel
 
 

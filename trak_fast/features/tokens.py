@@ -19,7 +19,7 @@ from ..gradients.parameters import Columns, listed
 from ..gradients.pieces import Lookup, Outer, Piece, Summed, part_of, runs
 from ..projection.functions import project, project_adjoint
 from ..projection.projector import Projector
-from .check import Sketches
+from .sketches import Sketches
 from .two_sided import BoundSketch, Layout, device_of, exact, sample_slices, show
 
 

@@ -21,7 +21,7 @@ from ..gradients.layers import rule_of
 from ..gradients.parameters import Columns, layers_of
 from ..gradients.pieces import Block, Lookup, Outer, Piece, Whole, part_of, row_slices
 from ..projection.functions import project_adjoint
-from .check import Sketches, Sums
+from .sketches import Sketches, Sums
 
 SKETCHES = ("full", "two_sided")
 """The forms in which gradients are projected."""

@@ -1,0 +1,375 @@
+"""Streamed gradients that are checked: pieces of them pass by, and are compared with autograd's.
+
+A tap on each layer shows the pieces of its parameters' gradients (taps.py). Of the first batch, and of one sample in 32
+from then on, they are compared with the gradients that autograd gives for the sample alone, by the unaltered model.
+Parameters that fail have their layer differentiated by itself, or the one around it, and are differentiated sample by
+sample where that fails too, each in a forward and a backward pass of its own.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..gradients.errors import is_out_of_memory
+from ..gradients.experts import experts_rule_of
+from ..gradients.layers import rule_of
+from ..gradients.parameters import columns_of, layers_of, listed
+from ..gradients.repeatable import GRADIENT_ROUNDINGS, RANDOM, RandomOutputsError, differ, tolerance_of
+from ..tasks.base import Task
+from .passes import ModelPasses
+from .sharded import Kind, shards_of
+from .sketches import NEGLIGIBLE_ROUNDINGS, Sketches, Sums, differing
+from .taps import Split, TappedLayer, Taps
+from .tokens import NoTokensError
+
+logger = logging.getLogger("trak_fast")
+
+SAMPLES_A_CHECK = 32
+"""Samples for each one that is differentiated alone, to compare with."""
+
+COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
+"""The reason for which samples are computed alone that makes earlier batches doubtful."""
+
+
+class PaddingError(RuntimeError):
+    """The outputs of a model depend on how far its inputs are padded."""
+
+
+class Way(enum.Enum):
+    """The ways to the gradient of a parameter, each tried where the one before it fails the check."""
+
+    RULE = 0
+    """By the rule of its layer."""
+
+    LAYER = 1
+    """By differentiating its layer by itself."""
+
+    AROUND = 2
+    """By differentiating the layer around its own, which may compute with it directly."""
+
+    ALONE = 3
+    """By differentiating the whole model, sample by sample."""
+
+
+class Check:
+    """The gradients of one sample alone, which those of its batch are compared with.
+
+    Attributes:
+        sample: The sample's place in the batch.
+        outputs: f of this sample alone, or of all samples of the first batch, (B,) or (1,).
+        expected: Its gradients.
+    """
+
+    def __init__(self, sample: int, outputs: Tensor, expected: Sketches) -> None:
+        self.sample = sample
+        self.outputs = outputs
+        self.expected = expected
+
+
+class CheckedStream(ModelPasses):
+    """Streams the gradients of batches, checked, to sums that a subclass makes."""
+
+    def __init__(self, model: nn.Module, task: Task, *, grad_wrt: Iterable[str] | None = None) -> None:
+        """Takes the parameters of `model` as they are now."""
+        self._ways: dict[str, Way] = {}  # to the gradients of parameters whose first way was wrong
+        self._is_alone = False  # True once samples of a batch have changed each other
+        self._adds = False  # True once a layer's output was changed in place
+        self._splits: set[Split] = set()  # those that batches were checked with
+        self._compared_all = False  # True once all samples of a batch were compared with their outputs alone
+        super().__init__(model, task, grad_wrt=grad_wrt)
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Takes the parameters and buffers of `model`, without copying them."""
+        super().load_model_params(model)
+        self.columns = columns_of(self.selected)
+        self.grad_dim = sum(columns.count for columns in self.columns.values())
+        self._unchecked = SAMPLES_A_CHECK  # samples since the last check
+        self._assign_layers()
+
+    @abstractmethod
+    def _new_sums(
+        self,
+        batch: Sequence[Tensor],
+        sketches: Sketches | None = None,
+        is_whole: Callable[[str], bool] = lambda name: True,
+    ) -> Sums:
+        """Starts the sums that the pieces of a batch's gradients go to."""
+
+    @property
+    @abstractmethod
+    def _tells_tokens(self) -> bool:
+        """True where each token has numbers of its own."""
+
+    def _assign_layers(self) -> None:
+        """Chooses the layer to tap for each parameter: the one that it belongs to, or the one around it."""
+        paths = {module: path for path, module in self.model.named_modules()}
+        self._layers: list[TappedLayer] = []
+        around: dict[nn.Module, dict[str, str]] = {}
+        for layer, names in layers_of(self.model, self.selected).items():
+            rule = rule_of(layer) or experts_rule_of(layer)
+            ways = {
+                own: self._ways.get(name, Way.RULE if rule is not None else Way.LAYER) for own, name in names.items()
+            }
+            if by_rule := {own: name for own, name in names.items() if ways[own] is Way.RULE}:
+                self._layers.append(TappedLayer(layer, rule=rule, names=by_rule))
+            parent_path, _, own_path = paths[layer].rpartition(".")
+            for own, name in names.items():
+                if ways[own] is Way.LAYER:
+                    around.setdefault(layer, {})[own] = name
+                elif ways[own] is Way.AROUND:
+                    around.setdefault(self.model.get_submodule(parent_path), {})[f"{own_path}.{own}"] = name
+        # the whole model by itself is no faster than its samples alone
+        self._layers += [
+            TappedLayer(layer, rule=None, names=names)
+            for layer, names in around.items()
+            # and a module that gathers its weights cannot be called again while its own are in use
+            if layer is not self.model and not shards_of(layer) and not self._is_split(layer)
+        ]
+        tapped = {name for known in self._layers for name in known.names.values()}
+        self._untapped = frozenset(self.selected) - tapped
+
+    def _is_split(self, layer: nn.Module) -> bool:
+        """Tells if other processes have parts of a layer, without whom it cannot be differentiated by itself."""
+        return self._parallel is not None and self._parallel.covers(layer)
+
+    @property
+    def singly(self) -> frozenset[str]:
+        """Names of the parameters that are differentiated sample by sample."""
+        everything = self._is_alone or not hasattr(self.task, "get_outputs")
+        return frozenset(self.selected) if everything else self._untapped
+
+    def _differentiate_with(self, batch: Sequence[Tensor], seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the features of Σ_b seeds_b f_b, (B, k), and f of each sample, (B,), detached."""
+        check: Check | None = None
+        if self._parallel is not None and not self._parallel.is_compared:
+            self._parallel.compare(self._sketched_alone(batch, seeds, 0, list(self.selected))[0].values)
+        while not self.singly >= set(self.selected):
+            try:
+                if check is None and self._is_due(len(batch[0])):
+                    check = self._begin_check(batch, seeds)
+                streamed = self._stream(batch, seeds, check)
+            except Exception as error:
+                known = (RandomOutputsError, PaddingError, NoTokensError)
+                if self.is_sharded or is_out_of_memory(error) or isinstance(error, known):
+                    raise
+                if not self._adds and "modified inplace" in str(error):
+                    self._adds = True
+                    continue
+                return self._after_failure(batch, seeds, error)
+            if streamed is not None:
+                return streamed
+        if self._tells_tokens and self._is_alone:
+            raise NoTokensError(f"batch must be one whose tokens can be told apart, but {COUPLED}")
+        sums = self._new_sums(batch)
+        outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
+        return sums.result(self._device), outputs
+
+    def _stream(self, batch: Sequence[Tensor], seeds: Tensor, check: Check | None) -> tuple[Tensor, Tensor] | None:
+        """Computes features and outputs by one pass over the batch; returns None once it must be repeated."""
+        count = len(batch[0])
+        singly = self.singly
+        streamed = [name for name in self.selected if name not in singly]
+        sketches = None
+        if check is not None:
+            sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
+        layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
+        # modules that gather their weights take no views as their outputs
+        taps = Taps(
+            layers,
+            count,
+            self._device,
+            omitted=singly,
+            add=self._adds or self._lockstep is not None,
+            known_as_shared={split.name for split in self._splits if split.is_shared},
+            parallel=self._parallel,
+        )
+        sums = self._new_sums(batch, sketches, taps.is_whole)
+        with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
+            outputs = self._outputs(batch)
+            taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
+        sums.flush()
+        outputs = outputs.detach()
+        if unexplained := self._union(taps.unexplained - singly):
+            self._fall_back(unexplained)
+            return None
+        if check is None and count > 1 and not taps.splits <= self._splits:
+            self._unchecked = SAMPLES_A_CHECK  # a batch of another shape may be one that a rule does not know
+            return None
+        if check is not None and sketches is not None:
+            if not self._agree(batch, check, outputs):
+                self._stay_alone()
+                return None
+            if failed := self._union(self._differing(sketches, check.expected)):
+                self._fall_back(failed)
+                return None
+            self._unchecked = 0
+            if count > 1:  # a sample in a batch of its own says nothing about those of others
+                self._splits |= taps.splits
+                self._compared_all = True
+        self._unchecked += count
+        if singly:
+            alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)
+            if differ(alone, outputs, self._output_tolerance):
+                self._stay_alone()
+                return None
+            outputs = alone
+        return sums.result(self._device), outputs
+
+    def _kind_of(self, layers: Iterable[TappedLayer]) -> Kind:
+        """Names a pass with taps on some layers."""
+        if self._lockstep is None:
+            return ()
+        paths = {module: path for path, module in self.model.named_modules()}
+        return "stream", tuple((paths[known.layer], known.rule is not None) for known in layers)
+
+    def _union(self, names: Collection[str]) -> Collection[str]:
+        """Adds the names that other processes have which have parts of the model."""
+        return names if self._parallel is None else self._parallel.union(names)
+
+    def _evaluate(self, batch: Sequence[Tensor]) -> Tensor:
+        if self._is_alone or not hasattr(self.task, "get_outputs"):
+            return self._outputs_alone(batch)
+        return self._forward(batch)
+
+    def _is_due(self, count: int) -> bool:
+        """Tells if a batch of so many samples is to be checked."""
+        return self._unchecked + count > SAMPLES_A_CHECK
+
+    def _begin_check(self, batch: Sequence[Tensor], seeds: Tensor) -> Check:
+        """Differentiates one sample of a batch alone; of the first batch, evaluates all samples alone."""
+        count = len(batch[0])
+        sample = int(torch.randint(count, (), generator=self._choices, device="cpu"))
+        streamed = [name for name in self.selected if name not in self.singly]
+        expected, outputs = self._sketched_alone(batch, seeds, sample, streamed)
+        if self._parallel is not None:
+            self._parallel.compare(expected.values)
+        if not self._compared_all and count > 1:
+            outputs = self._outputs_alone(batch)
+        return Check(sample, outputs, expected)
+
+    def _sketched_alone(
+        self, batch: Sequence[Tensor], seeds: Tensor, sample: int, names: list[str]
+    ) -> tuple[Sketches, Tensor]:
+        """Differentiates one sample of a batch alone; returns sketches of its gradients, and its f, (1,)."""
+        sketches = Sketches(self.columns, sample, names, {})
+        outputs = self._add_alone(
+            [x[sample : sample + 1] for x in batch],
+            names,
+            seeds[sample : sample + 1],
+            lambda name, piece, start: sketches.add(name, piece, sample + start),
+        )
+        return sketches, outputs
+
+    def _agree(self, batch: Sequence[Tensor], check: Check, outputs: Tensor) -> bool:
+        """Compares f of samples in a batch with f of them alone.
+
+        Raises:
+            RandomOutputsError: f of a sample alone is random.
+        """
+        expected = outputs.clone()
+        if len(check.outputs) == len(outputs):
+            expected = check.outputs
+        else:
+            expected[check.sample] = check.outputs[0]
+        if not differ(expected, outputs, self._output_tolerance):
+            return True
+        worst = int((expected.double() - outputs.double()).abs().nan_to_num(torch.inf).argmax())
+        single = [x[worst : worst + 1] for x in batch]
+        first = self._outputs_alone(single)
+        second = self._outputs_alone(single)
+        if differ(first, second, self._output_tolerance) or differ(
+            first, expected[worst : worst + 1], self._output_tolerance
+        ):
+            raise RandomOutputsError(RANDOM)
+        self._refuse_padding(single, first, outputs[worst : worst + 1])
+        return False
+
+    def _refuse_padding(self, single: Sequence[Tensor], alone: Tensor, in_batch: Tensor) -> None:
+        """Refuses a model whose f of a sample depends on how far the sample is padded.
+
+        Raises:
+            PaddingError: So it is; the message says what may help.
+        """
+        if not hasattr(self.task, "without_spare_padding"):
+            return
+        padded = self._forward(single)
+        if differ(alone, padded, self._output_tolerance) and not differ(in_batch, padded, self._output_tolerance):
+            used = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+            other = "sdpa" if used == "eager" else "eager"
+            raise PaddingError(
+                f"padding changes the model's outputs: f of a sample is {alone.item():.6g} alone and "
+                f"{padded.item():.6g} padded to {single[0].shape[1]} positions; load the model with "
+                f"attn_implementation={other!r} (it has {used!r}), or give batches of texts of one length"
+            )
+
+    def _differing(self, found: Sketches, expected: Sketches) -> Collection[str]:
+        """Returns the names of the parameters whose gradients differ by more than rounding explains."""
+        if not all(math.isfinite(norm) for norm in expected.norms.values()):
+            return []
+        dtypes = {*self._dtypes, torch.float32}  # in which sketches are computed
+        return differing(
+            found,
+            expected,
+            tolerance=tolerance_of(GRADIENT_ROUNDINGS, dtypes),
+            negligible=tolerance_of(NEGLIGIBLE_ROUNDINGS, dtypes),
+        )
+
+    def _after_failure(self, batch: Sequence[Tensor], seeds: Tensor, error: Exception) -> tuple[Tensor, Tensor]:
+        """Differentiates samples alone from now on, if that works where a batch has failed."""
+        sums = self._new_sums(batch)
+        try:
+            outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
+        except (ValueError, TypeError) as of_one:
+            if type(error) is type(of_one):
+                raise error from None  # it speaks of the whole batch
+            raise
+        self._stay_alone(f"layers cannot be differentiated in a batch ({(str(error) or repr(error)).splitlines()[0]})")
+        return sums.result(self._device), outputs
+
+    def _stay_alone(self, reason: str = COUPLED) -> None:
+        """Has samples computed alone from now on, and says so."""
+        before = ""
+        if reason is COUPLED and self._compared_all:
+            before = (
+                ". Samples that came before in batches may be wrong: featurize them again, by TRAKer(chunk_size=1) and "
+                "load_checkpoint(..., _allow_featurizing_already_registered=True)"
+            )
+        logger.warning(
+            "%s; each sample is computed alone from here on, in a forward and a backward pass of its own%s",
+            reason,
+            before,
+        )
+        self._is_alone = True
+
+    def _fall_back(self, failed: Collection[str]) -> None:
+        """Has the gradients of parameters computed in the next way from now on; says so if that is sample by sample."""
+        before = self.singly
+        ruled = {name for known in self._layers if known.rule is not None for name in known.names.values()}
+        for name in failed:
+            now = self._ways.get(name, Way.RULE if name in ruled else Way.LAYER)
+            self._ways[name] = Way(now.value + 1)
+        self._assign_layers()
+        singly = self.singly - before
+        logger.debug("gradients of %s do not follow by the layer's rule", listed(list(failed)))
+        if not singly:
+            return
+        layers: dict[str, None] = {}
+        for name in self.selected:
+            if name in singly:
+                path = name.rpartition(".")[0]
+                layers[f"{path or 'the model itself'} ({type(self.model.get_submodule(path)).__name__})"] = None
+        share = sum(self.columns[name].count for name in singly) / self.grad_dim
+        logger.warning(
+            "gradients of %s do not follow from the layer's inputs and outputs in a batch; these %.2g%% of the "
+            "gradient are computed sample by sample from here on, by a forward and a backward pass for each, which "
+            "takes about twice as long in all",
+            listed(list(layers)),
+            100 * share,
+        )
