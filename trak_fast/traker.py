@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from .arguments import Indices, integer, row_numbers
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
-from .features.featurizer import FeatureComputer, Featurizer, ProjectedGradients
-from .features.sharded import WholeEntries, shards_of
-from .features.streaming import GradientProjector
-from .features.two_sided import side_of
-from .gradients import FunctionalGradientComputer, GradientComputer, select_parameters
-from .gradients.base import Contents, LossGradientComputer, description_of
+from .features.computers import OptimizerStates, choose_computers
+from .features.featurizer import Featurizer
+from .features.sharded import WholeEntries
+from .features.streaming import GradientProjector, OptimizerState
+from .gradients import GradientComputer, select_parameters
+from .gradients.base import Contents, description_of
 from .projection.projector import NoProjection, Projector, ProjectorLike
 from .recorder import Recorder
 from .scales import beyond_float32
@@ -52,10 +52,6 @@ _FIXED = {
     "store": "save_dir",
 }
 """Attributes of `TRAKer` that a later assignment would not change the features by -> the arguments that do."""
-
-
-def _nothing() -> None:
-    """Does nothing."""
 
 
 def _setting(name: str) -> property:
@@ -131,6 +127,7 @@ class TRAKer:
         memory_budget: int | None = None,
         sketch: str = "full",
         sketch_side: int | None = None,
+        optimizer_state: OptimizerState | Mapping[int, OptimizerState] | None = None,
         distributed: bool | None = None,
         check_samples: bool = True,
         curvature: bool = True,
@@ -181,6 +178,10 @@ class TRAKer:
                 which takes a fraction of the time of forming and projecting them; "full" does not
                 (docs/two-sided.md). With proj_dim=0 features are the sketches as they are.
             sketch_side: Rows and columns of a sketch at most; 64 by default.
+            optimizer_state: An Adam or AdamW optimizer's state, or a dict with one for each model_id (an optimizer, its
+                state dict, or the path of an `optimizer.pt`). The gradients of training samples' losses are replaced by
+                the steps that Adam would make with them, as LESS does (`gradients.adam.AdamMoments`), which have Q in
+                them: all weights are 1. Targets keep their gradients.
             distributed: Shares the work with the other processes of torch.distributed; by default if there are any.
             check_samples: Refuses samples that are not those that their rows were stored from, in a run before or at
                 another checkpoint; a digest of each is stored. False takes them as they come, with augmentation for
@@ -254,52 +255,25 @@ class TRAKer:
         elif (grad_dim := getattr(projector, "grad_dim", 0)) not in (0, self.grad_dim):
             raise ValueError(f"projector.grad_dim must be {self.grad_dim}, the size of a gradient, not {grad_dim}")
         self.projector = projector
-        two_sided = side_of(sketch, sketch_side) is not None
-        if two_sided and (gradient_computer is not None or type(projector) not in (Projector, NoProjection)):
-            own = "gradient_computer" if gradient_computer is not None else "projector"
-            raise ValueError(f'{own} must be left out with sketch="two_sided", not given; set proj_dim and proj_type')
-        width = integer("projector.proj_dim", projector.proj_dim or 0, 0, 2**48)
-        chosen = None if grad_wrt is None and len(parameters) == len(every) else list(parameters)
-        gradient_bytes = 0
-        computer: FeatureComputer
-        self._end_call: Callable[[], None] = _nothing
         self._ranks = Ranks(distributed)
-        sharded = self._require_supported(parameters, projector, gradient_computer)
-        streams = gradient_computer is None and type(projector) is Projector and hasattr(self.task, "get_outputs")
-        if two_sided or streams or sharded:
-            if type(projector) is Projector:
-                streaming = GradientProjector.with_projector(
-                    model, self.task, projector, chosen, sketch=sketch, sketch_side=sketch_side
-                )
-            else:
-                streaming = GradientProjector(
-                    model,
-                    self.task,
-                    0,
-                    seed=projector_seed,
-                    grad_wrt=chosen,
-                    sketch=sketch,
-                    sketch_side=sketch_side,
-                )
-            self.gradient_computer: LossGradientComputer = streaming
-            computer = streaming
-            width = streaming.proj_dim
-            self._ranks.prepare = streaming.finish
-            self._end_call = streaming.finish_call
-            self.logger.info("gradients are projected layer by layer, as the backward pass makes them")
-        else:
-            whole = (gradient_computer or FunctionalGradientComputer)(
-                model=model,
-                task=self.task,
-                grad_dim=self.grad_dim,
-                dtype=first.dtype,
-                device=self.device,
-                grad_wrt=chosen,
-            )
-            self.gradient_computer = whole
-            computer = ProjectedGradients(whole, projector)
-            gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-        self.proj_dim = width or self.grad_dim
+        computers = choose_computers(
+            model,
+            self.task,
+            projector,
+            parameters=parameters,
+            grad_wrt=None if grad_wrt is None and len(parameters) == len(every) else list(parameters),
+            gradient_computer=gradient_computer,
+            seed=projector_seed,
+            sketch=sketch,
+            sketch_side=sketch_side,
+            memory_budget=memory_budget,
+            processes=self._ranks.size,
+        )
+        self._ranks.prepare = computers.prepare
+        self._computers = computers
+        self.gradient_computer = computers.losses
+        self.proj_dim = computers.proj_dim
+        self._optimizer_states = OptimizerStates(optimizer_state, computers)
 
         contents = manifest_of(
             projector,
@@ -309,7 +283,7 @@ class TRAKer:
             parameters,
             self.train_set_size,
             use_half_precision,
-            description_of(self.gradient_computer),
+            description_of(self.gradient_computer) | self._optimizer_states.describe(),
         )
         with self._ranks.together():
             self.store = Store(save_dir, contents, self.train_set_size, self.proj_dim)
@@ -318,10 +292,11 @@ class TRAKer:
         featurizer = Featurizer(
             model,
             self.task,
-            computer=computer,
-            gradient_computer=self.gradient_computer,
+            computer=computers.features,
+            gradient_computer=computers.losses,
             proj_dim=self.proj_dim,
-            gradient_bytes=gradient_bytes,
+            bytes_a_sample=computers.bytes_a_sample,
+            bytes_in_all=computers.bytes_in_all,
             device=self.device,
             chunk_size=chunk_size,
             memory_budget=memory_budget,
@@ -383,7 +358,7 @@ class TRAKer:
             TypeError: `checkpoint` is no state dict.
             RuntimeError: The stored features are to be deleted, and another process computes with them.
         """
-        model_id = self._load(checkpoint, model_id)
+        model_id = self._load(checkpoint, model_id, is_training=True)
         forget = _allow_featurizing_already_registered or not (self._resume or model_id in self._seen)
         if forget:
             with self._ranks.together():
@@ -471,7 +446,7 @@ class TRAKer:
             TypeError: `exp_name` is no string.
             PermissionError: `save_dir` may be read but not written.
         """
-        model_id = self._load(checkpoint, model_id)
+        model_id = self._load(checkpoint, model_id, is_training=False)
         num_targets = integer("num_targets", num_targets, 1, 2**48)
         weights = self._digest()
         with self._ranks.together():
@@ -638,6 +613,8 @@ class TRAKer:
                 "gradient_computer and projector must be left out, and task have get_outputs, for token_scores; "
                 f"gradients come from {type(computer).__name__}"
             )
+        if self._optimizer_states.describe():
+            raise ValueError("optimizer_state must be None for token_scores: a step of Adam is no sum over tokens")
         self._require_loaded_weights()
         if self._loaded is None:
             raise RuntimeError("call load_checkpoint or start_scoring_checkpoint before token_scores")
@@ -768,7 +745,7 @@ class TRAKer:
         self._require_loaded_weights()
         try:
             record(batch_tensors(batch, self.task), inds, num_samples)
-            self._end_call()
+            self._computers.end_call()
         finally:
             if self._weights is not None:
                 self._weights = self._contents()  # embeddings with max_norm change their own
@@ -781,44 +758,14 @@ class TRAKer:
             )
 
     def _digest(self) -> str:
-        """Returns the digest of the model's state dict: of a sharded model that of the whole one, in all processes."""
-        return digest(WholeEntries(self.model.state_dict()))
-
-    def _require_supported(
-        self, parameters: Mapping[str, Tensor], projector: ProjectorLike, gradient_computer: object
-    ) -> bool:
-        """Tells if the model is sharded (FSDP2), and refuses what sharded models are not supported with.
-
-        Raises:
-            ValueError: It is split by tensor parallelism, gradients are to be computed in another way than layer by
-                layer, or processes of the model would not share the work.
-        """
-        sharded = bool(shards_of(self.model))
-        if not sharded:
-            if any(hasattr(parameter, "placements") for parameter in parameters.values()):
-                raise ValueError(
-                    "model must be whole or sharded by FSDP2, not split by tensor parallelism, where processes have "
-                    "the same samples; GradientProjector takes such models"
-                )
-            return False
-        if gradient_computer is not None or type(projector) is not Projector:
-            raise ValueError(
-                "a sharded model must have its gradients projected layer by layer: leave out gradient_computer and "
-                "projector, and give proj_dim of 1 or more"
-            )
-        size = {p.device_mesh.size() for p in self.model.parameters() if hasattr(p, "device_mesh")}
-        if size != {self._ranks.size}:
-            raise ValueError(
-                f"model must be sharded over all {self._ranks.size} processes that share the work, not over "
-                f"{', '.join(map(str, sorted(size)))}; distributed=False shares none"
-            )
-        return True
+        """Returns the digest of the checkpoint: its weights, whole ones in all processes, and its moments."""
+        return digest(WholeEntries({**self.model.state_dict(), **self._optimizer_states.marks}))
 
     def _contents(self) -> Contents:
         """Notes the contents of the model's parameters and buffers."""
         return Contents(itertools.chain(self.model.parameters(), self.model.buffers()))
 
-    def _load(self, checkpoint: Mapping[str, Tensor], model_id: int) -> int:
+    def _load(self, checkpoint: Mapping[str, Tensor], model_id: int, *, is_training: bool) -> int:
         """Loads `checkpoint` for featurizing or scoring to begin; returns `model_id` as a Python integer."""
         model_id = integer("model_id", model_id, 0, 2**32 - 1)
         self._ranks.prepare()  # other processes may need the weights that the model has
@@ -827,6 +774,7 @@ class TRAKer:
         self._loaded = None
         load_checkpoint(self.model, checkpoint)
         self.gradient_computer.load_model_params(self.model)
+        self._optimizer_states.begin(model_id, is_training=is_training)
         self._weights = self._contents()
         self._loaded = model_id
         return model_id

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hook_models import LABELS, WORDS, words
 from torch import Tensor, nn
 
-from trak_fast import GradientProjector, Task, project
+from trak_fast import GradientProjector, HookGradientComputer, Task, TRAKer, project
 from trak_fast.tasks import CausalLM, ImageClassification
 
 K = 64
@@ -112,3 +114,47 @@ def test_moments_of_another_model_are_refused() -> None:
     optimizer = trained(other, ImageClassification(), [torch.randn(5, 6), torch.randint(LABELS, (5,))])
     with pytest.raises(ValueError, match="optimizer_state"):
         GradientProjector(Language(), "causal_lm", K, optimizer_state=optimizer.state_dict())
+
+
+def test_traker_takes_steps_of_training_samples_alone_and_keeps_checkpoints_apart(tmp_path: Path) -> None:
+    model, batch = Language(), words()
+    optimizer = trained(model, CausalLM(), batch)
+    state = copy.deepcopy(optimizer.state_dict())
+    checkpoint = copy.deepcopy(model.state_dict())
+
+    def opened(folder: Path, optimizer_state: Any) -> TRAKer:
+        return TRAKer(model, "causal_lm", 5, folder, proj_dim=K, optimizer_state=optimizer_state)
+
+    traker = opened(tmp_path, {0: state})
+    traker.load_checkpoint(checkpoint, 0)
+    traker.featurize(batch, num_samples=5)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", checkpoint, 0, 5)
+    traker.score(batch, num_samples=5)
+    train = traker.store.train(0)
+    expected = project(steps(model.eval(), CausalLM(), batch, optimizer), K).numpy()
+    np.testing.assert_allclose(train.features, expected, rtol=0, atol=1e-5 * np.linalg.norm(expected))
+    assert (np.array(train.weights) == 1).all()
+    plain = GradientProjector(model, "causal_lm", K).project(batch).numpy()
+    targets = traker.store.targets(0, "test").features
+    np.testing.assert_allclose(targets, plain, rtol=0, atol=1e-5 * np.linalg.norm(plain))
+    with pytest.raises(ValueError, match="optimizer_state must be None for token_scores"):
+        traker.token_scores("test", 0, batch, range(5))
+    with pytest.raises(ValueError, match="optimizer_state must have a state for model_id 1, not only for 0"):
+        traker.load_checkpoint(checkpoint, 1)
+    with pytest.raises(ValueError, match="preconditioner: stored 'adam', given None"):
+        opened(tmp_path, None)
+    other = copy.deepcopy(state)
+    other["state"][0]["exp_avg"] *= 2
+    with pytest.raises(ValueError, match="belong to other weights"):
+        opened(tmp_path, other).load_checkpoint(checkpoint, 0)
+
+
+@pytest.mark.parametrize("options", [{"gradient_computer": HookGradientComputer}, {"proj_dim": 0}])
+def test_traker_refuses_steps_of_whole_gradients(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = Rooted()
+    optimizer = trained(model, ImageClassification(), [torch.randn(5, 6), torch.randint(LABELS, (5,))])
+    with pytest.raises(ValueError, match="optimizer_state must be None unless gradients are projected layer by layer"):
+        TRAKer(model, "image_classification", 5, tmp_path, optimizer_state=optimizer, **options)
+    with pytest.raises(ValueError, match='optimizer_state must be None with sketch="two_sided"'):
+        TRAKer(model, "image_classification", 5, tmp_path, optimizer_state=optimizer, sketch="two_sided")

@@ -110,7 +110,8 @@ class Featurizer:
         computer: FeatureComputer,
         gradient_computer: LossGradientComputer,
         proj_dim: int,
-        gradient_bytes: int,
+        bytes_a_sample: int,
+        bytes_in_all: int = 0,
         device: torch.device,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
@@ -123,7 +124,8 @@ class Featurizer:
             computer: Computes features.
             gradient_computer: Computes weightings.
             proj_dim: Size of a feature, k.
-            gradient_bytes: Size of one sample's gradient.
+            bytes_a_sample: Bytes that the gradient of one sample takes as a whole.
+            bytes_in_all: Bytes that gradients take however many samples there are.
             device: The device to compute on.
             chunk_size: Samples at a time; by default what fits `memory_budget`.
             memory_budget: Bytes; by default a quarter of the memory that is free, or half of it on a CUDA device.
@@ -133,7 +135,8 @@ class Featurizer:
         self.computer = computer
         self.gradient_computer = gradient_computer
         self.proj_dim = proj_dim
-        self.gradient_bytes = gradient_bytes
+        self.bytes_a_sample = bytes_a_sample
+        self.bytes_in_all = bytes_in_all
         self.device = device
         self.chunk_size = chunk_size
         self.memory_budget = memory_budget
@@ -213,7 +216,7 @@ class Featurizer:
             with evaluation_mode(self.model), differentiable(self.model), torch.no_grad(), restored(self.model):
                 self.task.get_output(self.model, weights, buffers, *sample)
 
-        return max(1, budget // memory.sample_bytes(forward, self.gradient_bytes))
+        return max(1, (budget - self.bytes_in_all) // memory.sample_bytes(forward, self.bytes_a_sample))
 
     def _part(
         self, batch: Sequence[Tensor], positions: NDArray[intp], rows: NDArray[intp], model_id: int, weighted: bool

@@ -140,46 +140,34 @@ class GradientProjector(CheckedStream):
         self.precondition(optimizer_state)
         self._model_id = 0
 
-    @classmethod
-    def with_projector(
-        cls,
-        model: nn.Module,
-        task: Task,
-        projector: Projector,
-        grad_wrt: Iterable[str] | None,
-        *,
-        sketch: str = "full",
-        sketch_side: int | None = None,
-    ) -> GradientProjector:
-        """Prepares the projection by the matrix that a `Projector` stands for."""
-        return cls(
-            model,
-            task,
-            projector.proj_dim,
-            proj_type=projector.proj_type,
-            seed=projector.seed,
-            nonzeros=projector.nonzeros,
-            grad_wrt=grad_wrt,
-            precision=projector.precision,
-            sketch=sketch,
-            sketch_side=sketch_side,
-        )
-
     def precondition(self, optimizer_state: OptimizerState | None) -> None:
         """Takes another `optimizer_state`, of another checkpoint for example; None: gradients as they are."""
         self._moments = None
-        if optimizer_state is not None and self._layout is not None:
+        if optimizer_state is not None:
+            self.require_steps()
+            self._moments = AdamMoments.from_optimizer_state(optimizer_state, self.model, self.selected)
+
+    def require_steps(self) -> None:
+        """Checks that features can be made of Adam's steps.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        if self._layout is not None:
             raise ValueError(
                 'optimizer_state must be None with sketch="two_sided": a step of Adam is no product of factors; '
                 'sketch="full" takes it'
             )
-        if optimizer_state is not None and self.is_sharded:
+        if self.is_sharded:
             raise ValueError(
                 "optimizer_state must be None for a sharded model, of whose moments processes have parts; give a whole "
                 "model"
             )
-        if optimizer_state is not None:
-            self._moments = AdamMoments.from_optimizer_state(optimizer_state, self.model, self.selected)
+
+    @property
+    def moments(self) -> AdamMoments | None:
+        """Adam's moments of the model's parameters; None where gradients are as they are."""
+        return self._moments
 
     def describe(self) -> dict[str, Any]:
         """Describes the features for their manifest."""
