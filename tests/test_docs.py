@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from libraries import needs
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -29,8 +30,10 @@ def execute(command: list[str], folder: Path, python: str = sys.executable) -> s
     return done.stdout
 
 
-@pytest.mark.parametrize("page", ["first-run.md", "own-task.md"])
+@pytest.mark.parametrize("page", ["first-run.md", "own-task.md", "language-models.md"])
 def test_pages_of_one_script(tmp_path: Path, page: str) -> None:
+    if page == "language-models.md":
+        needs("transformers")
     found = blocks(page)
     assert len(found) > 4
     script = "\n".join(content for language, content in found if language == "python")
