@@ -355,6 +355,7 @@ class CheckedStream(ModelPasses):
         for name in failed:
             now = self._ways.get(name, Way.RULE if name in ruled else Way.LAYER)
             self._ways[name] = Way(now.value + 1)
+        self._unchecked = SAMPLES_A_CHECK  # the next way is no surer
         self._assign_layers()
         singly = self.singly - before
         logger.debug("gradients of %s do not follow by the layer's rule", listed(list(failed)))
