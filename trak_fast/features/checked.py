@@ -189,6 +189,7 @@ class CheckedStream(ModelPasses):
             add=self._adds or self._lockstep is not None,
             known_as_shared={split.name for split in self._splits if split.is_shared},
             parallel=self._parallel,
+            positions=batch[0].shape[1] if batch[0].ndim > 1 else 1,
         )
         sums = self._new_sums(batch, sketches, taps.is_whole)
         with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():

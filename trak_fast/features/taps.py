@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,11 +61,14 @@ class Split(NamedTuple):
         name: The parameter.
         by_rule: True for its layer's rule, False for differentiating the layer by itself.
         is_shared: True where samples share the layer's output, False where each has its own rows of it.
+        rows: For each tensor of a call the rows that each sample has of it, as a multiple of the sample's positions: 0
+            where the tensor's first dimension is the samples', None where all samples share the tensor.
     """
 
     name: str
     by_rule: bool
     is_shared: bool
+    rows: tuple[Fraction | None, ...]
 
 
 @dataclass
@@ -79,6 +83,7 @@ class _Call:
         is_shared: True where all samples share its output.
         is_shown: True once gradients of such an output were taken where it meets samples.
         kept: The input of the layer, once that was read for this.
+        rows: See `Split`.
     """
 
     known: TappedLayer
@@ -88,6 +93,7 @@ class _Call:
     is_shared: bool = False
     is_shown: bool = False
     kept: Tensor | None = None
+    rows: tuple[Fraction | None, ...] = ()
 
 
 class _Tap(torch.autograd.Function):
@@ -155,6 +161,7 @@ class Taps:
         add: bool = False,
         known_as_shared: Collection[str] = (),
         parallel: TensorParallel | None = None,
+        positions: int = 1,
     ) -> None:
         """Prepares taps on some layers.
 
@@ -167,6 +174,7 @@ class Taps:
             known_as_shared: Parameters of layers whose outputs all samples have shared so far, even if the shape of one
                 happens to allow something else.
             parallel: Knows the parts of layers that this process has.
+            positions: Positions of a sample, such as a text's tokens, which rows of tensors are compared with.
         """
         self.unexplained: set[str] = set()
         self._calls: dict[str, int] = {}
@@ -175,6 +183,7 @@ class Taps:
         self._count = count
         self._add = add
         self._parallel = parallel
+        self._positions = max(1, positions)
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._known_as_shared = frozenset(known_as_shared)
         self._taken: list[_Call] = []
@@ -215,7 +224,7 @@ class Taps:
     def splits(self) -> frozenset[Split]:
         """The ways in which gradients were split by samples, once the backward pass is over."""
         return frozenset(
-            Split(name, by_rule=call.known.rule is not None, is_shared=call.is_shown)
+            Split(name, by_rule=call.known.rule is not None, is_shared=call.is_shown, rows=call.rows)
             for call in self._taken
             for name in call.known.names.values()
         )
@@ -358,6 +367,7 @@ class Taps:
             # all tokens in one dimension, sample by sample
             inputs = [_by_samples(x, count) for x in inputs]
             output_grads = _by_samples(output_grads, count)
+            call.rows = (Fraction(output_grads.shape[1], self._positions),)
         if inputs[0].ndim < rule.least_dims or any(len(x) != count for x in (*inputs, output_grads)):
             return False
         failures: list[Exception] = []
@@ -415,6 +425,7 @@ class Taps:
         weights = {name: layer.get_parameter(name).detach() for name in names}
         kept = [(place, g) for place, g in enumerate(grads) if g is not None]
         parts = [_split(tensor, count, lengths) for tensor in (*tensors, *(g for _, g in kept))]
+        call.rows = tuple(self._rows_of(part) for part in parts)
 
         def product(weights: dict[str, Tensor], *values: Tensor) -> Tensor:
             """Computes Σ output · gradient for one sample, of which the gradient is that of f."""
@@ -449,6 +460,12 @@ class Taps:
         finally:
             self._is_inert = False
         return True
+
+    def _rows_of(self, part: _Split) -> Fraction | None:
+        """Returns the entry of `Split.rows` for a tensor."""
+        if not part.is_split:
+            return None
+        return Fraction(0 if part.had_batch else part.values.shape[1], self._positions)
 
     def _at_once(
         self,
