@@ -111,3 +111,72 @@ def test_samples_with_other_numbers_of_rows_are_checked_again() -> None:
         mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
         batch = [torch.randn(*mask.shape, 6), mask]
         assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+class Doubled(nn.Linear):
+    """A linear layer by its class, whose output is twice that of one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Weighted(SumOfSines):
+    """The same times a factor of each sample, the last tensor of a batch."""
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        *inputs, factors = batch
+        return super().get_outputs(model, weights, buffers, inputs) * factors
+
+
+class SelfAttention(nn.Module):
+    """A model with an attention that computes with the weight of a layer inside it, without calling that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("silent", range(4))
+def test_a_sample_without_a_gradient_is_not_the_one_that_is_compared(silent: int) -> None:
+    model, x, factors = SelfAttention(), torch.randn(4, 5, 8), torch.ones(4)
+    factors[silent] = 0
+    found = GradientProjector(model, Weighted(), K).project([x, factors])
+    assert largest_error(found, expected(model, [x]) * factors.unsqueeze(1)) < 1e-5
+
+
+@pytest.mark.parametrize("broken", range(3))
+def test_a_sample_that_is_not_finite_is_not_the_one_that_is_compared(broken: int) -> None:
+    model, x = nn.Sequential(Doubled(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(3, 4)
+    right = expected(model, [x])
+    x[broken] = torch.nan
+    found = GradientProjector(model, SumOfSines(), K).project([x])
+    others = [sample for sample in range(3) if sample != broken]
+    assert found[broken].isnan().all()
+    assert largest_error(found[others], right[others]) < 1e-5
+
+
+class Routed(nn.Module):
+    """A model that uses one of three layers for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.experts = nn.ModuleList([Doubled(8, 3) for _ in range(3)])
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        x = torch.tanh(self.body(x))
+        return torch.stack([expert(x) * (route == i).unsqueeze(1) for i, expert in enumerate(self.experts)]).sum(0)
+
+
+@pytest.mark.parametrize("batches", [([0, 1, 2, 0, 1, 2],), ([0, 1, 0, 1, 0], [1, 0, 2, 2])])
+def test_a_parameter_is_compared_by_a_sample_that_depends_on_it(batches: Sequence[list[int]]) -> None:
+    model = Routed()
+    projector = GradientProjector(model, SumOfSines(), K)
+    for routes in batches:
+        batch = [torch.randn(len(routes), 4), torch.tensor(routes)]
+        assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5

@@ -27,7 +27,7 @@ from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import ExpertsRule
 from ..gradients.layers import Rule
 from ..gradients.modes import unfused_attention
-from ..gradients.pieces import Piece, Whole
+from ..gradients.pieces import Piece, Whole, nonzero_samples
 from .shared import hook_uses
 from .tensor_parallel import TensorParallel
 
@@ -149,6 +149,7 @@ class Taps:
 
     Attributes:
         unexplained: Names of the parameters of layers that were called in a way that no rule knows.
+        watched: The samples whose gradient of a parameter may be other than 0, (B,) bool, by watched parameters.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class Taps:
         known_as_shared: Collection[str] = (),
         parallel: TensorParallel | None = None,
         positions: int = 1,
+        watched: Collection[str] = (),
     ) -> None:
         """Prepares taps on some layers.
 
@@ -175,8 +177,10 @@ class Taps:
                 happens to allow something else.
             parallel: Knows the parts of layers that this process has.
             positions: Positions of a sample, such as a text's tokens, which rows of tensors are compared with.
+            watched: Parameters to watch.
         """
         self.unexplained: set[str] = set()
+        self.watched = {name: torch.zeros(count, dtype=torch.bool) for name in watched}
         self._calls: dict[str, int] = {}
         self._omitted = omitted
         self._layers = layers
@@ -382,8 +386,11 @@ class Taps:
 
     def _hand_on(self, name: str, piece: Piece, start: int) -> None:
         assert self._take is not None
-        if name not in self._omitted:
-            self._take(name, piece, start)
+        if name in self._omitted:
+            return
+        if name in self.watched:
+            self.watched[name][start : start + piece.count] |= nonzero_samples(piece).cpu()
+        self._take(name, piece, start)
 
     def _keep(self, node: Any, grads: Tensor) -> None:
         """Takes the gradient of each sample for the output that a tap has made for all of them.
