@@ -180,3 +180,19 @@ def test_a_parameter_is_compared_by_a_sample_that_depends_on_it(batches: Sequenc
     for routes in batches:
         batch = [torch.randn(len(routes), 4), torch.tensor(routes)]
         assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("sketch", ["full", "two_sided"])
+def test_parameters_and_layers_that_were_replaced_are_those_of_the_call(sketch: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
+    projector = GradientProjector(model, SumOfSines(), K, sketch=sketch)
+    projector.project([x])
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()}, assign=True)
+    fresh = GradientProjector(model, SumOfSines(), K, sketch=sketch)
+    assert largest_error(projector.project([x]), fresh.project([x])) < 1e-5
+    model[2] = Doubled(8, 3)
+    fresh = GradientProjector(model, SumOfSines(), K, sketch=sketch)
+    assert largest_error(projector.project([x]), fresh.project([x])) < 1e-5
+    model[2] = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match=r"names and shapes of its parameters, not change those of 2.weight, 2.bias"):
+        projector.project([x])

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ..arguments import checked_batch, choice, integer
 from ..gradients.adam import AdamMoments
-from ..gradients.parameters import placed_columns
+from ..gradients.parameters import listed, parts_of, placed_columns, same_parts
 from ..projection.projector import Projector
 from ..scales import exponents_of, split
 from ..tasks.base import Task, copy_tensors, evaluation_mode, weighs_by_outputs
@@ -208,6 +208,7 @@ class GradientProjector(CheckedStream):
         if self._given_columns is not None:
             self.columns = placed_columns(self.columns, self._given_columns)
         self._layout = None if self._side is None else Layout(model, self.selected, self._side)
+        self._parts = parts_of(model)
 
     @property
     def proj_dim(self) -> int:
@@ -292,6 +293,7 @@ class GradientProjector(CheckedStream):
         self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
         batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
         count = len(batch[0])
+        self._take_replaced()
         self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
         rows = torch.zeros(count, self._width(batch), dtype=dtype, device=self._device)
 
@@ -302,6 +304,22 @@ class GradientProjector(CheckedStream):
             memory.halving_on_oom(count, count, compute)
         self.finish_call()
         return rows
+
+    def _take_replaced(self) -> None:
+        """Takes the model's parameters and modules anew if others have come in their places.
+
+        Raises:
+            ValueError: Parameters are missing or have other shapes, so that features would not be comparable.
+        """
+        if self.is_sharded or same_parts(self._parts, parts_of(self.model)):  # shards change places in each pass
+            return
+        now = dict(self.model.named_parameters())
+        if changed := [name for name, p in self.selected.items() if name not in now or now[name].shape != p.shape]:
+            raise ValueError(
+                f"model must keep the names and shapes of its parameters, not change those of {listed(changed)}; make "
+                "another GradientProjector"
+            )
+        self.load_model_params(self.model)
 
     def _width(self, batch: Sequence[Tensor]) -> int:
         """Counts the numbers of each sample: k, T · k or T."""
