@@ -196,3 +196,40 @@ def test_parameters_and_layers_that_were_replaced_are_those_of_the_call(sketch: 
     model[2] = nn.Linear(8, 4)
     with pytest.raises(ValueError, match=r"names and shapes of its parameters, not change those of 2.weight, 2.bias"):
         projector.project([x])
+
+
+class Judged(SumOfSines):
+    """A task that computes with the weights of another model too."""
+
+    def __init__(self, judge: nn.Module) -> None:
+        self._judge = judge
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        output: Tensor = bind(model, weights, buffers)(*batch)
+        return (output * self._judge(*batch)).sum(1)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_gradients_of_another_model_are_left_as_they_are(has_gradients: bool) -> None:
+    model, judge, x = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(5, 4)
+    if has_gradients:
+        judge(x).sum().backward()
+    before = [None if p.grad is None else p.grad.clone() for p in judge.parameters()]
+    found = GradientProjector(model, Judged(judge), K).project([x])
+    for parameter, gradient in zip(judge.parameters(), before, strict=True):
+        assert (parameter.grad is None) if gradient is None else torch.equal(parameter.grad, gradient)
+    factors = judge(x).detach()
+    weights = factors.unsqueeze(2) * x.unsqueeze(1)
+    assert largest_error(found, project(torch.cat([weights.flatten(1), factors], 1), K)) < 1e-5
+
+
+def test_optimizers_that_step_in_the_backward_pass_do_not_step() -> None:
+    model, x = nn.Sequential(Doubled(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
+    right, steps = expected(model, [x]), []
+    handles = [p.register_post_accumulate_grad_hook(steps.append) for p in model.parameters()]
+    assert largest_error(GradientProjector(model, SumOfSines(), K).project([x]), right) < 1e-5
+    assert not steps
+    model(x).sum().backward()
+    assert len(steps) == len(handles) == 4

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import ExpertsRule
+from ..gradients.graph import gradients_kept
 from ..gradients.layers import Rule
 from ..gradients.modes import unfused_attention
 from ..gradients.pieces import Piece, Whole, nonzero_samples
@@ -251,7 +252,8 @@ class Taps:
         self._take = take
         try:
             # reentrant checkpointing allows no torch.autograd.grad; all that requires gradients is the trigger
-            torch.autograd.backward(outputs, seeds.to(outputs))
+            with gradients_kept(outputs, [self._trigger]):
+                torch.autograd.backward(outputs, seeds.to(outputs))
         finally:
             self._take = None
             self._trigger.grad = None
