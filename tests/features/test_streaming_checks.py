@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -233,3 +234,18 @@ def test_optimizers_that_step_in_the_backward_pass_do_not_step() -> None:
     assert not steps
     model(x).sum().backward()
     assert len(steps) == len(handles) == 4
+
+
+def test_threads_that_share_a_model_take_turns() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), Doubled(64, 3))
+    batches = [[torch.randn(8, 32)] for _ in range(3)]
+    right = [expected(model, batch) for batch in batches]
+    projectors = [GradientProjector(model, SumOfSines(), K) for _ in batches]
+
+    def errors(number: int) -> list[float]:
+        return [largest_error(projectors[number].project(batches[number]), right[number]) for _ in range(5)]
+
+    with ThreadPoolExecutor(len(batches)) as threads:
+        for found in threads.map(errors, range(len(batches))):
+            assert max(found) < 1e-5
+    assert all(parameter.requires_grad for parameter in model.parameters())
