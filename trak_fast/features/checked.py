@@ -91,6 +91,7 @@ class CheckedStream(ModelPasses):
         self.columns = columns_of(self.selected)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
         self._unchecked = SAMPLES_A_CHECK  # samples since the last check
+        self._unseen = set(self.selected)  # parameters of which no checked sample had a gradient other than 0
         self._assign_layers()
 
     @abstractmethod
@@ -155,6 +156,9 @@ class CheckedStream(ModelPasses):
                 if check is None and self._is_due(len(batch[0])):
                     check = self._begin_check(batch, seeds)
                 streamed = self._stream(batch, seeds, check)
+                if isinstance(streamed, int):
+                    check = self._check_of(batch, seeds, streamed)
+                    continue
             except Exception as error:
                 known = (RandomOutputsError, PaddingError, NoTokensError)
                 if self.is_sharded or is_out_of_memory(error) or isinstance(error, known):
@@ -171,8 +175,14 @@ class CheckedStream(ModelPasses):
         outputs = self._add_alone(batch, list(self.selected), seeds, sums.add_whole)
         return sums.result(self._device), outputs
 
-    def _stream(self, batch: Sequence[Tensor], seeds: Tensor, check: Check | None) -> tuple[Tensor, Tensor] | None:
-        """Computes features and outputs by one pass over the batch; returns None once it must be repeated."""
+    def _stream(
+        self, batch: Sequence[Tensor], seeds: Tensor, check: Check | None
+    ) -> tuple[Tensor, Tensor] | int | None:
+        """Computes features and outputs by one pass over the batch.
+
+        Returns:
+            Both; or None if the pass must be repeated, or the sample that it must be repeated with the check of.
+        """
         count = len(batch[0])
         singly = self.singly
         streamed = [name for name in self.selected if name not in singly]
@@ -189,6 +199,8 @@ class CheckedStream(ModelPasses):
             add=self._adds or self._lockstep is not None,
             known_as_shared={split.name for split in self._splits if split.is_shared},
             parallel=self._parallel,
+            positions=batch[0].shape[1] if batch[0].ndim > 1 else 1,
+            watched=() if self._parallel is not None else self._unseen - singly,
         )
         sums = self._new_sums(batch, sketches, taps.is_whole)
         with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
@@ -209,10 +221,17 @@ class CheckedStream(ModelPasses):
             if failed := self._union(self._differing(sketches, check.expected)):
                 self._fall_back(failed)
                 return None
-            self._unchecked = 0
-            if count > 1:  # a sample in a batch of its own says nothing about those of others
-                self._splits |= taps.splits
-                self._compared_all = True
+            self._compared_all |= count > 1  # a sample in a batch of its own says nothing about those of others
+            if self._parallel is not None or check.expected.is_telling:  # on which processes with parts must agree
+                self._unchecked = 0
+                self._unseen -= {name for name, norm in check.expected.norms.items() if norm}
+                if count > 1:
+                    self._splits |= taps.splits
+        unseen = {name: samples for name, samples in taps.watched.items() if name in self._unseen and samples.any()}
+        if unseen:
+            sample = int(torch.stack(list(unseen.values())).sum(0).argmax())
+            self._unseen -= {name for name, samples in unseen.items() if samples[sample]}
+            return sample
         self._unchecked += count
         if singly:
             alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)
@@ -244,13 +263,16 @@ class CheckedStream(ModelPasses):
 
     def _begin_check(self, batch: Sequence[Tensor], seeds: Tensor) -> Check:
         """Differentiates one sample of a batch alone; of the first batch, evaluates all samples alone."""
-        count = len(batch[0])
-        sample = int(torch.randint(count, (), generator=self._choices, device="cpu"))
+        sample = int(torch.randint(len(batch[0]), (), generator=self._choices, device="cpu"))
+        return self._check_of(batch, seeds, sample)
+
+    def _check_of(self, batch: Sequence[Tensor], seeds: Tensor, sample: int) -> Check:
+        """Begins the check of a sample."""
         streamed = [name for name in self.selected if name not in self.singly]
         expected, outputs = self._sketched_alone(batch, seeds, sample, streamed)
         if self._parallel is not None:
             self._parallel.compare(expected.values)
-        if not self._compared_all and count > 1:
+        if not self._compared_all and len(batch[0]) > 1:
             outputs = self._outputs_alone(batch)
         return Check(sample, outputs, expected)
 
@@ -355,6 +377,7 @@ class CheckedStream(ModelPasses):
         for name in failed:
             now = self._ways.get(name, Way.RULE if name in ruled else Way.LAYER)
             self._ways[name] = Way(now.value + 1)
+        self._unchecked = SAMPLES_A_CHECK  # the next way is no surer
         self._assign_layers()
         singly = self.singly - before
         logger.debug("gradients of %s do not follow by the layer's rule", listed(list(failed)))

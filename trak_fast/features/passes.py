@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
+from ..gradients.graph import gradients_kept, without_gradient_hooks
 from ..gradients.layers import Rule
 from ..gradients.modes import checkpointing, differentiable, no_key_caches, requiring_grad, uncompiled
 from ..gradients.pieces import Piece, Whole
@@ -216,6 +217,7 @@ class ModelPasses(ParameterGradients):
 
         with ExitStack() as modes:
             modes.enter_context(self._running(chosen.values()))
+            modes.enter_context(without_gradient_hooks(chosen.values()))
             if self._lockstep is not None:
                 modes.enter_context(self._lockstep.gathered(chosen, hook))
             try:
@@ -225,7 +227,8 @@ class ModelPasses(ParameterGradients):
                 output = self._outputs(single) if evaluate is None else evaluate()
                 if output.requires_grad:
                     weighted = self._weighted(seed, output, single) if evaluate is None else seed.to(output)
-                    torch.autograd.backward(output, weighted)
+                    with gradients_kept(output, [*chosen.values(), *handles]):
+                        torch.autograd.backward(output, weighted)
             finally:
                 for handle in handles.values():
                     handle.remove()

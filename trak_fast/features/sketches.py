@@ -72,6 +72,11 @@ class Sketches:
         self.norms = dict.fromkeys(self.values, 0.0)
         self.exponents = dict(exponents)
 
+    @property
+    def is_telling(self) -> bool:
+        """True where gradients are finite, and not all 0: others say nothing about the way to them."""
+        return all(map(math.isfinite, self.norms.values())) and any(self.norms.values())
+
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds the whole gradient of a parameter, as autograd computes it for a sample alone."""
         if name not in self.values or start != self.sample:

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from ..arguments import checked_batch, choice, integer
 from ..gradients.adam import AdamMoments
-from ..gradients.parameters import placed_columns
+from ..gradients.modes import lock_of
+from ..gradients.parameters import listed, parts_of, placed_columns, same_parts
 from ..projection.projector import Projector
 from ..scales import exponents_of, split
 from ..tasks.base import Task, copy_tensors, evaluation_mode, weighs_by_outputs
@@ -182,7 +183,8 @@ class GradientProjector(CheckedStream):
 
     def compute_loss_grad(self, batch: Sequence[Tensor]) -> Tensor:
         """Computes the weighting Q of each sample, (B,) or (B, 1); 1 with moments, whose steps have Q in them."""
-        weightings = super().compute_loss_grad(batch)
+        with lock_of(self.model):
+            weightings = super().compute_loss_grad(batch)
         return torch.ones_like(weightings) if self._moments is not None else weightings
 
     def load_model_params(self, model: nn.Module) -> None:
@@ -196,6 +198,7 @@ class GradientProjector(CheckedStream):
         if self._given_columns is not None:
             self.columns = placed_columns(self.columns, self._given_columns)
         self._layout = None if self._side is None else Layout(model, self.selected, self._side)
+        self._parts = parts_of(model)
 
     @property
     def proj_dim(self) -> int:
@@ -261,11 +264,7 @@ class GradientProjector(CheckedStream):
         if direction.shape != (self.proj_dim,):
             raise ValueError(f"direction must be ({self.proj_dim},), not {tuple(direction.shape)}")
         scaled = split(direction.detach().double().cpu().unsqueeze(0), 1)
-        self._direction = scaled.mantissas[0].float()
-        try:
-            products = self._compute_rows(batch, model_id, torch.float64)
-        finally:
-            self._direction = None
+        products = self._compute_rows(batch, model_id, torch.float64, scaled.mantissas[0].float())
         return products * 2.0 ** int(scaled.exponents[0])
 
     def _require_batches(self, user: str) -> None:
@@ -275,11 +274,21 @@ class GradientProjector(CheckedStream):
                 "see BatchOutputs"
             )
 
-    def _compute_rows(self, batch: Batch, model_id: int, dtype: torch.dtype) -> Tensor:
+    def _compute_rows(self, batch: Batch, model_id: int, dtype: torch.dtype, direction: Tensor | None = None) -> Tensor:
+        """Computes the numbers of each sample, (B, ...), one thread after the other."""
+        with lock_of(self.model):
+            self._direction = direction
+            try:
+                return self._compute_locked(batch, integer("model_id", model_id, 0, 2**32 - 1), dtype)
+            finally:
+                self._direction = None
+
+    def _compute_locked(self, batch: Batch, model_id: int, dtype: torch.dtype) -> Tensor:
         """Computes the numbers of each sample, (B, ...); of halves of the batch if memory runs out."""
-        self._model_id = integer("model_id", model_id, 0, 2**32 - 1)
+        self._model_id = model_id
         batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
         count = len(batch[0])
+        self._take_replaced()
         self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
         rows = torch.zeros(count, self._width(batch), dtype=dtype, device=self._device)
 
@@ -290,6 +299,22 @@ class GradientProjector(CheckedStream):
             memory.halving_on_oom(count, count, compute)
         self.finish_call()
         return rows
+
+    def _take_replaced(self) -> None:
+        """Takes the model's parameters and modules anew if others have come in their places.
+
+        Raises:
+            ValueError: Parameters are missing or have other shapes, so that features would not be comparable.
+        """
+        if self.is_sharded or same_parts(self._parts, parts_of(self.model)):  # shards change places in each pass
+            return
+        now = dict(self.model.named_parameters())
+        if changed := [name for name, p in self.selected.items() if name not in now or now[name].shape != p.shape]:
+            raise ValueError(
+                f"model must keep the names and shapes of its parameters, not change those of {listed(changed)}; make "
+                "another GradientProjector"
+            )
+        self.load_model_params(self.model)
 
     def _width(self, batch: Sequence[Tensor]) -> int:
         """Counts the numbers of each sample: k, T · k or T."""
@@ -326,8 +351,9 @@ class GradientProjector(CheckedStream):
         """
         if not len(samples[0]):
             return torch.zeros(0, self.proj_dim)
-        self._model_id = model_id
-        features = self._compute(samples)["features"]
+        with lock_of(self.model):
+            self._model_id = model_id
+            features = self._compute(samples)["features"]
         return features if self.projector.dense_scale == 1 else features * self.projector.dense_scale
 
     def _differentiate(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:

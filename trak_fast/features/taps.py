@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import ExpertsRule
+from ..gradients.graph import gradients_kept
 from ..gradients.layers import Rule
 from ..gradients.modes import unfused_attention
-from ..gradients.pieces import Piece, Whole
+from ..gradients.pieces import Piece, Whole, nonzero_samples
 from .shared import hook_uses
 from .tensor_parallel import TensorParallel
 
@@ -60,11 +62,14 @@ class Split(NamedTuple):
         name: The parameter.
         by_rule: True for its layer's rule, False for differentiating the layer by itself.
         is_shared: True where samples share the layer's output, False where each has its own rows of it.
+        rows: For each tensor of a call the rows that each sample has of it, as a multiple of the sample's positions: 0
+            where the tensor's first dimension is the samples', None where all samples share the tensor.
     """
 
     name: str
     by_rule: bool
     is_shared: bool
+    rows: tuple[Fraction | None, ...]
 
 
 @dataclass
@@ -79,6 +84,7 @@ class _Call:
         is_shared: True where all samples share its output.
         is_shown: True once gradients of such an output were taken where it meets samples.
         kept: The input of the layer, once that was read for this.
+        rows: See `Split`.
     """
 
     known: TappedLayer
@@ -88,6 +94,7 @@ class _Call:
     is_shared: bool = False
     is_shown: bool = False
     kept: Tensor | None = None
+    rows: tuple[Fraction | None, ...] = ()
 
 
 class _Tap(torch.autograd.Function):
@@ -143,6 +150,7 @@ class Taps:
 
     Attributes:
         unexplained: Names of the parameters of layers that were called in a way that no rule knows.
+        watched: The samples whose gradient of a parameter may be other than 0, (B,) bool, by watched parameters.
     """
 
     def __init__(
@@ -155,6 +163,8 @@ class Taps:
         add: bool = False,
         known_as_shared: Collection[str] = (),
         parallel: TensorParallel | None = None,
+        positions: int = 1,
+        watched: Collection[str] = (),
     ) -> None:
         """Prepares taps on some layers.
 
@@ -167,14 +177,18 @@ class Taps:
             known_as_shared: Parameters of layers whose outputs all samples have shared so far, even if the shape of one
                 happens to allow something else.
             parallel: Knows the parts of layers that this process has.
+            positions: Positions of a sample, such as a text's tokens, which rows of tensors are compared with.
+            watched: Parameters to watch.
         """
         self.unexplained: set[str] = set()
+        self.watched = {name: torch.zeros(count, dtype=torch.bool) for name in watched}
         self._calls: dict[str, int] = {}
         self._omitted = omitted
         self._layers = layers
         self._count = count
         self._add = add
         self._parallel = parallel
+        self._positions = max(1, positions)
         self._trigger = torch.zeros((), device=device, requires_grad=True)
         self._known_as_shared = frozenset(known_as_shared)
         self._taken: list[_Call] = []
@@ -215,7 +229,7 @@ class Taps:
     def splits(self) -> frozenset[Split]:
         """The ways in which gradients were split by samples, once the backward pass is over."""
         return frozenset(
-            Split(name, by_rule=call.known.rule is not None, is_shared=call.is_shown)
+            Split(name, by_rule=call.known.rule is not None, is_shared=call.is_shown, rows=call.rows)
             for call in self._taken
             for name in call.known.names.values()
         )
@@ -238,7 +252,8 @@ class Taps:
         self._take = take
         try:
             # reentrant checkpointing allows no torch.autograd.grad; all that requires gradients is the trigger
-            torch.autograd.backward(outputs, seeds.to(outputs))
+            with gradients_kept(outputs, [self._trigger]):
+                torch.autograd.backward(outputs, seeds.to(outputs))
         finally:
             self._take = None
             self._trigger.grad = None
@@ -358,6 +373,7 @@ class Taps:
             # all tokens in one dimension, sample by sample
             inputs = [_by_samples(x, count) for x in inputs]
             output_grads = _by_samples(output_grads, count)
+            call.rows = (Fraction(output_grads.shape[1], self._positions),)
         if inputs[0].ndim < rule.least_dims or any(len(x) != count for x in (*inputs, output_grads)):
             return False
         failures: list[Exception] = []
@@ -372,8 +388,11 @@ class Taps:
 
     def _hand_on(self, name: str, piece: Piece, start: int) -> None:
         assert self._take is not None
-        if name not in self._omitted:
-            self._take(name, piece, start)
+        if name in self._omitted:
+            return
+        if name in self.watched:
+            self.watched[name][start : start + piece.count] |= nonzero_samples(piece).cpu()
+        self._take(name, piece, start)
 
     def _keep(self, node: Any, grads: Tensor) -> None:
         """Takes the gradient of each sample for the output that a tap has made for all of them.
@@ -415,6 +434,7 @@ class Taps:
         weights = {name: layer.get_parameter(name).detach() for name in names}
         kept = [(place, g) for place, g in enumerate(grads) if g is not None]
         parts = [_split(tensor, count, lengths) for tensor in (*tensors, *(g for _, g in kept))]
+        call.rows = tuple(self._rows_of(part) for part in parts)
 
         def product(weights: dict[str, Tensor], *values: Tensor) -> Tensor:
             """Computes Σ output · gradient for one sample, of which the gradient is that of f."""
@@ -449,6 +469,12 @@ class Taps:
         finally:
             self._is_inert = False
         return True
+
+    def _rows_of(self, part: _Split) -> Fraction | None:
+        """Returns the entry of `Split.rows` for a tensor."""
+        if not part.is_split:
+            return None
+        return Fraction(0 if part.had_batch else part.values.shape[1], self._positions)
 
     def _at_once(
         self,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 
 def edges_of(last: Any) -> Iterator[tuple[Any, Any]]:
@@ -18,3 +21,33 @@ def edges_of(last: Any) -> Iterator[tuple[Any, Any]]:
                 if following not in seen:
                     seen.add(following)
                     waiting.append(following)
+
+
+@contextmanager
+def gradients_kept(outputs: Tensor, own: Iterable[Tensor]) -> Iterator[None]:
+    """Keeps a backward pass from changing `.grad` of tensors other than `own`, such as another model's weights."""
+    known = {id(tensor) for tensor in own}
+    leaves = {following.variable for _, following in edges_of(outputs.grad_fn) if hasattr(following, "variable")}
+    before = [(leaf, leaf.grad) for leaf in leaves if id(leaf) not in known]
+    try:
+        for leaf, _ in before:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, gradient in before:
+            leaf.grad = gradient
+
+
+@contextmanager
+def without_gradient_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Takes off the hooks that run once gradients have been added up: optimizers that step in the backward pass."""
+    hooks = [found for tensor in tensors if (found := getattr(tensor, "_post_accumulate_grad_hooks", None))]
+    before = [dict(found) for found in hooks]
+    try:
+        for found in hooks:
+            found.clear()
+        yield
+    finally:
+        for found, content in zip(hooks, before, strict=True):
+            found.clear()
+            found.update(content)

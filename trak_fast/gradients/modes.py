@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -70,6 +71,16 @@ _UNFUSED_ATTENTION = SharedMode(unfused_attention)
 _NO_FAST_PATH = SharedMode(no_fast_path)
 # cuDNN has gradients of recurrent layers in training mode only
 _NO_CUDNN = SharedMode(lambda: torch.backends.cudnn.flags(enabled=False))
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKING = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """Returns the lock of a model, for one thread at a time to put hooks on it and change what requires gradients."""
+    with _LOCKING:
+        return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager

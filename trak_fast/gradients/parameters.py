@@ -62,6 +62,22 @@ def layers_of(model: nn.Module, selected: Mapping[str, Tensor]) -> dict[nn.Modul
     return layers
 
 
+Parts = list[tuple[str, nn.Module | nn.Parameter]]
+"""Modules and parameters with their names."""
+
+
+def parts_of(model: nn.Module) -> Parts:
+    """Lists the modules and parameters of a model."""
+    return [*model.named_modules(), *model.named_parameters()]
+
+
+def same_parts(first: Parts, second: Parts) -> bool:
+    """Tells if a model has the very modules and parameters that it had."""
+    return len(first) == len(second) and all(
+        name == other_name and part is other for (name, part), (other_name, other) in zip(first, second, strict=True)
+    )
+
+
 class Columns(NamedTuple):
     """The columns of the projection matrix that belong to a parameter, its entries row by row.
 

@@ -274,6 +274,17 @@ def part_of(piece: Piece, samples: slice) -> Piece:
     return part
 
 
+def nonzero_samples(piece: Piece) -> Tensor:
+    """Tells which samples have a finite gradient that may be other than 0, (B,) bool, by its factors."""
+    if isinstance(piece, Block):
+        return nonzero_samples(piece.part)
+    factors = [x.reshape(len(x), -1) for x in vars(piece).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    sizes = torch.stack(
+        [torch.linalg.vector_norm(x, 1, dim=1, dtype=torch.promote_types(x.dtype, torch.float32)) for x in factors]
+    )
+    return (sizes.isfinite() & (sizes > 0)).all(0)
+
+
 def row_slices(piece: Piece, size: int) -> Iterator[tuple[Tensor, int]]:
     """Forms the rows of a gradient, some at a time; those that are known to be 0 are left out.
 

@@ -1,0 +1,251 @@
+"""Batches for which a check of one sample, or of the first batch, could say too little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trak_fast import GradientProjector, project
+from trak_fast.tasks.base import BatchTask, bind
+
+K = 64
+
+
+class SumOfSines(BatchTask):
+    """The sum of the sines of all that a model returns for a sample."""
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        output: Tensor = bind(model, weights, buffers)(*batch)
+        return output.flatten(1).sin().sum(1)
+
+
+def expected(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """Projects the gradients of one sample after the other by autograd, (B, K)."""
+    rows = []
+    for sample in range(len(batch[0])):
+        f = model(*[x[sample : sample + 1] for x in batch]).sin().sum()
+        gradients = torch.autograd.grad(f, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return project(torch.stack(rows), K)
+
+
+def largest_error(found: Tensor, right: Tensor) -> float:
+    """Returns the largest difference, relative to the largest entry."""
+    return float((found - right).abs().max() / right.abs().max())
+
+
+class InChunks(nn.Module):
+    """A model that takes two samples at a time, by layers in a container, which is never called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        body, head = self.layers
+        parts = [torch.tanh(body(part)) for part in x.split(2)]
+        return head(torch.cat(parts))
+
+
+@pytest.mark.parametrize("sizes", [(1, 5), (2, 5), (1, 2, 5, 4)])
+def test_the_way_after_a_rule_that_does_not_fit_is_checked(sizes: tuple[int, ...]) -> None:
+    model = InChunks()
+    projector = GradientProjector(model, SumOfSines(), K)
+    for size in sizes:
+        batch = [torch.randn(size, 5, 6)]
+        assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+class Tabled(nn.Module):
+    """A layer without a rule that is given a table of positions, which samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return x @ self.weight * table
+
+
+class Positioned(nn.Module):
+    """A model with such a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Tabled(), nn.Linear(6, 3)
+        self.register_buffer("table", torch.randn(12, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x, self.table[: x.shape[1]])))
+
+
+def test_a_table_with_as_many_rows_as_samples_is_shared_all_the_same() -> None:
+    model = Positioned()
+    projector = GradientProjector(model, SumOfSines(), K)
+    for size, length in ((4, 6), (6, 6), (5, 5)):
+        batch = [torch.randn(size, length, 6)]
+        assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+class Unpadded(nn.Module):
+    """A model whose layers get the tokens of all samples one after the other, without padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        tokens = self.head(torch.tanh(self.body(x[mask])))
+        return tokens.new_zeros(*mask.shape, 3).index_put((mask,), tokens)
+
+
+def test_samples_with_other_numbers_of_rows_are_checked_again() -> None:
+    model = Unpadded()
+    projector = GradientProjector(model, SumOfSines(), K)
+    for lengths in ((4, 4), (5, 3), (2, 6)):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+        batch = [torch.randn(*mask.shape, 6), mask]
+        assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+class Doubled(nn.Linear):
+    """A linear layer by its class, whose output is twice that of one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Weighted(SumOfSines):
+    """The same times a factor of each sample, the last tensor of a batch."""
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        *inputs, factors = batch
+        return super().get_outputs(model, weights, buffers, inputs) * factors
+
+
+class SelfAttention(nn.Module):
+    """A model with an attention that computes with the weight of a layer inside it, without calling that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("silent", range(4))
+def test_a_sample_without_a_gradient_is_not_the_one_that_is_compared(silent: int) -> None:
+    model, x, factors = SelfAttention(), torch.randn(4, 5, 8), torch.ones(4)
+    factors[silent] = 0
+    found = GradientProjector(model, Weighted(), K).project([x, factors])
+    assert largest_error(found, expected(model, [x]) * factors.unsqueeze(1)) < 1e-5
+
+
+@pytest.mark.parametrize("broken", range(3))
+def test_a_sample_that_is_not_finite_is_not_the_one_that_is_compared(broken: int) -> None:
+    model, x = nn.Sequential(Doubled(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(3, 4)
+    right = expected(model, [x])
+    x[broken] = torch.nan
+    found = GradientProjector(model, SumOfSines(), K).project([x])
+    others = [sample for sample in range(3) if sample != broken]
+    assert found[broken].isnan().all()
+    assert largest_error(found[others], right[others]) < 1e-5
+
+
+class Routed(nn.Module):
+    """A model that uses one of three layers for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.experts = nn.ModuleList([Doubled(8, 3) for _ in range(3)])
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        x = torch.tanh(self.body(x))
+        return torch.stack([expert(x) * (route == i).unsqueeze(1) for i, expert in enumerate(self.experts)]).sum(0)
+
+
+@pytest.mark.parametrize("batches", [([0, 1, 2, 0, 1, 2],), ([0, 1, 0, 1, 0], [1, 0, 2, 2])])
+def test_a_parameter_is_compared_by_a_sample_that_depends_on_it(batches: Sequence[list[int]]) -> None:
+    model = Routed()
+    projector = GradientProjector(model, SumOfSines(), K)
+    for routes in batches:
+        batch = [torch.randn(len(routes), 4), torch.tensor(routes)]
+        assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("sketch", ["full", "two_sided"])
+def test_parameters_and_layers_that_were_replaced_are_those_of_the_call(sketch: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
+    projector = GradientProjector(model, SumOfSines(), K, sketch=sketch)
+    projector.project([x])
+    model.load_state_dict({name: torch.randn_like(value) for name, value in model.state_dict().items()}, assign=True)
+    fresh = GradientProjector(model, SumOfSines(), K, sketch=sketch)
+    assert largest_error(projector.project([x]), fresh.project([x])) < 1e-5
+    model[2] = Doubled(8, 3)
+    fresh = GradientProjector(model, SumOfSines(), K, sketch=sketch)
+    assert largest_error(projector.project([x]), fresh.project([x])) < 1e-5
+    model[2] = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match=r"names and shapes of its parameters, not change those of 2.weight, 2.bias"):
+        projector.project([x])
+
+
+class Judged(SumOfSines):
+    """A task that computes with the weights of another model too."""
+
+    def __init__(self, judge: nn.Module) -> None:
+        self._judge = judge
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        output: Tensor = bind(model, weights, buffers)(*batch)
+        return (output * self._judge(*batch)).sum(1)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_gradients_of_another_model_are_left_as_they_are(has_gradients: bool) -> None:
+    model, judge, x = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(5, 4)
+    if has_gradients:
+        judge(x).sum().backward()
+    before = [None if p.grad is None else p.grad.clone() for p in judge.parameters()]
+    found = GradientProjector(model, Judged(judge), K).project([x])
+    for parameter, gradient in zip(judge.parameters(), before, strict=True):
+        assert (parameter.grad is None) if gradient is None else torch.equal(parameter.grad, gradient)
+    factors = judge(x).detach()
+    weights = factors.unsqueeze(2) * x.unsqueeze(1)
+    assert largest_error(found, project(torch.cat([weights.flatten(1), factors], 1), K)) < 1e-5
+
+
+def test_optimizers_that_step_in_the_backward_pass_do_not_step() -> None:
+    model, x = nn.Sequential(Doubled(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
+    right, steps = expected(model, [x]), []
+    handles = [p.register_post_accumulate_grad_hook(steps.append) for p in model.parameters()]
+    assert largest_error(GradientProjector(model, SumOfSines(), K).project([x]), right) < 1e-5
+    assert not steps
+    model(x).sum().backward()
+    assert len(steps) == len(handles) == 4
+
+
+def test_threads_that_share_a_model_take_turns() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), Doubled(64, 3))
+    batches = [[torch.randn(8, 32)] for _ in range(3)]
+    right = [expected(model, batch) for batch in batches]
+    projectors = [GradientProjector(model, SumOfSines(), K) for _ in batches]
+
+    def errors(number: int) -> list[float]:
+        return [largest_error(projectors[number].project(batches[number]), right[number]) for _ in range(5)]
+
+    with ThreadPoolExecutor(len(batches)) as threads:
+        for found in threads.map(errors, range(len(batches))):
+            assert max(found) < 1e-5
+    assert all(parameter.requires_grad for parameter in model.parameters())
