@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from streamed import Largest
 from torch import Tensor, nn
 
 from trak_fast import GradientProjector, project
+from trak_fast.features.checked import Coverage
 from trak_fast.features.groups import group_by_length
 from trak_fast.tasks import CausalLM, ImageClassification, Task
 
@@ -232,8 +234,23 @@ def test_a_parameter_of_the_model_itself_is_differentiated_sample_by_sample() ->
     model, batch = Rooted().eval(), [torch.randn(5, 6), torch.randint(LABELS, (5,))]
     projector = GradientProjector(model, "image_classification", K)
     expected = project(loop(model, ImageClassification(), batch), K)
+    assert math.isnan(projector.coverage.norm_by_layers)
     assert relative_errors(projector.project(batch), expected).max() < 1e-5
     assert projector.singly == {"scale"}
+    assert projector.coverage.parameters == 1
+    assert projector.coverage.by_layers == 28 / 34  # the head's 24 + 4 numbers, and the scale's 6
+    grads = loop(model, ImageClassification(), batch)
+    squares = {name: value.double().flatten(1).square().sum(1) for name, value in grads.items()}
+    shares = (squares["head.weight"] + squares["head.bias"]) / sum(squares.values())
+    assert min(abs(shares - projector.coverage.norm_by_layers)) < 1e-5  # of the sample that was compared
+
+
+def test_coverage_counts_what_is_left_out() -> None:
+    model, batch = Language().eval(), words()
+    projector = GradientProjector(model, "causal_lm", K, grad_wrt=["body.*"])
+    projector.project(batch)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    assert projector.coverage == Coverage(parameters=(12 * 12 + 12) / everything, by_layers=1.0, norm_by_layers=1.0)
 
 
 def test_slices_of_a_double_precision_model_agree_with_the_check() -> None:

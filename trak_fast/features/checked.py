@@ -12,7 +12,8 @@ import enum
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,28 @@ class Check:
         self.expected = expected
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """The shares of a model that features speak of, and that are computed batch by batch.
+
+    Attributes:
+        parameters: Share of the model's floating-point numbers that are attributed.
+        by_layers: Share of these whose gradients follow from layers, a batch at a time; the others are differentiated
+            sample by sample.
+        norm_by_layers: The same of the gradient's squared norm, for the sample that was compared last; NaN before.
+    """
+
+    parameters: float
+    by_layers: float
+    norm_by_layers: float
+
+
 class CheckedStream(ModelPasses):
     """Streams the gradients of batches, checked, to sums that a subclass makes."""
 
     def __init__(self, model: nn.Module, task: Task, *, grad_wrt: Iterable[str] | None = None) -> None:
         """Takes the parameters of `model` as they are now."""
+        self._norms: Mapping[str, float] = {}  # those of a sample's gradients, by parameter
         self._ways: dict[str, Way] = {}  # to the gradients of parameters whose first way was wrong
         self._is_alone = False  # True once samples of a batch have changed each other
         self._adds = False  # True once a layer's output was changed in place
@@ -257,6 +275,20 @@ class CheckedStream(ModelPasses):
             return self._outputs_alone(batch)
         return self._forward(batch)
 
+    @property
+    def coverage(self) -> Coverage:
+        """The shares of the model that features speak of, and that are computed batch by batch."""
+        singly = self.singly
+        everything = sum(p.numel() for p in self.parameters.values() if p.is_floating_point())
+        squares = {name: norm**2 for name, norm in self._norms.items()}
+        total = sum(squares.values())
+        streamed = sum(square for name, square in squares.items() if name not in singly)
+        return Coverage(
+            parameters=self.grad_dim / everything,
+            by_layers=sum(self.columns[name].count for name in self.selected if name not in singly) / self.grad_dim,
+            norm_by_layers=streamed / total if total else math.nan,
+        )
+
     def _is_due(self, count: int) -> bool:
         """Tells if a batch of so many samples is to be checked."""
         return self._unchecked + count > SAMPLES_A_CHECK
@@ -268,8 +300,8 @@ class CheckedStream(ModelPasses):
 
     def _check_of(self, batch: Sequence[Tensor], seeds: Tensor, sample: int) -> Check:
         """Begins the check of a sample."""
-        streamed = [name for name in self.selected if name not in self.singly]
-        expected, outputs = self._sketched_alone(batch, seeds, sample, streamed)
+        expected, outputs = self._sketched_alone(batch, seeds, sample, list(self.selected))
+        self._norms = expected.norms
         if self._parallel is not None:
             self._parallel.compare(expected.values)
         if not self._compared_all and len(batch[0]) > 1:
