@@ -249,3 +249,34 @@ def test_threads_that_share_a_model_take_turns() -> None:
         for found in threads.map(errors, range(len(batches))):
             assert max(found) < 1e-5
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Dispatched(nn.Module):
+    """A model that sends each token to one of two layers, which are called with the tokens sent to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)]), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        result = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            chosen = (route.flatten() == i).nonzero().flatten()
+            if len(chosen):
+                result = result.index_add(0, chosen, expert(tokens[chosen]))
+        return self.head(torch.tanh(result)).view(*x.shape[:2], 3)
+
+
+@pytest.mark.parametrize(
+    "routes", [([[1, 1], [0, 1]], [[1, 0], [0, 0]], [[0, 1]]), ([[0, 1], [1, 0]], [[0, 0], [0, 1]])]
+)
+def test_layers_that_get_the_tokens_sent_to_them_are_differentiated_otherwise(
+    routes: Sequence[list[list[int]]],
+) -> None:
+    for _ in range(5):
+        model = Dispatched()
+        projector = GradientProjector(model, SumOfSines(), K)
+        for route in routes:
+            batch = [torch.randn(len(route), 2, 6), torch.tensor(route)]
+            assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5

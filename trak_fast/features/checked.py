@@ -226,7 +226,9 @@ class CheckedStream(ModelPasses):
             taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
         sums.flush()
         outputs = outputs.detach()
-        if unexplained := self._union(taps.unexplained - singly):
+        # a layer around others that is not called itself, a container for example, says nothing about them
+        uncalled = {name for name, way in self._ways.items() if way is Way.AROUND and not taps.is_called(name)}
+        if unexplained := self._union((taps.unexplained | uncalled) - singly):
             self._fall_back(unexplained)
             return None
         if check is None and count > 1 and not taps.splits <= self._splits:
@@ -410,6 +412,7 @@ class CheckedStream(ModelPasses):
             now = self._ways.get(name, Way.RULE if name in ruled else Way.LAYER)
             self._ways[name] = Way(now.value + 1)
         self._unchecked = SAMPLES_A_CHECK  # the next way is no surer
+        self._unseen |= set(failed)
         self._assign_layers()
         singly = self.singly - before
         logger.debug("gradients of %s do not follow by the layer's rule", listed(list(failed)))

@@ -221,6 +221,10 @@ class Taps:
         """Has pieces handed to `take` in a backward pass that is run by others."""
         self._take = take
 
+    def is_called(self, name: str) -> bool:
+        """Tells if the layer of a parameter was called."""
+        return name in self._calls
+
     def is_whole(self, name: str) -> bool:
         """Tells if a parameter's gradient comes in one piece for each sample."""
         return self._calls.get(name, 0) <= 1
