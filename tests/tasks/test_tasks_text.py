@@ -134,7 +134,7 @@ def test_samples_without_predicted_tokens_are_logged_once(model: Model, caplog: 
     for _ in range(2):
         q = task.get_out_to_loss_grad(model, weights, {}, [IDS, MASK, labels])
         assert (q == 0).tolist() == [True, False, True]
-    assert [record.getMessage()[:42] for record in caplog.records] == ["2 of 3 samples have no predicted token: th"]
+    assert [record.getMessage()[:38] for record in caplog.records] == ["some samples have no predicted token ("]
     assert "_warned" not in task.get_settings()
 
 

@@ -1,9 +1,9 @@
 """Streamed gradients that are checked: pieces of them pass by, and are compared with autograd's.
 
-A tap on each layer shows the pieces of its parameters' gradients (taps.py). Of the first batch, and of one sample in 32
-from then on, they are compared with the gradients that autograd gives for the sample alone, by the unaltered model.
-Parameters that fail have their layer differentiated by itself, or the one around it, and are differentiated sample by
-sample where that fails too, each in a forward and a backward pass of its own.
+A tap on each layer shows the pieces of its parameters' gradients (taps.py). For four samples of the first batch and one
+in 32 from then on, they are compared with the gradients that autograd gives for the sample alone, by the unaltered
+model. Parameters that fail have their layer differentiated by itself, or the one around it, and are differentiated
+sample by sample where that fails too, each in a forward and a backward pass of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ logger = logging.getLogger("trak_fast")
 
 SAMPLES_A_CHECK = 32
 """Samples for each one that is differentiated alone, to compare with."""
+
+SAMPLES_OF_A_NEW_SPLIT = 4
+"""Samples that are compared of the first batch that is split by samples in a new way: one may be right by luck."""
 
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
 """The reason for which samples are computed alone that makes earlier batches doubtful."""
@@ -95,6 +98,8 @@ class CheckedStream(ModelPasses):
 
     def __init__(self, model: nn.Module, task: Task, *, grad_wrt: Iterable[str] | None = None) -> None:
         """Takes the parameters of `model` as they are now."""
+        self._left_to_compare = 0  # samples of a batch that was split in a new way
+        self._compared: set[int] = set()  # samples of such a batch
         self._norms: Mapping[str, float] = {}  # those of a sample's gradients, by parameter
         self._ways: dict[str, Way] = {}  # to the gradients of parameters whose first way was wrong
         self._is_alone = False  # True once samples of a batch have changed each other
@@ -245,13 +250,20 @@ class CheckedStream(ModelPasses):
             if self._parallel is not None or check.expected.is_telling:  # on which processes with parts must agree
                 self._unchecked = 0
                 self._unseen -= {name for name, norm in check.expected.norms.items() if norm}
-                if count > 1:
+                if count > 1 and not taps.splits <= self._splits:
                     self._splits |= taps.splits
+                    self._left_to_compare = min(count, SAMPLES_OF_A_NEW_SPLIT)
+                    self._compared = set()
+            self._compared.add(check.sample)
+            self._left_to_compare -= 1
         unseen = {name: samples for name, samples in taps.watched.items() if name in self._unseen and samples.any()}
         if unseen:
             sample = int(torch.stack(list(unseen.values())).sum(0).argmax())
             self._unseen -= {name for name, samples in unseen.items() if samples[sample]}
             return sample
+        others = [sample for sample in range(count) if sample not in self._compared]
+        if self._left_to_compare > 0 and others and self._parallel is None:
+            return others[int(torch.randint(len(others), (), generator=self._choices, device="cpu"))]
         self._unchecked += count
         if singly:
             alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)

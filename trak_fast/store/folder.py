@@ -150,8 +150,9 @@ class Store:
         if differences(stored, marks):
             raise ValueError(
                 f"the features of model_id {model_id} in {self.path} belong to other weights than the checkpoint "
-                "given; use another model_id, or featurize again (a model's own state_dict() changes as other "
-                "checkpoints are loaded into it: copy.deepcopy it, or give TRAKer a model of its own)"
+                "given, or to another optimizer_state; use another model_id, or featurize again (a model's own "
+                "state_dict() changes as other checkpoints are loaded into it: copy.deepcopy it, or give TRAKer a "
+                "model of its own)"
             )
 
     def _marks(self, weights: Mapping[str, Any] | str) -> dict[str, str]:

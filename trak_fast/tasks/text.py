@@ -61,8 +61,13 @@ class _Texts:
     def _at_front(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Moves leading padding of `attention_mask` to the end, in all that has the mask's shape; shifts `position`."""
         mask = named["attention_mask"]
-        if mask.ndim != 2 or mask.shape != named["input_ids"].shape:
+        tokens = named["input_ids"]
+        if mask.ndim != 2 or tokens.ndim != 2:
             return dict(named)
+        if mask.shape != tokens.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {tuple(tokens.shape)}, not {tuple(mask.shape)}"
+            )
         count = leading(mask == 0)
         moved = {name: moved_to_front(x, count) if x.shape == mask.shape else x for name, x in named.items()}
         if "position" in moved:
@@ -103,6 +108,21 @@ class LanguageModelling(_Texts, BatchTask):
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")
     _warned = False  # True once it was said that samples have no predicted tokens
 
+    def _refuse_other_kinds(self, model: nn.Module) -> None:
+        """Refuses a model of transformers that encodes and decodes where the task is for others, or the reverse.
+
+        Raises:
+            ValueError: So it is.
+        """
+        takes_both = isinstance(self, Seq2SeqLM)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", takes_both) is not takes_both:
+            wanted, other = ("", "no ") if takes_both else ("no ", "")
+            fix = "take another task" if takes_both else 'task="seq2seq_lm" takes it'
+            raise ValueError(
+                f"model must be {wanted}encoder-decoder for {type(self).__name__}, and its config says that it is "
+                f"{other}one; {fix}"
+            )
+
     @abstractmethod
     def labels(self, named: Mapping[str, Tensor]) -> Tensor:
         """Returns the token that the logits at each position should predict, IGNORED where there is none.
@@ -120,6 +140,7 @@ class LanguageModelling(_Texts, BatchTask):
         """Computes f of each sequence of a batch, (B,)."""
         named = self._at_front(by_name(batch, self))
         labels = self.labels(named)
+        self._refuse_other_kinds(model)
         output = bind(model, weights, buffers)(**{name: named[name] for name in self.inputs})
         # −log p, with its relative accuracy where p is close to 1
         losses = token_losses(_checked_logits(output, labels.shape), labels)
@@ -134,13 +155,11 @@ class LanguageModelling(_Texts, BatchTask):
         """
         if not self._warned:
             empty = (self.labels(self._at_front(by_name(batch, self))) == IGNORED).all(1)
-            if count := int(empty.sum()):
+            if empty.any():
                 self._warned = True
                 logger.warning(
-                    "%d of %d samples have no predicted token: their gradient and Q are 0, and so are all scores of "
-                    "them (too short, or all labels -100?); more of them are not logged",
-                    count,
-                    len(empty),
+                    "some samples have no predicted token (too short, or all labels -100): their gradient and Q are 0, "
+                    "and so are all scores of them; this is said once"
                 )
         largest = -math.log(torch.finfo(outputs.dtype).tiny)
         return torch.where(outputs < largest * (1 - 1e-6), torch.sigmoid(-outputs), 0)
