@@ -36,9 +36,10 @@ def attempt(call: Callable[[], object], spare: int) -> str:
 torch.set_num_threads(4)
 # NumPy fills them without threads, whose memory the attempts would find and take.
 grads = torch.from_numpy(np.ones((3, 600_000), np.float32))
+many = torch.from_numpy(np.ones((48, 40_000), np.float32))  # whose panels do not fit into what imports have left over
 y = torch.from_numpy(np.ones((3, 2**18), np.float32))
 CALLS = {
-    "dense": lambda: trak_fast.project(grads, 4096),
+    "dense": lambda: trak_fast.project(many, 4096),
     "sparse": lambda: trak_fast.project(grads, 2**20, proj_type="sjlt", nonzeros=1),
     "sparse adjoint": lambda: trak_fast.project_adjoint(y, 600_000, proj_type="sjlt", nonzeros=1),
 }
