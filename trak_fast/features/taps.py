@@ -10,7 +10,6 @@ A layer without a rule (gradients/layers.py) is evaluated once more by itself, a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,15 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import ExpertsRule
 from ..gradients.graph import gradients_kept
 from ..gradients.layers import Rule
-from ..gradients.modes import unfused_attention
-from ..gradients.pieces import Piece, Whole, nonzero_samples
+from ..gradients.pieces import Piece, nonzero_samples
+from .repeated import RepeatedCall, SplitTensor, by_samples, split_by_samples
 from .shared import hook_uses
 from .tensor_parallel import TensorParallel
 
@@ -375,8 +373,8 @@ class Taps:
             if any(len(x) != len(output_grads) for x in inputs) or len(output_grads) % count:
                 return False
             # all tokens in one dimension, sample by sample
-            inputs = [_by_samples(x, count) for x in inputs]
-            output_grads = _by_samples(output_grads, count)
+            inputs = [by_samples(x, count) for x in inputs]
+            output_grads = by_samples(output_grads, count)
             call.rows = (Fraction(output_grads.shape[1], self._positions),)
         if inputs[0].ndim < rule.least_dims or any(len(x) != count for x in (*inputs, output_grads)):
             return False
@@ -429,81 +427,33 @@ class Taps:
 
     def _differentiate(self, call: _Call, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> bool:
         """Differentiates a layer without a rule by itself, sample by sample; returns False if it cannot be split."""
-        layer = call.known.layer
-        names = call.known.names
-        count = self._count
-        lengths = {len(g) for g in grads if g is not None}
-        if any(length % count or not length for length in lengths):
+        known = call.known
+        lengths = {len(gradient) for gradient in grads if gradient is not None}
+        if any(length % self._count or not length for length in lengths):
             return False
-        weights = {name: layer.get_parameter(name).detach() for name in names}
-        kept = [(place, g) for place, g in enumerate(grads) if g is not None]
-        parts = [_split(tensor, count, lengths) for tensor in (*tensors, *(g for _, g in kept))]
-        call.rows = tuple(self._rows_of(part) for part in parts)
-
-        def product(weights: dict[str, Tensor], *values: Tensor) -> Tensor:
-            """Computes Σ output · gradient for one sample, of which the gradient is that of f."""
-            own = [part.restored(value) for part, value in zip(parts, values, strict=True)]
-            own_tensors = iter(own[: len(tensors)])
-            leaves = [next(own_tensors) if leaf is None else leaf[0] for leaf in call.arguments]
-            args, kwargs = tree_unflatten(leaves, call.structure)
-            # a weight that a layer inside shares has a tap of its own there
-            results, _ = tree_flatten(functional_call(layer, weights, args, kwargs, tie_weights=False))
-            results = [x for x in results if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
-            total = [(results[place] * g).sum() for (place, _), g in zip(kept, own[len(tensors) :], strict=True)]
-            return torch.stack(total).sum()
-
-        values = [part.values for part in parts]
+        repeated = RepeatedCall(
+            known.layer,
+            list(known.names),
+            call.arguments,
+            call.structure,
+            split_by_samples(tensors, self._count, lengths),
+            {place: split_by_samples([g], self._count, lengths)[0] for place, g in enumerate(grads) if g is not None},
+            self._count,
+        )
+        call.rows = tuple(self._rows_of(part) for part in repeated.parts)
         self._is_inert = True
         try:
-            with torch.enable_grad():
-                if not self._at_once(names, weights, product, parts, values):
-                    for weight in weights.values():
-                        weight.requires_grad_()
-                    for i in range(count):
-                        sample = [x[i] if part.is_split else x for part, x in zip(parts, values, strict=True)]
-                        total = product(weights, *sample)
-                        if not total.requires_grad:
-                            continue
-                        # autograd itself: torch.func refuses custom functions, and hooks on saved tensors
-                        gradients = torch.autograd.grad(
-                            total, list(weights.values()), allow_unused=True, materialize_grads=True
-                        )
-                        for name, value in zip(weights, gradients, strict=True):
-                            self._hand_on(names[name], Whole(value.unsqueeze(0)), i)
+            for name, piece, start in repeated.gradients():
+                self._hand_on(known.names[name], piece, start)
         finally:
             self._is_inert = False
         return True
 
-    def _rows_of(self, part: _Split) -> Fraction | None:
+    def _rows_of(self, part: SplitTensor) -> Fraction | None:
         """Returns the entry of `Split.rows` for a tensor."""
         if not part.is_split:
             return None
         return Fraction(0 if part.had_batch else part.values.shape[1], self._positions)
-
-    def _at_once(
-        self,
-        names: dict[str, str],
-        weights: dict[str, Tensor],
-        product: Any,
-        parts: Sequence[_Split],
-        values: list[Tensor],
-    ) -> bool:
-        """Differentiates all samples of a batch together, if torch.func can and they are small."""
-        size = self._count * sum(weight.numel() * weight.element_size() for weight in weights.values())
-        if size > LARGEST_AT_ONCE:
-            return False
-        try:
-            with warnings.catch_warnings(), unfused_attention():
-                warnings.simplefilter("error")  # about loops in place of what cannot be batched
-                in_dims = (None, *(0 if part.is_split else None for part in parts))
-                gradients = vmap(grad(product), in_dims=in_dims)(weights, *values)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            return False
-        for name, value in gradients.items():
-            self._hand_on(names[name], Whole(value.detach()), 0)
-        return True
 
 
 def _pieces(
@@ -524,41 +474,3 @@ def _pieces(
         if is_out_of_memory(error):
             raise
         failures.append(error)
-
-
-LARGEST_AT_ONCE = 64 << 20
-"""Bytes of per-sample gradients that a layer without a rule may have together; larger ones are made one by one."""
-
-
-@dataclass(frozen=True)
-class _Split:
-    """A tensor with one slice for each sample, or one that all share.
-
-    Attributes:
-        values: (B, ...), or the tensor as it is.
-        is_split: True in the first case.
-        had_batch: True where the slices are samples of a batch, which a layer gets as batches of one.
-    """
-
-    values: Tensor
-    is_split: bool
-    had_batch: bool
-
-    def restored(self, value: Tensor) -> Tensor:
-        """Returns the slice of one sample as the layer takes it."""
-        return value.unsqueeze(0) if self.had_batch else value
-
-
-def _by_samples(tensor: Tensor, count: int) -> Tensor:
-    """Gives each sample its rows, as many as others have: (B · T, ...) becomes (B, T, ...)."""
-    return tensor.reshape(count, -1, *tensor.shape[1:])
-
-
-def _split(tensor: Tensor, count: int, lengths: set[int]) -> _Split:
-    """Splits a tensor by samples: of which it has one a row, or as many rows of each as outputs have."""
-    length = len(tensor) if tensor.ndim else 0
-    if length == count:
-        return _Split(tensor, is_split=True, had_batch=True)
-    if length in lengths:
-        return _Split(_by_samples(tensor, count), is_split=True, had_batch=False)
-    return _Split(tensor, is_split=False, had_batch=False)
