@@ -33,6 +33,7 @@ PATIENCE = 60.0
 
 MODELS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "tiny": lambda: transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=1000),
+    "gpt2-one-layer": lambda: transformers.GPT2Config(n_layer=1),
     "gpt2-small": transformers.GPT2Config,
     "gpt2-xl": lambda: transformers.GPT2Config(n_layer=48, n_embd=1600, n_head=25),
     "llama-1b": lambda: transformers.LlamaConfig(
@@ -40,7 +41,7 @@ MODELS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-"""Configurations by name; the last is that of Llama 3.2 1B."""
+"""Configurations by name. GPT-2 small of one layer is for libraries that take minutes; the last is that of Llama 3.2 1B."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Measures tokens a second and memory of each way from a language model to features, and prints a table.
 
-    python benchmarks/large_models.py [--model gpt2-small|gpt2-xl|llama-1b|tiny] [--device cuda] [--dtype bfloat16]
-        [--ways TEXT ...] [--output benchmarks/results/NAME.json]
+    python benchmarks/large_models.py [--model gpt2-small|gpt2-one-layer|gpt2-xl|llama-1b|tiny] [--device cuda]
+        [--dtype bfloat16] [--ways TEXT ...] [--output benchmarks/results/NAME.json]
 
 Models have random weights, and texts are random tokens without padding. Each way runs in a process of its own, in
 interleaved rounds; figures are medians over rounds of the median batch. Memory is the peak of the first batch above the
