@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-"""Configurations by name. GPT-2 small of one layer is for libraries that take minutes; the last is that of Llama 3.2 1B."""
+"""Configurations by name. One layer of GPT-2 small is for libraries that take minutes; the last is Llama 3.2 1B."""
 
 
 @dataclass(frozen=True)
