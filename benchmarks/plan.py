@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import trak_fast
+from trak_fast.gradients import FunctionalGradientComputer
 from trak_fast.plan import predict as plan
 from trak_fast.plan import rates
 from trak_fast.plan.job import Job
@@ -91,9 +92,7 @@ def params(model: nn.Module) -> int:
 
 def gradient_seconds(model: nn.Module, batch: list[Tensor], repeats: int = 7) -> float:
     """Measures the seconds of one sample's gradient and weighting, computed as the driver does."""
-    computer = trak_fast.traker.FunctionalGradientComputer(
-        model.eval(), trak_fast.tasks.resolve_task("image_classification")
-    )
+    computer = FunctionalGradientComputer(model.eval(), trak_fast.tasks.resolve_task("image_classification"))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import trak_fast
+from trak_fast.gradients import FunctionalGradientComputer, HookGradientComputer
 from trak_fast.projection import reference
 from trak_fast.scales import joined
 from trak_fast.scoring import solver
@@ -91,15 +92,15 @@ def test_packing(benchmark: Any, dtype: str, layout: str) -> None:
     check(benchmark(trak_fast.project, grads, 16), flat, "rademacher")
 
 
-@pytest.mark.parametrize("computer", ["FunctionalGradientComputer", "HookGradientComputer"])
-def test_featurize(benchmark: Any, tmp_path: Path, computer: str) -> None:
+@pytest.mark.parametrize("computer", [None, FunctionalGradientComputer, HookGradientComputer])
+def test_featurize(benchmark: Any, tmp_path: Path, computer: Any) -> None:
     """Takes a batch to its rows on disk: gradients, projection, weightings, X'X."""
     benchmark.group = "featurize"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)).eval()
     batch = [torch.randn(32, 64), torch.randint(10, (32,))]
     options: dict[str, Any] = {"proj_dim": K, "logging_level": 40, "load_from_save_dir": False}
-    options |= {"gradient_computer": getattr(trak_fast.traker, computer, None) or getattr(trak_fast, computer)}
+    options |= {"gradient_computer": computer}
     size = 32 * 4096
     traker = trak_fast.TRAKer(model, "image_classification", size, tmp_path, **options)
     traker.load_checkpoint(model.state_dict(), model_id=0)
