@@ -22,11 +22,18 @@ from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import experts_rule_of
 from ..gradients.layers import rule_of
 from ..gradients.parameters import columns_of, layers_of, listed
-from ..gradients.repeatable import GRADIENT_ROUNDINGS, RANDOM, RandomOutputsError, differ, tolerance_of
+from ..gradients.repeatable import (
+    GRADIENT_ROUNDINGS,
+    NEGLIGIBLE_ROUNDINGS,
+    RANDOM,
+    RandomOutputsError,
+    differ,
+    tolerance_of,
+)
 from ..tasks.base import Task
 from .passes import ModelPasses
 from .sharded import Kind, shards_of
-from .sketches import NEGLIGIBLE_ROUNDINGS, Sketches, Sums, differing
+from .sketches import Sketches, Sums, differing
 from .taps import Split, TappedLayer, Taps
 from .tokens import NoTokensError
 

@@ -20,20 +20,12 @@ from ..projection.functions import project
 CHECK_DIM = 16
 """Numbers that a parameter's gradient is compared by."""
 
-NEGLIGIBLE_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 4.0}
-"""The difference that does not count, as a multiple of the dtype's precision: relative to the largest gradient of a
-parameter. One that is rounding of zero, as that of attention's key biases is, has no correct digits to compare."""
 
-
-class Sink(Protocol):
-    """A sum that pieces of gradients go to."""
+class Sums(Protocol):
+    """A sum of vectors, one for each sample, that pieces of gradients go to."""
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
-
-
-class Sums(Sink, Protocol):
-    """A sum of vectors, one for each sample."""
 
     def add_whole(self, name: str, piece: Piece, start: int) -> None:
         """Adds the whole gradient of a parameter, for samples from `start` on."""

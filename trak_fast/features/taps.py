@@ -34,10 +34,6 @@ Take = Callable[[str, Piece, int], None]
 """Takes a piece of a parameter's gradient, by the parameter's name, for samples from a first one on."""
 
 
-class ViewChangedError(RuntimeError):
-    """The model changes a layer's output in place, which taps that return views of it cannot see."""
-
-
 @dataclass(frozen=True)
 class TappedLayer:
     """A layer, with some parameters that it computes with.

@@ -32,13 +32,9 @@ from .graph import edges_of
 from .layers import Rule, rule_of
 from .modes import requiring_grad
 from .parameters import layers_of
-from .repeatable import RANDOM, RandomOutputsError, differ, tolerance_of
+from .repeatable import NEGLIGIBLE_ROUNDINGS, RANDOM, RandomOutputsError, differ, tolerance_of
 
 logger = logging.getLogger("trak_fast")
-
-NEGLIGIBLE_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 4.0}
-"""The difference that does not count, as a multiple of the dtype's precision: relative to the largest entry of all
-gradients. One that is rounding of zero, as that of attention's key biases is, has no correct digits to compare."""
 
 SAMPLES_A_CHECK = 32
 """Samples of a batch for each one that is differentiated alone, to compare with: about a thirtieth of the time."""

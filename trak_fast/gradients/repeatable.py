@@ -19,6 +19,11 @@ GRADIENT_ROUNDINGS = {torch.float64: 2.0**10, torch.float32: 2.0**10, torch.bflo
 """The same for gradients, relative to the largest entry of a parameter's gradient."""
 
 
+NEGLIGIBLE_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 4.0}
+"""The difference of gradients that does not count, as a multiple of the dtype's precision: relative to the largest of a
+parameter. One that is rounding of zero, as that of attention's key biases is, has no correct digits to compare."""
+
+
 def tolerance_of(roundings: Mapping[torch.dtype, float], dtypes: Iterable[torch.dtype]) -> float:
     """Returns the relative difference that so many roundings explain in a model with parameters of `dtypes`."""
     return max(roundings.get(dtype, 1.0) * torch.finfo(dtype).eps for dtype in dtypes)
