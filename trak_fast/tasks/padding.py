@@ -21,6 +21,19 @@ def leading(padding: Tensor) -> Tensor:
     return torch.where(count < padding.shape[1], count, 0)
 
 
+def lengths_of(padding: Tensor) -> Tensor:
+    """Counts the positions of each sequence up to its last that is no padding.
+
+    Args:
+        padding: (B, T), True where a position is padding.
+
+    Returns:
+        (B,) int64.
+    """
+    places = torch.arange(1, padding.shape[1] + 1, device=padding.device)
+    return torch.where(padding, 0, places).amax(1)
+
+
 def moved_to_front(values: Tensor, count: Tensor) -> Tensor:
     """Rolls sequences so that the first positions come last: models count a token's position from the front.
 

@@ -21,7 +21,7 @@ from .base import BatchTask, bind
 from .batches import by_name
 from .checks import tensor_of, within
 from .classification import Classification
-from .padding import leading, moved_to_front, without_padding
+from .padding import leading, lengths_of, moved_to_front, without_padding
 from .tokens import IGNORED, token_losses
 
 logger = logging.getLogger("trak_fast")
@@ -39,18 +39,19 @@ class _Texts:
 
     def text_lengths(self, batch: Sequence[Tensor]) -> Tensor:
         """Counts the positions of each text up to its last that is no padding, (B,) int64."""
-        named = self._at_front(by_name(batch, self))
+        return self._lengths(self._at_front(by_name(batch, self)))
+
+    def _lengths(self, named: Mapping[str, Tensor]) -> Tensor:
         mask = named["attention_mask"]
         if mask.ndim != 2:
             return torch.full((len(mask),), named["input_ids"].shape[1])
-        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        return torch.where(mask != 0, places, 0).amax(1)
+        return lengths_of(mask == 0)
 
     def without_spare_padding(self, batch: Sequence[Tensor]) -> list[Tensor]:
         """Returns a batch whose texts begin at the front, cut after the longest of them."""
         named = self._at_front(by_name(batch, self))
         shape = named["input_ids"].shape
-        longest = max(1, int(self.text_lengths(batch).max()))
+        longest = max(1, int(self._lengths(named).max()))
         return [x[:, :longest] if x.shape == shape else x for x in named.values()]
 
     def _cleared(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,9 +209,8 @@ class Seq2SeqLM(LanguageModelling):
         """Returns a batch whose texts begin at the front, cut after the longest of them, as the labels are."""
         named = self._at_front(by_name(batch, self))
         labels = named.pop("labels")
-        longest = max(1, int(self.text_lengths(batch).max()))
-        places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-        longest_label = max(1, int(torch.where(labels != IGNORED, places, 0).max()))
+        longest = max(1, int(self._lengths(named).max()))
+        longest_label = max(1, int(lengths_of(labels == IGNORED).max()))
         return [*(x[:, :longest] for x in named.values()), labels[:, :longest_label]]
 
     def _cleared(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
