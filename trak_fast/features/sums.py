@@ -15,6 +15,29 @@ from .sketches import Sketches
 from .tensor_parallel import TensorParallel
 
 
+class DeviceSums:
+    """A sum whose summands are on several devices, as the layers of a model may be."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """Starts with zeros, of a shape."""
+        self._shape = shape
+        self._sums: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Returns the sum of what is on a device, to add to."""
+        if device not in self._sums:
+            self._sums[device] = torch.zeros(self._shape, device=device)
+        return self._sums[device]
+
+    def total(self, device: torch.device) -> Tensor:
+        """Returns the sum over all devices, float32."""
+        total = self.on(device)
+        for other, sums in self._sums.items():
+            if other != device:
+                total += sums.to(device)
+        return total
+
+
 class FeatureSums:
     """Sums of the projections of pieces, (B, k)."""
 
@@ -42,12 +65,11 @@ class FeatureSums:
         """
         self._projector = projector
         self._columns = columns
-        self._count = count
         self._model_id = model_id
         self._slice_bytes = slice_bytes
         self._sketches = sketches
         self._parallel = parallel
-        self._sums: dict[torch.device, Tensor] = {}
+        self._sums = DeviceSums((count, projector.proj_dim))
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
@@ -82,7 +104,7 @@ class FeatureSums:
             column: The column of the first row, within the parameter.
             start: The first sample.
         """
-        sums = self._sums_on(rows.device)[start : start + len(rows)]
+        sums = self._sums.on(rows.device)[start : start + len(rows)]
         projector = self._projector
         blocks = [(rows, column)] if self._parallel is None else self._parallel.blocks(name, rows, column)
         for block, first in blocks:
@@ -98,15 +120,7 @@ class FeatureSums:
                 out=sums,
             )
 
-    def _sums_on(self, device: torch.device) -> Tensor:
-        if device not in self._sums:
-            self._sums[device] = torch.zeros(self._count, self._projector.proj_dim, device=device)
-        return self._sums[device]
-
     def result(self, device: torch.device) -> Tensor:
         """Returns the sum over all devices, and all processes that have parts of the model, (B, k) float32."""
-        total = self._sums_on(device)
-        for other, sums in self._sums.items():
-            if other != device:
-                total += sums.to(device)
+        total = self._sums.total(device)
         return total if self._parallel is None else self._parallel.total(total)

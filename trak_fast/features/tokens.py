@@ -20,6 +20,7 @@ from ..gradients.pieces import Lookup, Outer, Piece, Summed, part_of, runs
 from ..projection.functions import project, project_adjoint
 from ..projection.projector import Projector
 from .sketches import Sketches
+from .sums import DeviceSums
 from .two_sided import BoundSketch, Layout, device_of, exact, sample_slices, show
 
 
@@ -59,14 +60,12 @@ class _TokenSink(ABC):
         self._model_id = model_id
         self._slice_bytes = slice_bytes
         self._sketches = sketches
-        self._sums: dict[torch.device, Tensor] = {}
+        self._sums = DeviceSums(shape)
         self._without: dict[str, None] = {}  # parameters that are no sums over tokens
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
         device = device_of(piece)
-        if device not in self._sums:
-            self._sums[device] = torch.zeros(self._shape, device=device)
         if isinstance(piece, Outer):
             tokens = piece.left.shape[1]
         elif isinstance(piece, (Lookup, Summed)):
@@ -92,7 +91,7 @@ class _TokenSink(ABC):
         bound = None if sketch is None else sketch.bind(self._projector.seed, self._model_id, device)
         for samples in sample_slices(piece, self._slice_bytes):
             part = part_of(piece, samples)
-            sums = self._sums[device][start + samples.start : start + samples.stop]
+            sums = self._sums.on(device)[start + samples.start : start + samples.stop]
             if bound is None:
                 self._add_plain(columns.first, part, sums)
             else:
@@ -117,10 +116,7 @@ class _TokenSink(ABC):
                 f"grad_wrt must name parameters whose gradients are sums over the {self._shape[1]} tokens of a sample, "
                 f"not {listed(list(self._without))}; leave these out with grad_wrt"
             )
-        total = torch.zeros(self._shape, device=device)
-        for sums in self._sums.values():
-            total += sums.to(device)
-        return total.flatten(1)
+        return self._sums.total(device).flatten(1)
 
 
 class TokenSums(_TokenSink):

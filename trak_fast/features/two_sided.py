@@ -22,6 +22,7 @@ from ..gradients.parameters import Columns, layers_of
 from ..gradients.pieces import Block, Lookup, Outer, Piece, Whole, part_of, row_slices
 from ..projection.functions import project_adjoint
 from .sketches import Sketches, Sums
+from .sums import DeviceSums
 
 SKETCHES = ("full", "two_sided")
 """The forms in which gradients are projected."""
@@ -255,17 +256,14 @@ class BlockSums:
     def __init__(self, columns: Mapping[str, Columns], count: int, dim: int, slice_bytes: int) -> None:
         """Starts with zeros, (B, dim)."""
         self._columns = columns
-        self._shape = (count, dim)
         self._slice_bytes = slice_bytes
-        self._sums: dict[torch.device, Tensor] = {}
+        self._sums = DeviceSums((count, dim))
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
         for rows, column in row_slices(piece, self._slice_bytes):
             first = self._columns[name].first + column
-            if rows.device not in self._sums:
-                self._sums[rows.device] = torch.zeros(self._shape, device=rows.device)
-            self._sums[rows.device][start : start + len(rows), first : first + rows[0].numel()] += rows.flatten(1)
+            self._sums.on(rows.device)[start : start + len(rows), first : first + rows[0].numel()] += rows.flatten(1)
             del rows  # before the next ones are formed
 
     add_whole = add
@@ -275,10 +273,7 @@ class BlockSums:
 
     def result(self, device: torch.device) -> Tensor:
         """Returns the sum over all devices, (B, dim) float32."""
-        total = torch.zeros(self._shape, device=device)
-        for sums in self._sums.values():
-            total += sums.to(device)
-        return total
+        return self._sums.total(device)
 
 
 def show(sketches: Sketches, name: str, piece: Piece, start: int, slice_bytes: int) -> None:
