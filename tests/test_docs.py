@@ -22,13 +22,9 @@ def execute(command: list[str], folder: Path, python: str = sys.executable) -> s
     """Runs a command that finds this `python`, and what is installed beside the usual one; returns what it printed."""
     path = os.pathsep.join([*(str(Path(program).parent) for program in (python, sys.executable)), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    for _ in range(2):
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        # a thread of torch.distributed that is still at work when the interpreter ends aborts the process
-        if "terminate called without an active exception" not in done.stderr:
-            break
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return done.stdout
