@@ -28,7 +28,7 @@ LORA_DIM = 8192
 BUDGET = 64 << 20
 """Bytes of the way with a budget of its own."""
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds of a batch beyond which no other follows."""
 
 MODELS: dict[str, Callable[[], transformers.PretrainedConfig]] = {

@@ -69,19 +69,21 @@ class Way(enum.Enum):
     """By differentiating the whole model, sample by sample."""
 
 
+@dataclass(frozen=True)
 class Check:
-    """The gradients of one sample alone, which those of its batch are compared with.
+    """The gradients of some samples alone, which those of their batch are compared with.
 
     Attributes:
-        sample: The sample's place in the batch.
-        outputs: f of this sample alone, or of all samples of the first batch, (B,) or (1,).
-        expected: Its gradients.
+        samples: The samples' places in the batch.
+        expected: The gradients of each.
+        evaluated: The samples whose f was computed alone: these, or all of the first batch.
+        outputs: f of each of these.
     """
 
-    def __init__(self, sample: int, outputs: Tensor, expected: Sketches) -> None:
-        self.sample = sample
-        self.outputs = outputs
-        self.expected = expected
+    samples: list[int]
+    expected: list[Sketches]
+    evaluated: list[int]
+    outputs: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class CheckedStream(ModelPasses):
 
     def __init__(self, model: nn.Module, task: Task, *, grad_wrt: Iterable[str] | None = None) -> None:
         """Takes the parameters of `model` as they are now."""
-        self._left_to_compare = 0  # samples of a batch that was split in a new way
+        self._left_to_compare = SAMPLES_OF_A_NEW_SPLIT  # samples of a batch that was split in a new way
         self._compared: set[int] = set()  # samples of such a batch
         self._norms: Mapping[str, float] = {}  # those of a sample's gradients, by parameter
         self._ways: dict[str, Way] = {}  # to the gradients of parameters whose first way was wrong
@@ -128,7 +130,7 @@ class CheckedStream(ModelPasses):
     def _new_sums(
         self,
         batch: Sequence[Tensor],
-        sketches: Sketches | None = None,
+        sketches: Sequence[Sketches] = (),
         is_whole: Callable[[str], bool] = lambda name: True,
     ) -> Sums:
         """Starts the sums that the pieces of a batch's gradients go to."""
@@ -186,7 +188,7 @@ class CheckedStream(ModelPasses):
                 if check is None and self._is_due(len(batch[0])):
                     check = self._begin_check(batch, seeds)
                 streamed = self._stream(batch, seeds, check)
-                if isinstance(streamed, int):
+                if isinstance(streamed, list):
                     check = self._check_of(batch, seeds, streamed)
                     continue
             except Exception as error:
@@ -207,18 +209,17 @@ class CheckedStream(ModelPasses):
 
     def _stream(
         self, batch: Sequence[Tensor], seeds: Tensor, check: Check | None
-    ) -> tuple[Tensor, Tensor] | int | None:
+    ) -> tuple[Tensor, Tensor] | list[int] | None:
         """Computes features and outputs by one pass over the batch.
 
         Returns:
-            Both; or None if the pass must be repeated, or the sample that it must be repeated with the check of.
+            Both; or None if the pass must be repeated, or the samples that it must be repeated with the check of.
         """
         count = len(batch[0])
         singly = self.singly
         streamed = [name for name in self.selected if name not in singly]
-        sketches = None
-        if check is not None:
-            sketches = Sketches(self.columns, check.sample, streamed, check.expected.exponents)
+        expected = [] if check is None else check.expected
+        found = [Sketches(self.columns, alone.sample, streamed, alone.exponents) for alone in expected]
         layers = [known for known in self._layers if not singly.issuperset(known.names.values())]
         # modules that gather their weights take no views as their outputs
         taps = Taps(
@@ -232,7 +233,7 @@ class CheckedStream(ModelPasses):
             positions=batch[0].shape[1] if batch[0].ndim > 1 else 1,
             watched=() if self._parallel is not None else self._unseen - singly,
         )
-        sums = self._new_sums(batch, sketches, taps.is_whole)
+        sums = self._new_sums(batch, found, taps.is_whole)
         with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
             outputs = self._outputs(batch)
             taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
@@ -245,32 +246,35 @@ class CheckedStream(ModelPasses):
             return None
         if check is None and count > 1 and not taps.splits <= self._splits:
             self._unchecked = SAMPLES_A_CHECK  # a batch of another shape may be one that a rule does not know
+            self._left_to_compare = SAMPLES_OF_A_NEW_SPLIT
             return None
-        if check is not None and sketches is not None:
+        if check is not None:
             if not self._agree(batch, check, outputs):
                 self._stay_alone()
                 return None
-            if failed := self._union(self._differing(sketches, check.expected)):
+            wrong = {name for pair in zip(found, expected, strict=True) for name in self._differing(*pair)}
+            if failed := self._union(wrong):
                 self._fall_back(failed)
                 return None
             self._compared_all |= count > 1  # a sample in a batch of its own says nothing about those of others
-            if self._parallel is not None or check.expected.is_telling:  # on which processes with parts must agree
+            # on which processes with parts must agree
+            if self._parallel is not None or any(alone.is_telling for alone in expected):
                 self._unchecked = 0
-                self._unseen -= {name for name, norm in check.expected.norms.items() if norm}
+                self._unseen -= {name for alone in expected for name, norm in alone.norms.items() if norm}
                 if count > 1 and not taps.splits <= self._splits:
                     self._splits |= taps.splits
                     self._left_to_compare = min(count, SAMPLES_OF_A_NEW_SPLIT)
                     self._compared = set()
-            self._compared.add(check.sample)
-            self._left_to_compare -= 1
+            self._compared.update(check.samples)
+            self._left_to_compare -= len(check.samples)
         unseen = {name: samples for name, samples in taps.watched.items() if name in self._unseen and samples.any()}
         if unseen:
             sample = int(torch.stack(list(unseen.values())).sum(0).argmax())
             self._unseen -= {name for name, samples in unseen.items() if samples[sample]}
-            return sample
+            return [sample]
         others = [sample for sample in range(count) if sample not in self._compared]
         if self._left_to_compare > 0 and others and self._parallel is None:
-            return others[int(torch.randint(len(others), (), generator=self._choices, device="cpu"))]
+            return self._chosen(others, self._left_to_compare)
         self._unchecked += count
         if singly:
             alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)
@@ -315,19 +319,27 @@ class CheckedStream(ModelPasses):
         return self._unchecked + count > SAMPLES_A_CHECK
 
     def _begin_check(self, batch: Sequence[Tensor], seeds: Tensor) -> Check:
-        """Differentiates one sample of a batch alone; of the first batch, evaluates all samples alone."""
-        sample = int(torch.randint(len(batch[0]), (), generator=self._choices, device="cpu"))
-        return self._check_of(batch, seeds, sample)
+        """Chooses samples of a batch, more of one that is split in a new way, and begins the check of them."""
+        count = 1 if self._parallel is not None else max(1, self._left_to_compare)
+        return self._check_of(batch, seeds, self._chosen(range(len(batch[0])), count))
 
-    def _check_of(self, batch: Sequence[Tensor], seeds: Tensor, sample: int) -> Check:
-        """Begins the check of a sample."""
-        expected, outputs = self._sketched_alone(batch, seeds, sample, list(self.selected))
-        self._norms = expected.norms
-        if self._parallel is not None:
-            self._parallel.compare(expected.values)
+    def _chosen(self, samples: Sequence[int], count: int) -> list[int]:
+        """Chooses some samples at random, or all if there are no more."""
+        order = torch.randperm(len(samples), generator=self._choices, device="cpu")
+        return [samples[place] for place in order[:count].tolist()]
+
+    def _check_of(self, batch: Sequence[Tensor], seeds: Tensor, samples: list[int]) -> Check:
+        """Differentiates some samples of a batch alone; of the first batch, evaluates all samples alone."""
+        alone = [self._sketched_alone(batch, seeds, sample, list(self.selected)) for sample in samples]
+        expected = [sketches for sketches, _ in alone]
+        for sketches in expected:
+            if sketches.is_telling or not self._norms:
+                self._norms = sketches.norms
+            if self._parallel is not None:
+                self._parallel.compare(sketches.values)
         if not self._compared_all and len(batch[0]) > 1:
-            outputs = self._outputs_alone(batch)
-        return Check(sample, outputs, expected)
+            return Check(samples, expected, list(range(len(batch[0]))), self._outputs_alone(batch))
+        return Check(samples, expected, samples, torch.cat([outputs for _, outputs in alone]))
 
     def _sketched_alone(
         self, batch: Sequence[Tensor], seeds: Tensor, sample: int, names: list[str]
@@ -349,10 +361,7 @@ class CheckedStream(ModelPasses):
             RandomOutputsError: f of a sample alone is random.
         """
         expected = outputs.clone()
-        if len(check.outputs) == len(outputs):
-            expected = check.outputs
-        else:
-            expected[check.sample] = check.outputs[0]
+        expected[check.evaluated] = check.outputs.to(expected)
         if not differ(expected, outputs, self._output_tolerance):
             return True
         worst = int((expected.double() - outputs.double()).abs().nan_to_num(torch.inf).argmax())

@@ -135,7 +135,7 @@ def projecting(projector: GradientProjector, batch_size: int, micro_batches: int
     sample = int(torch.randint(size, (), generator=projector._choices, device="cpu"))
     names = list(projector.selected)
     found = Sketches(projector.columns, sample, names, {})
-    stage = StagePass(projector, size, micro_batches, projector._new_sums([torch.empty(batch_size)], found))
+    stage = StagePass(projector, size, micro_batches, projector._new_sums([torch.empty(batch_size)], [found]))
     with evaluation_mode(projector.model):
         handles = [
             projector.model.register_forward_pre_hook(stage.begin, with_kwargs=True),

@@ -416,7 +416,7 @@ class GradientProjector(CheckedStream):
     def _new_sums(
         self,
         batch: Sequence[Tensor],
-        sketches: Sketches | None = None,
+        sketches: Sequence[Sketches] = (),
         is_whole: Callable[[str], bool] = lambda name: True,
     ) -> Sums:
         """Starts the sums that the pieces of a batch's gradients go to."""
@@ -449,7 +449,7 @@ class GradientProjector(CheckedStream):
         else:
             # which sees sketches, and no gradients to check
             inner = FeatureSums(
-                self.projector, columns, count, model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=None
+                self.projector, columns, count, model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=()
             )
         return TwoSidedSums(layout, inner, seed=self.projector.seed, **common)
 
@@ -470,7 +470,7 @@ class _Common(TypedDict):
 
     model_id: int
     slice_bytes: int
-    sketches: Sketches | None
+    sketches: Sequence[Sketches]
 
 
 def _tokens_of(batch: Sequence[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class FeatureSums:
         *,
         model_id: int,
         slice_bytes: int,
-        sketches: Sketches | None,
+        sketches: Sequence[Sketches],
         parallel: TensorParallel | None = None,
     ) -> None:
         """Starts with zeros.
@@ -60,7 +60,7 @@ class FeatureSums:
             count: Samples, B.
             model_id: The checkpoint's number.
             slice_bytes: Bytes of gradients that are formed at a time.
-            sketches: Gets the rows of one sample too, for a check.
+            sketches: Get the rows of samples that are checked, too.
             parallel: Knows the columns of the parts that this process has of parameters.
         """
         self._projector = projector
@@ -91,9 +91,9 @@ class FeatureSums:
         self.add_rows(name, rows, column, start)
 
     def check_rows(self, name: str, rows: Tensor, column: int, start: int) -> None:
-        """Adds the rows of one sample to the sketches of a check; arguments as of `add_rows`."""
-        if self._sketches is not None:
-            self._sketches.add_rows(name, rows, column, start)
+        """Adds the rows of samples that are checked to their sketches; arguments as of `add_rows`."""
+        for sketches in self._sketches:
+            sketches.add_rows(name, rows, column, start)
 
     def add_rows(self, name: str, rows: Tensor, column: int, start: int) -> None:
         """Adds the projection of some rows of a parameter's gradient.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class _TokenSink(ABC):
         *,
         model_id: int,
         slice_bytes: int,
-        sketches: Sketches | None,
+        sketches: Sequence[Sketches],
     ) -> None:
         """Starts with zeros.
 
@@ -51,7 +51,7 @@ class _TokenSink(ABC):
             shape: The shape of the sums, (B, T, ...).
             model_id: The checkpoint's number.
             slice_bytes: Bytes of numbers that are formed at a time.
-            sketches: Gets the gradients of one sample too, for a check.
+            sketches: Get the gradients of samples that are checked, too.
         """
         self._projector = projector
         self._columns = columns
@@ -76,8 +76,7 @@ class _TokenSink(ABC):
             self._add_tokens(name, piece, start, device)
         else:
             self._without[name] = None
-        if self._sketches is not None:
-            show(self._sketches, name, piece, start, self._slice_bytes)
+        show(self._sketches, name, piece, start, self._slice_bytes)
 
     add_whole = add
 
@@ -131,7 +130,7 @@ class TokenSums(_TokenSink):
         *,
         model_id: int,
         slice_bytes: int,
-        sketches: Sketches | None,
+        sketches: Sequence[Sketches],
         is_projected: bool,
     ) -> None:
         """Starts with zeros.
@@ -143,7 +142,7 @@ class TokenSums(_TokenSink):
             tokens: Tokens of each, T.
             model_id: The checkpoint's number.
             slice_bytes: Bytes of numbers that are formed at a time.
-            sketches: Gets the gradients of one sample too, for a check.
+            sketches: Get the gradients of samples that are checked, too.
             is_projected: False to leave sketches as they are.
         """
         super().__init__(
@@ -216,7 +215,7 @@ class TokenShares(_TokenSink):
         *,
         model_id: int,
         slice_bytes: int,
-        sketches: Sketches | None,
+        sketches: Sequence[Sketches],
         is_projected: bool,
     ) -> None:
         """Starts with zeros.
@@ -230,7 +229,7 @@ class TokenShares(_TokenSink):
             tokens: Tokens of each, T.
             model_id: The checkpoint's number.
             slice_bytes: Bytes of numbers that are formed at a time.
-            sketches: Gets the gradients of one sample too, for a check.
+            sketches: Get the gradients of samples that are checked, too.
             is_projected: False where features are sketches as they are.
         """
         super().__init__(

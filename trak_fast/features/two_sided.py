@@ -9,7 +9,7 @@ GPT?", arXiv:2405.13954, 2024, section 3; there they are kept.) docs/two-sided.m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -208,7 +208,7 @@ class TwoSidedSums:
         seed: int,
         model_id: int,
         slice_bytes: int,
-        sketches: Sketches | None,
+        sketches: Sequence[Sketches],
     ) -> None:
         """Starts with zeros.
 
@@ -218,7 +218,7 @@ class TwoSidedSums:
             seed: Selects the sketches' matrices, as does the next.
             model_id: The checkpoint's number.
             slice_bytes: Bytes of numbers that are formed at a time.
-            sketches: Gets the gradients of one sample too, for a check.
+            sketches: Get the gradients of samples that are checked, too.
         """
         self._layout = layout
         self._inner = inner
@@ -237,8 +237,7 @@ class TwoSidedSums:
             for samples in sample_slices(piece, self._slice_bytes):
                 block = bound.apply(part_of(piece, samples))
                 self._inner.add(name, Whole(block), start + samples.start)
-        if self._sketches is not None:
-            show(self._sketches, name, piece, start, self._slice_bytes)
+        show(self._sketches, name, piece, start, self._slice_bytes)
 
     add_whole = add
 
@@ -276,13 +275,14 @@ class BlockSums:
         return self._sums.total(device)
 
 
-def show(sketches: Sketches, name: str, piece: Piece, start: int, slice_bytes: int) -> None:
-    """Gives a check the gradient of the one sample that it is about."""
-    place = sketches.sample - start
-    if name not in sketches.values or not 0 <= place < piece.count:
-        return
-    for rows, column in row_slices(part_of(piece, slice(place, place + 1)), slice_bytes):
-        sketches.add_rows(name, rows, column, sketches.sample)
+def show(checked: Sequence[Sketches], name: str, piece: Piece, start: int, slice_bytes: int) -> None:
+    """Gives sketches the gradients of the samples that they are of."""
+    for sketches in checked:
+        place = sketches.sample - start
+        if name not in sketches.values or not 0 <= place < piece.count:
+            continue
+        for rows, column in row_slices(part_of(piece, slice(place, place + 1)), slice_bytes):
+            sketches.add_rows(name, rows, column, sketches.sample)
 
 
 def device_of(piece: Piece) -> torch.device:
