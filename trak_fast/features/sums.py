@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..gradients.parameters import Columns
-from ..gradients.pieces import Piece, row_slices
+from ..gradients.pieces import Piece, Workspace, row_slices
 from ..projection.functions import project
 from ..projection.projector import Projector
 from .sketches import Sketches
@@ -70,10 +70,11 @@ class FeatureSums:
         self._sketches = sketches
         self._parallel = parallel
         self._sums = DeviceSums((count, projector.proj_dim))
+        self._workspace = Workspace()
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
-        for rows, column in row_slices(piece, self._slice_bytes):
+        for rows, column in row_slices(piece, self._slice_bytes, self._workspace):
             self._add_checked(name, rows, column, start)
             del rows  # before the next ones are formed
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..gradients.parameters import Columns, listed
-from ..gradients.pieces import Lookup, Outer, Piece, Summed, part_of, runs
+from ..gradients.pieces import Lookup, Outer, Piece, Summed, exact, part_of, runs
 from ..projection.functions import project, project_adjoint
 from ..projection.projector import Projector
 from .sketches import Sketches
 from .sums import DeviceSums
-from .two_sided import BoundSketch, Layout, device_of, exact, sample_slices, show
+from .two_sided import BoundSketch, Layout, device_of, sample_slices, show
 
 
 class NoTokensError(ValueError):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..arguments import choice, integer
 from ..gradients.layers import rule_of
 from ..gradients.parameters import Columns, layers_of
-from ..gradients.pieces import Block, Lookup, Outer, Piece, Whole, part_of, row_slices
+from ..gradients.pieces import Block, Lookup, Outer, Piece, Whole, Workspace, exact, part_of, row_slices
 from ..projection.functions import project_adjoint
 from .sketches import Sketches, Sums
 from .sums import DeviceSums
@@ -143,11 +143,6 @@ def _projected(factors: Tensor, matrix: Tensor | None) -> Tensor:
         return factors @ matrix.mT
 
 
-def exact(device: torch.device) -> torch.autocast:
-    """Returns a context in which products are as their factors are, whatever the caller's autocast says."""
-    return torch.autocast(device.type, enabled=False)
-
-
 class Layout:
     """The virtual columns: those of the matrix that sketches and the other gradients are projected by.
 
@@ -257,10 +252,11 @@ class BlockSums:
         self._columns = columns
         self._slice_bytes = slice_bytes
         self._sums = DeviceSums((count, dim))
+        self._workspace = Workspace()
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
-        for rows, column in row_slices(piece, self._slice_bytes):
+        for rows, column in row_slices(piece, self._slice_bytes, self._workspace):
             first = self._columns[name].first + column
             self._sums.on(rows.device)[start : start + len(rows), first : first + rows[0].numel()] += rows.flatten(1)
             del rows  # before the next ones are formed
@@ -281,7 +277,7 @@ def show(checked: Sequence[Sketches], name: str, piece: Piece, start: int, slice
         place = sketches.sample - start
         if name not in sketches.values or not 0 <= place < piece.count:
             continue
-        for rows, column in row_slices(part_of(piece, slice(place, place + 1)), slice_bytes):
+        for rows, column in row_slices(part_of(piece, slice(place, place + 1)), slice_bytes, Workspace()):
             sketches.add_rows(name, rows, column, sketches.sample)
 
 

@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 
+def exact(device: torch.device) -> torch.autocast:
+    """Returns a context in which products are as their factors are, whatever the caller's autocast says."""
+    return torch.autocast(device.type, enabled=False)
+
+
 class Piece(Protocol):
     """A summand of the gradient of one parameter, for each sample of a batch.
 
@@ -117,7 +122,38 @@ class Outer:
         return self.right.shape[2]
 
     def rows(self, first: int, last: int) -> Tensor:
-        return self.left[:, :, first:last].mT @ self.right
+        return self.rows_in(Workspace(), first, last)
+
+    def rows_in(self, workspace: Workspace, first: int, last: int) -> Tensor:
+        """Forms rows as `rows` does, in memory that was used before."""
+        dtype = torch.promote_types(self.left.dtype, self.right.dtype)
+        left = self.left[:, :, first:last].mT.to(dtype)
+        rows = workspace.tensor((self.count, last - first, self.width), like=left)
+        with exact(left.device):
+            return torch.bmm(left, self.right.to(dtype), out=rows)
+
+
+class Workspace:
+    """Memory in which rows are formed, some after the others.
+
+    Fresh memory costs a page fault for every 4 KiB, which takes as long as the product itself.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def tensor(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Returns a tensor with the device and dtype of another, in place of the last one like that."""
+        key = like.device, like.dtype
+        size = math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers.pop(key, None)
+            self._buffers[key] = like.new_empty(size)
+        return self._buffers[key][:size].view(shape)
+
+    def clear(self) -> None:
+        """Frees the memory."""
+        self._buffers.clear()
 
 
 @dataclass(frozen=True)
@@ -285,30 +321,36 @@ def nonzero_samples(piece: Piece) -> Tensor:
     return (sizes.isfinite() & (sizes > 0)).all(0)
 
 
-def row_slices(piece: Piece, size: int) -> Iterator[tuple[Tensor, int]]:
+def row_slices(piece: Piece, size: int, workspace: Workspace) -> Iterator[tuple[Tensor, int]]:
     """Forms the rows of a gradient, some at a time; those that are known to be 0 are left out.
 
     Args:
         piece: The gradient, or a summand of it.
         size: Bytes of float32 rows at a time, unless one row takes more.
+        workspace: Memory to form them in.
 
     Yields:
         Consecutive rows, (B, r, width), and the place of their first entry in the flattened parameter. The caller frees
-        rows before it asks for the next ones.
+        rows before it asks for the next ones, which come in the same memory.
     """
     if isinstance(piece, Block):
-        for rows, column in row_slices(piece.part, size):
+        for rows, column in row_slices(piece.part, size, workspace):
             yield rows, piece.first * piece.width + column
             del rows  # before the next ones are formed
         return
     step = max(1, size // max(1, 4 * piece.count * piece.width))
+    if isinstance(piece, (Lookup, Convolved)):
+        workspace.clear()  # as these take memory of their own
     if isinstance(piece, Lookup):
         yield from _read_rows(piece, step)
         return
     if isinstance(piece, Whole):
         step = piece.height  # all of them are there
     for first in range(0, piece.height, step):
-        yield piece.rows(first, min(first + step, piece.height)), first * piece.width
+        last = min(first + step, piece.height)
+        rows = piece.rows_in(workspace, first, last) if isinstance(piece, Outer) else piece.rows(first, last)
+        yield rows, first * piece.width
+        del rows  # before the next ones are formed
 
 
 def _read_rows(piece: Lookup, step: int) -> Iterator[tuple[Tensor, int]]:
