@@ -286,6 +286,20 @@ def test_a_sample_alone_says_nothing_about_the_batches_after_it() -> None:
     assert relative_errors(fresh.project(batch), alone).max() <= 1e-5
 
 
+def test_four_samples_of_the_first_batch_are_compared_in_one_pass() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, LABELS)).eval()
+    batch = [torch.randn(8, 4), torch.randint(LABELS, (8,))]
+    projector = GradientProjector(model, "image_classification", K)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda layer, inputs: sizes.append(len(inputs[0]) * torch.is_grad_enabled()))
+    projector.project(batch)
+    differentiated = [size for size in sizes if size]
+    assert sorted(differentiated) == [1, 1, 1, 1, 8]
+    sizes.clear()
+    projector.project(batch)
+    assert sizes == [8]
+
+
 class Cubed(torch.autograd.Function):
     """A function of the kind that torch.func refuses."""
 
