@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +281,123 @@ def test_layers_that_get_the_tokens_sent_to_them_are_differentiated_otherwise(
         for route in routes:
             batch = [torch.randn(len(route), 2, 6), torch.tensor(route)]
             assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+class Gated(nn.Module):
+    """A model that computes with a layer's weight beside the layer too, where a sample's gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        x = self.body(x)
+        return x + gate.unsqueeze(1) * (self.other(x) + torch.tanh(x) @ self.other.weight)
+
+
+class PositionsFirst(nn.Module):
+    """A model that gives a layer the positions of all samples, one position after the other, where gates are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.body = nn.Embedding(10, 4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, words: Tensor, gate: Tensor) -> Tensor:
+        x = self.words(words)
+        count, length, width = x.shape
+        mixed = self.body(x.transpose(0, 1).reshape(length * count, width)).view(length, count, width)
+        return x.sin() + mixed.transpose(0, 1) * gate[:, None, None]
+
+
+def test_a_sample_that_is_not_finite_says_nothing_of_any_parameter() -> None:
+    model, x = Gated(), torch.randn(4, 4)
+    x[1] = torch.nan
+    projector = GradientProjector(model, SumOfSines(), K)
+    projector.project([x, torch.zeros(4)])
+    batch = [torch.randn(4, 4), torch.ones(4)]
+    assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+def test_samples_that_are_not_finite_are_none_of_the_four_that_are_compared() -> None:
+    model, x, gate = Gated(), torch.randn(4, 4), torch.ones(4)
+    x[:3] = torch.nan
+    gate[3] = 0
+    projector = GradientProjector(model, SumOfSines(), K)
+    projector.project([x, gate])
+    batch = [torch.randn(8, 4), torch.ones(8)]
+    assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), KeyboardInterrupt()])
+def test_a_comparison_that_was_interrupted_is_made_later(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Gated()
+    projector = GradientProjector(model, SumOfSines(), K)
+    projector.project([torch.randn(4, 4), torch.zeros(4)])
+    compare = projector._sketched_alone
+    errors = [error]
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(projector, "_sketched_alone", interrupted)
+    batch = [torch.randn(4, 4), torch.ones(4)]
+    try:
+        found = projector.project(batch)
+    except KeyboardInterrupt:
+        found = projector.project(batch)
+    assert not errors
+    assert largest_error(found, expected(model, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("first", [(), (1,), (1, 1)])
+def test_samples_without_a_gradient_and_batches_of_one_say_nothing_of_others(first: tuple[int, ...]) -> None:
+    model = PositionsFirst()
+    projector = GradientProjector(model, SumOfSines(), K)
+    projector.project([torch.randint(10, (4, 3)), torch.zeros(4)])
+    for size in first:
+        projector.project([torch.randint(10, (size, 3)), torch.ones(size)])
+    batch = [torch.randint(10, (4, 3)), torch.ones(4)]
+    assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+def test_equal_samples_count_once() -> None:
+    model = PositionsFirst()
+    projector = GradientProjector(model, SumOfSines(), K)
+    projector.project([torch.zeros(4, 3, dtype=torch.int64), torch.ones(4)])
+    batch = [torch.randint(10, (4, 3)), torch.ones(4)]
+    assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+
+
+class GatedByLength(Gated):
+    """The same for texts, with open gates for those of three words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 4)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return super().forward(self.words(words), torch.full((1,), float(words.shape[1] == 3)).unsqueeze(1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_with_few_gradients_that_is_split_in_a_new_way_is_compared_by_these(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = GatedByLength()
+    projector = GradientProjector(model, Weighted(), K)
+    projector.project([torch.randint(10, (4, 2)), torch.ones(4)])
+    words, factors = torch.randint(10, (16, 3)), torch.zeros(16)
+    factors[torch.randperm(16)[:2]] = 1
+    found = projector.project([words, factors])
+    assert largest_error(found, expected(model, [words]) * factors.unsqueeze(1)) < 1e-5
+
+
+def test_parameters_that_were_added_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    projector = GradientProjector(model, SumOfSines(), K)
+    projector.project([torch.randn(2, 4)])
+    model[2].weight = nn.Parameter(torch.randn(4, 4))
+    with pytest.raises(ValueError, match=r"model must keep .* not change those of 2\.weight"):
+        projector.project([torch.randn(2, 4)])

@@ -1,9 +1,9 @@
 """Streamed gradients that are checked: pieces of them pass by, and are compared with autograd's.
 
-A tap on each layer shows the pieces of its parameters' gradients (taps.py). For four samples of the first batch and one
-in 32 from then on, they are compared with the gradients that autograd gives for the sample alone, by the unaltered
-model. Parameters that fail have their layer differentiated by itself, or the one around it, and are differentiated
-sample by sample where that fails too, each in a forward and a backward pass of its own.
+A tap on each layer shows the pieces of its parameters' gradients (taps.py). For four samples of each way in which a
+batch is split, and one in 32 from then on, they are compared with the gradients that autograd gives for the sample
+alone, by the unaltered model. Parameters that fail have their layer differentiated by itself, or the one around it, and
+are differentiated sample by sample where that fails too, each in a forward and a backward pass of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +31,17 @@ from ..gradients.repeatable import (
     tolerance_of,
 )
 from ..tasks.base import Task
+from .comparisons import SAMPLES_OF_A_SPLIT, Comparisons
 from .passes import ModelPasses
 from .sharded import Kind, shards_of
 from .sketches import Sketches, Sums, differing
-from .taps import Split, TappedLayer, Taps
+from .taps import TappedLayer, Taps
 from .tokens import NoTokensError
 
 logger = logging.getLogger("trak_fast")
 
 SAMPLES_A_CHECK = 32
 """Samples for each one that is differentiated alone, to compare with."""
-
-SAMPLES_OF_A_NEW_SPLIT = 4
-"""Samples that are compared of the first batch that is split by samples in a new way: one may be right by luck."""
 
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
 """The reason for which samples are computed alone that makes earlier batches doubtful."""
@@ -86,6 +84,21 @@ class Check:
     outputs: Tensor
 
 
+@dataclass
+class Progress:
+    """The checks of a batch so far.
+
+    Attributes:
+        check: The check that the next pass is for.
+        compared: Samples whose gradients were right.
+        watched: Parameters of which it is to be known which samples have a gradient.
+    """
+
+    check: Check | None = None
+    compared: set[int] = field(default_factory=set)
+    watched: set[str] = field(default_factory=set)
+
+
 @dataclass(frozen=True)
 class Coverage:
     """The shares of a model that features speak of, and that are computed batch by batch.
@@ -107,13 +120,11 @@ class CheckedStream(ModelPasses):
 
     def __init__(self, model: nn.Module, task: Task, *, grad_wrt: Iterable[str] | None = None) -> None:
         """Takes the parameters of `model` as they are now."""
-        self._left_to_compare = SAMPLES_OF_A_NEW_SPLIT  # samples of a batch that was split in a new way
-        self._compared: set[int] = set()  # samples of such a batch
         self._norms: Mapping[str, float] = {}  # those of a sample's gradients, by parameter
         self._ways: dict[str, Way] = {}  # to the gradients of parameters whose first way was wrong
         self._is_alone = False  # True once samples of a batch have changed each other
         self._adds = False  # True once a layer's output was changed in place
-        self._splits: set[Split] = set()  # those that batches were checked with
+        self._known_as_shared: set[str] = set()  # parameters of layers whose outputs all samples of a batch have shared
         self._compared_all = False  # True once all samples of a batch were compared with their outputs alone
         super().__init__(model, task, grad_wrt=grad_wrt)
 
@@ -123,7 +134,7 @@ class CheckedStream(ModelPasses):
         self.columns = columns_of(self.selected)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
         self._unchecked = SAMPLES_A_CHECK  # samples since the last check
-        self._unseen = set(self.selected)  # parameters of which no checked sample had a gradient other than 0
+        self._comparisons = Comparisons(needed=SAMPLES_OF_A_SPLIT if self._parallel is None else 1)
         self._assign_layers()
 
     @abstractmethod
@@ -180,16 +191,16 @@ class CheckedStream(ModelPasses):
 
     def _differentiate_with(self, batch: Sequence[Tensor], seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the features of Σ_b seeds_b f_b, (B, k), and f of each sample, (B,), detached."""
-        check: Check | None = None
+        progress = Progress()
         if self._parallel is not None and not self._parallel.is_compared:
             self._parallel.compare(self._sketched_alone(batch, seeds, 0, list(self.selected))[0].values)
         while not self.singly >= set(self.selected):
             try:
-                if check is None and self._is_due(len(batch[0])):
-                    check = self._begin_check(batch, seeds)
-                streamed = self._stream(batch, seeds, check)
+                if progress.check is None and self._is_due(len(batch[0])):
+                    progress.check = self._begin_check(batch, seeds)
+                streamed = self._stream(batch, seeds, progress)
                 if isinstance(streamed, list):
-                    check = self._check_of(batch, seeds, streamed)
+                    progress.check = self._check_of(batch, seeds, streamed)
                     continue
             except Exception as error:
                 known = (RandomOutputsError, PaddingError, NoTokensError)
@@ -208,7 +219,7 @@ class CheckedStream(ModelPasses):
         return sums.result(self._device), outputs
 
     def _stream(
-        self, batch: Sequence[Tensor], seeds: Tensor, check: Check | None
+        self, batch: Sequence[Tensor], seeds: Tensor, progress: Progress
     ) -> tuple[Tensor, Tensor] | list[int] | None:
         """Computes features and outputs by one pass over the batch.
 
@@ -217,6 +228,7 @@ class CheckedStream(ModelPasses):
         """
         count = len(batch[0])
         singly = self.singly
+        check = progress.check
         streamed = [name for name in self.selected if name not in singly]
         expected = [] if check is None else check.expected
         found = [Sketches(self.columns, alone.sample, streamed, alone.exponents) for alone in expected]
@@ -228,10 +240,10 @@ class CheckedStream(ModelPasses):
             self._device,
             omitted=singly,
             add=self._adds or self._lockstep is not None,
-            known_as_shared={split.name for split in self._splits if split.is_shared},
+            known_as_shared=self._known_as_shared,
             parallel=self._parallel,
             positions=batch[0].shape[1] if batch[0].ndim > 1 else 1,
-            watched=() if self._parallel is not None else self._unseen - singly,
+            watched=self._watched(streamed, progress),
         )
         sums = self._new_sums(batch, found, taps.is_whole)
         with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
@@ -243,11 +255,9 @@ class CheckedStream(ModelPasses):
         uncalled = {name for name, way in self._ways.items() if way is Way.AROUND and not taps.is_called(name)}
         if unexplained := self._union((taps.unexplained | uncalled) - singly):
             self._fall_back(unexplained)
+            progress.compared.clear()
             return None
-        if check is None and count > 1 and not taps.splits <= self._splits:
-            self._unchecked = SAMPLES_A_CHECK  # a batch of another shape may be one that a rule does not know
-            self._left_to_compare = SAMPLES_OF_A_NEW_SPLIT
-            return None
+        splits = [split for split in taps.splits if split.name not in singly]
         if check is not None:
             if not self._agree(batch, check, outputs):
                 self._stay_alone()
@@ -255,34 +265,39 @@ class CheckedStream(ModelPasses):
             wrong = {name for pair in zip(found, expected, strict=True) for name in self._differing(*pair)}
             if failed := self._union(wrong):
                 self._fall_back(failed)
+                progress.compared.clear()
                 return None
             self._compared_all |= count > 1  # a sample in a batch of its own says nothing about those of others
             # on which processes with parts must agree
             if self._parallel is not None or any(alone.is_telling for alone in expected):
                 self._unchecked = 0
-                self._unseen -= {name for alone in expected for name, norm in alone.norms.items() if norm}
-                if count > 1 and not taps.splits <= self._splits:
-                    self._splits |= taps.splits
-                    self._left_to_compare = min(count, SAMPLES_OF_A_NEW_SPLIT)
-                    self._compared = set()
-            self._compared.update(check.samples)
-            self._left_to_compare -= len(check.samples)
-        unseen = {name: samples for name, samples in taps.watched.items() if name in self._unseen and samples.any()}
-        if unseen:
-            sample = int(torch.stack(list(unseen.values())).sum(0).argmax())
-            self._unseen -= {name for name, samples in unseen.items() if samples[sample]}
-            return [sample]
-        others = [sample for sample in range(count) if sample not in self._compared]
-        if self._left_to_compare > 0 and others and self._parallel is None:
-            return self._chosen(others, self._left_to_compare)
+                if count > 1:
+                    self._known_as_shared |= {split.name for split in splits if split.is_shared}
+            for alone in expected:
+                known = alone if self._parallel is None else None
+                self._comparisons.add(splits, known, of_one=count == 1, watched=taps.watched)
+            progress.compared.update(check.samples)
+        unsettled = [split for split in splits if not self._comparisons.is_settled(split, of_one=count == 1)]
+        if unsettled:
+            order = torch.randperm(count, generator=self._choices, device="cpu")
+            progress.watched |= {split.name for split in unsettled}
+            if chosen := self._comparisons.choose(unsettled, order, progress.compared, count == 1, taps.watched):
+                return chosen
         self._unchecked += count
         if singly:
-            alone = self._add_alone(batch, [name for name in self.selected if name in singly], seeds, sums.add_whole)
-            if differ(alone, outputs, self._output_tolerance):
+            names = [name for name in self.selected if name in singly]
+            outputs_alone = self._add_alone(batch, names, seeds, sums.add_whole)
+            if differ(outputs_alone, outputs, self._output_tolerance):
                 self._stay_alone()
                 return None
-            outputs = alone
+            outputs = outputs_alone
         return sums.result(self._device), outputs
+
+    def _watched(self, names: Collection[str], progress: Progress) -> set[str]:
+        """Returns those of some parameters of which it is to be known which samples have a gradient."""
+        if self._parallel is not None:
+            return set()  # processes with parts of the model must agree
+        return self._comparisons.unsettled_names(names) | progress.watched.intersection(names)
 
     def _kind_of(self, layers: Iterable[TappedLayer]) -> Kind:
         """Names a pass with taps on some layers."""
@@ -319,14 +334,10 @@ class CheckedStream(ModelPasses):
         return self._unchecked + count > SAMPLES_A_CHECK
 
     def _begin_check(self, batch: Sequence[Tensor], seeds: Tensor) -> Check:
-        """Chooses samples of a batch, more of one that is split in a new way, and begins the check of them."""
-        count = 1 if self._parallel is not None else max(1, self._left_to_compare)
-        return self._check_of(batch, seeds, self._chosen(range(len(batch[0])), count))
-
-    def _chosen(self, samples: Sequence[int], count: int) -> list[int]:
-        """Chooses some samples at random, or all if there are no more."""
-        order = torch.randperm(len(samples), generator=self._choices, device="cpu")
-        return [samples[place] for place in order[:count].tolist()]
+        """Chooses samples of a batch at random, and begins the check of them: of one, or several of the first batch."""
+        count = 1 if self._comparisons else self._comparisons.needed
+        order = torch.randperm(len(batch[0]), generator=self._choices, device="cpu")
+        return self._check_of(batch, seeds, order[:count].tolist())
 
     def _check_of(self, batch: Sequence[Tensor], seeds: Tensor, samples: list[int]) -> Check:
         """Differentiates some samples of a batch alone; of the first batch, evaluates all samples alone."""
@@ -440,7 +451,7 @@ class CheckedStream(ModelPasses):
             now = self._ways.get(name, Way.RULE if name in ruled else Way.LAYER)
             self._ways[name] = Way(now.value + 1)
         self._unchecked = SAMPLES_A_CHECK  # the next way is no surer
-        self._unseen |= set(failed)
+        self._comparisons.forget(failed)
         self._assign_layers()
         singly = self.singly - before
         logger.debug("gradients of %s do not follow by the layer's rule", listed(list(failed)))

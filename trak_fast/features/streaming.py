@@ -304,12 +304,14 @@ class GradientProjector(CheckedStream):
         """Takes the model's parameters and modules anew if others have come in their places.
 
         Raises:
-            ValueError: Parameters are missing or have other shapes, so that features would not be comparable.
+            ValueError: Parameters are missing, new or of other shapes, so that features would not be comparable.
         """
         if self.is_sharded or same_parts(self._parts, parts_of(self.model)):  # shards change places in each pass
             return
         now = dict(self.model.named_parameters())
-        if changed := [name for name, p in self.selected.items() if name not in now or now[name].shape != p.shape]:
+        changed = [name for name, p in self.selected.items() if name not in now or now[name].shape != p.shape]
+        changed += [name for name in now if name not in self.parameters]
+        if changed:
             raise ValueError(
                 f"model must keep the names and shapes of its parameters, not change those of {listed(changed)}; make "
                 "another GradientProjector"

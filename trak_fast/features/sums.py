@@ -26,7 +26,7 @@ class DeviceSums:
     def on(self, device: torch.device) -> Tensor:
         """Returns the sum of what is on a device, to add to."""
         if device not in self._sums:
-            self._sums[device] = torch.zeros(self._shape, device=device)
+            self._sums[device] = torch.zeros(self._shape, dtype=torch.float32, device=device)
         return self._sums[device]
 
     def total(self, device: torch.device) -> Tensor:
@@ -81,7 +81,8 @@ class FeatureSums:
     add_whole = add
 
     def flush(self) -> None:
-        """Does nothing: sums of pieces are sums of their projections."""
+        """Frees memory: there is nothing left to add, as sums of pieces are sums of their projections."""
+        self._workspace.clear()
 
     def rows_at_once(self, piece: Piece) -> int:
         """Counts the rows of a piece that may be formed at a time."""

@@ -237,7 +237,8 @@ class TwoSidedSums:
     add_whole = add
 
     def flush(self) -> None:
-        """Does nothing: pieces are added as they come."""
+        """Frees memory: there is nothing left to add, as pieces are added as they come."""
+        self._inner.flush()
 
     def result(self, device: torch.device) -> Tensor:
         """Returns the sums, (B, k) float32."""
@@ -264,7 +265,8 @@ class BlockSums:
     add_whole = add
 
     def flush(self) -> None:
-        """Does nothing: pieces are added as they come."""
+        """Frees memory: there is nothing left to add, as pieces are added as they come."""
+        self._workspace.clear()
 
     def result(self, device: torch.device) -> Tensor:
         """Returns the sum over all devices, (B, dim) float32."""

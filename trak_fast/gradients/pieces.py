@@ -140,16 +140,17 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._buffers: dict[torch.device, Tensor] = {}
 
     def tensor(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Returns a tensor with the device and dtype of another, in place of the last one like that."""
-        key = like.device, like.dtype
-        size = math.prod(shape)
-        if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers.pop(key, None)
-            self._buffers[key] = like.new_empty(size)
-        return self._buffers[key][:size].view(shape)
+        """Returns a tensor with the device and dtype of another, in place of the last one on this device."""
+        size = math.prod(shape) * like.element_size()
+        buffer = self._buffers.get(like.device)
+        if buffer is None or len(buffer) < size:
+            self._buffers.pop(like.device, None)
+            del buffer  # before there is another one
+            buffer = self._buffers[like.device] = like.new_empty(size, dtype=torch.uint8)
+        return buffer[:size].view(like.dtype).view(shape)
 
     def clear(self) -> None:
         """Frees the memory."""
@@ -297,7 +298,7 @@ class Convolved:
             layer.dilation,
             self.count * groups,
         )
-        return weight.view(self.count, channels, self.width)
+        return weight.reshape(self.count, channels, self.width)
 
 
 def part_of(piece: Piece, samples: slice) -> Piece:
@@ -339,8 +340,8 @@ def row_slices(piece: Piece, size: int, workspace: Workspace) -> Iterator[tuple[
             del rows  # before the next ones are formed
         return
     step = max(1, size // max(1, 4 * piece.count * piece.width))
-    if isinstance(piece, (Lookup, Convolved)):
-        workspace.clear()  # as these take memory of their own
+    if not isinstance(piece, (Outer, Summed)):
+        workspace.clear()  # as the others take memory of their own
     if isinstance(piece, Lookup):
         yield from _read_rows(piece, step)
         return

@@ -1,0 +1,107 @@
+"""The ways in which gradients are split by samples, and the samples that each was compared for with autograd's.
+
+A split can be right for a sample by luck: where the parameter's gradient is 0, for example, or where a wrong part of it
+is. So each is relied on once it was right for several samples that have a gradient, whatever batches they come in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .sketches import Sketches
+from .taps import Split
+
+SAMPLES_OF_A_SPLIT = 4
+"""Samples with a gradient for which a split must be right."""
+
+SAMPLES_IN_VAIN = 8
+"""Samples that said nothing new of a split, though they were to, after which it is compared for no more of them."""
+
+
+class Comparisons:
+    """Counts the samples for which splits of batches, and of batches of one, were right."""
+
+    def __init__(self, needed: int) -> None:
+        """Starts with none.
+
+        Args:
+            needed: Samples for which a split must be right to be relied on.
+        """
+        self.needed = needed
+        # by split, and True for batches of one: norms of the gradients that were right, as equal samples count once
+        self._right: dict[tuple[Split, bool], set[float]] = {}
+        self._in_vain: Counter[tuple[Split, bool]] = Counter()
+
+    def __bool__(self) -> bool:
+        return bool(self._right)
+
+    def is_settled(self, split: Split, of_one: bool) -> bool:
+        """Tells if a split, of a batch of one or of more samples, can be relied on."""
+        return any(
+            self._count(split, kind) >= self.needed or self._in_vain[split, kind] >= SAMPLES_IN_VAIN
+            for kind in {False, of_one}  # a split that is right for batches is right for one sample
+        )
+
+    def _count(self, split: Split, of_one: bool) -> int:
+        return len(self._right.get((split, of_one), ()))
+
+    def unsettled_names(self, names: Collection[str]) -> set[str]:
+        """Returns those of some parameters that have no split of batches that can be relied on."""
+        return set(names) - {split.name for split, _ in self._right if self.is_settled(split, of_one=False)}
+
+    def add(
+        self, splits: Iterable[Split], sketches: Sketches | None, *, of_one: bool, watched: Mapping[str, Tensor]
+    ) -> None:
+        """Counts a sample for which splits were right.
+
+        Args:
+            splits: The splits of its batch.
+            sketches: Its gradients; None: whatever they are.
+            of_one: True where it was a batch of one.
+            watched: The samples that seem to have a gradient of a parameter, (B,) bool, where that is known.
+        """
+        if sketches is not None and not sketches.is_telling:
+            return
+        for split in splits:
+            known = self._right.get((split, of_one), set())
+            norm = float(len(known)) if sketches is None else sketches.norms.get(split.name, 0.0)
+            if norm not in known and (sketches is None or norm):
+                self._right[split, of_one] = known | {norm}
+            elif sketches is not None and split.name in watched and watched[split.name][sketches.sample]:
+                self._in_vain[split, of_one] += 1
+
+    def forget(self, names: Collection[str]) -> None:
+        """Forgets all about the splits of some parameters."""
+        self._right = {key: norms for key, norms in self._right.items() if key[0].name not in names}
+        self._in_vain = Counter({key: count for key, count in self._in_vain.items() if key[0].name not in names})
+
+    def choose(
+        self,
+        unsettled: Sequence[Split],
+        order: Tensor,
+        compared: Collection[int],
+        of_one: bool,
+        watched: Mapping[str, Tensor],
+    ) -> list[int]:
+        """Chooses samples to compare next: those that have a gradient by most of some splits.
+
+        Args:
+            unsettled: The splits of a batch that cannot be relied on.
+            order: The samples, (B,), the first of which are preferred among equals.
+            compared: Samples that were compared already.
+            of_one: True where it is a batch of one.
+            watched: See `add`.
+
+        Returns:
+            As many samples as splits need; fewer, or none, where no others have a gradient.
+        """
+        all_samples = torch.ones(len(order), dtype=torch.bool)
+        scores = torch.stack([watched.get(split.name, all_samples) for split in unsettled]).sum(0)
+        scores[list(compared)] = 0
+        count = self.needed - min(self._count(split, of_one) for split in unsettled)
+        ranked = order[scores[order].argsort(descending=True, stable=True)]
+        return [sample for sample in ranked[:count].tolist() if scores[sample]]
