@@ -370,21 +370,24 @@ def test_equal_samples_count_once() -> None:
     assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
 
 
-class GatedByLength(Gated):
-    """The same for texts, with open gates for those of three words."""
+class UsedTwice(nn.Module):
+    """A model that gives a layer the words of all texts of three at once, and computes with its weight once more."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.Embedding(10, 4)
+        self.words, self.other = nn.Embedding(10, 4), nn.Linear(4, 4, bias=False)
 
     def forward(self, words: Tensor) -> Tensor:
-        return super().forward(self.words(words), torch.full((1,), float(words.shape[1] == 3)).unsqueeze(1))
+        x = self.words(words)
+        if words.shape[1] != 3:
+            return self.other(x)
+        return self.other(x.flatten(0, 1)).view_as(x) + torch.tanh(x) @ self.other.weight
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_batch_with_few_gradients_that_is_split_in_a_new_way_is_compared_by_these(seed: int) -> None:
     torch.manual_seed(seed)
-    model = GatedByLength()
+    model = UsedTwice()
     projector = GradientProjector(model, Weighted(), K)
     projector.project([torch.randint(10, (4, 2)), torch.ones(4)])
     words, factors = torch.randint(10, (16, 3)), torch.zeros(16)
