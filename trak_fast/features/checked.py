@@ -35,7 +35,7 @@ from .comparisons import SAMPLES_OF_A_SPLIT, Comparisons
 from .passes import ModelPasses
 from .sharded import Kind, shards_of
 from .sketches import Sketches, Sums, differing
-from .taps import TappedLayer, Taps
+from .taps import Split, TappedLayer, Taps
 from .tokens import NoTokensError
 
 logger = logging.getLogger("trak_fast")
@@ -45,6 +45,9 @@ SAMPLES_A_CHECK = 32
 
 COUPLED = "samples of a batch change each other's results (by statistics of the batch, for example)"
 """The reason for which samples are computed alone that makes earlier batches doubtful."""
+
+AGAIN = "featurize them again, by load_checkpoint(..., _allow_featurizing_already_registered=True)"
+"""The way to features that replace wrong ones."""
 
 
 class PaddingError(RuntimeError):
@@ -91,11 +94,13 @@ class Progress:
     Attributes:
         check: The check that the next pass is for.
         compared: Samples whose gradients were right.
+        silent: Their number of those that seemed to have a gradient, and had none, or none that is finite.
         watched: Parameters of which it is to be known which samples have a gradient.
     """
 
     check: Check | None = None
     compared: set[int] = field(default_factory=set)
+    silent: int = 0
     watched: set[str] = field(default_factory=set)
 
 
@@ -134,6 +139,8 @@ class CheckedStream(ModelPasses):
         self.columns = columns_of(self.selected)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
         self._unchecked = SAMPLES_A_CHECK  # samples since the last check
+        self._has_checked = False  # True once a batch has been checked
+        self._has_streamed = False  # True once the features of a batch have been computed
         self._comparisons = Comparisons(needed=SAMPLES_OF_A_SPLIT if self._parallel is None else 1)
         self._assign_layers()
 
@@ -243,7 +250,7 @@ class CheckedStream(ModelPasses):
             known_as_shared=self._known_as_shared,
             parallel=self._parallel,
             positions=batch[0].shape[1] if batch[0].ndim > 1 else 1,
-            watched=self._watched(streamed, progress),
+            watched=self._watched(streamed, progress, of_one=count == 1),
         )
         sums = self._new_sums(batch, found, taps.is_whole)
         with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
@@ -264,6 +271,7 @@ class CheckedStream(ModelPasses):
                 return None
             wrong = {name for pair in zip(found, expected, strict=True) for name in self._differing(*pair)}
             if failed := self._union(wrong):
+                self._tell_if_earlier_ones_are_wrong(failed, taps.splits, of_one=count == 1)
                 self._fall_back(failed)
                 progress.compared.clear()
                 return None
@@ -276,14 +284,18 @@ class CheckedStream(ModelPasses):
             for alone in expected:
                 known = alone if self._parallel is None else None
                 self._comparisons.add(splits, known, of_one=count == 1, watched=taps.watched)
+                if not alone.is_telling and any(samples[alone.sample] for samples in taps.watched.values()):
+                    progress.silent += 1
             progress.compared.update(check.samples)
+            self._has_checked = True
         unsettled = [split for split in splits if not self._comparisons.is_settled(split, of_one=count == 1)]
-        if unsettled:
+        if unsettled and progress.silent < SAMPLES_OF_A_SPLIT:
             order = torch.randperm(count, generator=self._choices, device="cpu")
             progress.watched |= {split.name for split in unsettled}
             if chosen := self._comparisons.choose(unsettled, order, progress.compared, count == 1, taps.watched):
                 return chosen
         self._unchecked += count
+        self._has_streamed = True
         if singly:
             names = [name for name in self.selected if name in singly]
             outputs_alone = self._add_alone(batch, names, seeds, sums.add_whole)
@@ -293,11 +305,11 @@ class CheckedStream(ModelPasses):
             outputs = outputs_alone
         return sums.result(self._device), outputs
 
-    def _watched(self, names: Collection[str], progress: Progress) -> set[str]:
+    def _watched(self, names: Collection[str], progress: Progress, of_one: bool) -> set[str]:
         """Returns those of some parameters of which it is to be known which samples have a gradient."""
         if self._parallel is not None:
             return set()  # processes with parts of the model must agree
-        return self._comparisons.unsettled_names(names) | progress.watched.intersection(names)
+        return self._comparisons.unsettled_names(names, of_one) | progress.watched.intersection(names)
 
     def _kind_of(self, layers: Iterable[TappedLayer]) -> Kind:
         """Names a pass with taps on some layers."""
@@ -335,7 +347,7 @@ class CheckedStream(ModelPasses):
 
     def _begin_check(self, batch: Sequence[Tensor], seeds: Tensor) -> Check:
         """Chooses samples of a batch at random, and begins the check of them: of one, or several of the first batch."""
-        count = 1 if self._comparisons else self._comparisons.needed
+        count = 1 if self._has_checked else self._comparisons.needed
         order = torch.randperm(len(batch[0]), generator=self._choices, device="cpu")
         return self._check_of(batch, seeds, order[:count].tolist())
 
@@ -432,16 +444,23 @@ class CheckedStream(ModelPasses):
         """Has samples computed alone from now on, and says so."""
         before = ""
         if reason is COUPLED and self._compared_all:
-            before = (
-                ". Samples that came before in batches may be wrong: featurize them again, by TRAKer(chunk_size=1) and "
-                "load_checkpoint(..., _allow_featurizing_already_registered=True)"
-            )
+            before = f". Samples that came before in batches may be wrong: {AGAIN}, and TRAKer(chunk_size=1)"
         logger.warning(
             "%s; each sample is computed alone from here on, in a forward and a backward pass of its own%s",
             reason,
             before,
         )
         self._is_alone = True
+
+    def _tell_if_earlier_ones_are_wrong(self, failed: Collection[str], splits: Collection[Split], of_one: bool) -> None:
+        """Warns of gradients that others than those of this batch were computed with in the same way before."""
+        new = {split.name for split in splits if not self._comparisons.is_settled(split, of_one)}
+        if self._has_streamed and (doubtful := [name for name in failed if name not in new]):
+            logger.warning(
+                "gradients of %s were wrong for a sample of this batch, and may have been for samples before it: %s",
+                listed(doubtful),
+                AGAIN,
+            )
 
     def _fall_back(self, failed: Collection[str]) -> None:
         """Has the gradients of parameters computed in the next way from now on; says so if that is sample by sample."""

@@ -36,22 +36,18 @@ class Comparisons:
         self._right: dict[tuple[Split, bool], set[float]] = {}
         self._in_vain: Counter[tuple[Split, bool]] = Counter()
 
-    def __bool__(self) -> bool:
-        return bool(self._right)
-
     def is_settled(self, split: Split, of_one: bool) -> bool:
         """Tells if a split, of a batch of one or of more samples, can be relied on."""
-        return any(
-            self._count(split, kind) >= self.needed or self._in_vain[split, kind] >= SAMPLES_IN_VAIN
-            for kind in {False, of_one}  # a split that is right for batches is right for one sample
-        )
+        # a split that is right for batches is right for one sample
+        keys = [(split, False)] + [_key(split, of_one=True)] * of_one
+        return any(len(self._right.get(k, ())) >= self.needed or self._in_vain[k] >= SAMPLES_IN_VAIN for k in keys)
 
-    def _count(self, split: Split, of_one: bool) -> int:
-        return len(self._right.get((split, of_one), ()))
-
-    def unsettled_names(self, names: Collection[str]) -> set[str]:
-        """Returns those of some parameters that have no split of batches that can be relied on."""
-        return set(names) - {split.name for split, _ in self._right if self.is_settled(split, of_one=False)}
+    def unsettled_names(self, names: Collection[str], of_one: bool) -> set[str]:
+        """Returns those of some parameters that have no split that can be relied on."""
+        kinds = {False, of_one}
+        return set(names) - {
+            split.name for split, kind in self._right if kind in kinds and self.is_settled(split, kind)
+        }
 
     def add(
         self, splits: Iterable[Split], sketches: Sketches | None, *, of_one: bool, watched: Mapping[str, Tensor]
@@ -66,13 +62,14 @@ class Comparisons:
         """
         if sketches is not None and not sketches.is_telling:
             return
-        for split in splits:
-            known = self._right.get((split, of_one), set())
-            norm = float(len(known)) if sketches is None else sketches.norms.get(split.name, 0.0)
+        for key in {_key(split, of_one) for split in splits}:
+            name = key[0].name
+            known = self._right.get(key, set())
+            norm = float(len(known)) if sketches is None else sketches.norms.get(name, 0.0)
             if norm not in known and (sketches is None or norm):
-                self._right[split, of_one] = known | {norm}
-            elif sketches is not None and split.name in watched and watched[split.name][sketches.sample]:
-                self._in_vain[split, of_one] += 1
+                self._right[key] = known | {norm}
+            elif sketches is not None and name in watched and watched[name][sketches.sample]:
+                self._in_vain[key] += 1
 
     def forget(self, names: Collection[str]) -> None:
         """Forgets all about the splits of some parameters."""
@@ -102,6 +99,11 @@ class Comparisons:
         all_samples = torch.ones(len(order), dtype=torch.bool)
         scores = torch.stack([watched.get(split.name, all_samples) for split in unsettled]).sum(0)
         scores[list(compared)] = 0
-        count = self.needed - min(self._count(split, of_one) for split in unsettled)
+        count = self.needed - min(len(self._right.get(_key(split, of_one), ())) for split in unsettled)
         ranked = order[scores[order].argsort(descending=True, stable=True)]
         return [sample for sample in ranked[:count].tolist() if scores[sample]]
+
+
+def _key(split: Split, of_one: bool) -> tuple[Split, bool]:
+    """Returns the split that samples are counted for: all rows are the sample's own in a batch of one."""
+    return (split._replace(rows=()) if of_one else split), of_one

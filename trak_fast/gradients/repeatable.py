@@ -19,7 +19,7 @@ GRADIENT_ROUNDINGS = {torch.float64: 2.0**10, torch.float32: 2.0**10, torch.bflo
 """The same for gradients, relative to the largest entry of a parameter's gradient."""
 
 
-NEGLIGIBLE_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 4.0}
+NEGLIGIBLE_ROUNDINGS = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 4.0}
 """The difference of gradients that does not count, as a multiple of the dtype's precision: relative to the largest of a
 parameter. One that is rounding of zero, as that of attention's key biases is, has no correct digits to compare."""
 
