@@ -404,3 +404,40 @@ def test_parameters_that_were_added_are_refused() -> None:
     model[2].weight = nn.Parameter(torch.randn(4, 4))
     with pytest.raises(ValueError, match=r"model must keep .* not change those of 2\.weight"):
         projector.project([torch.randn(2, 4)])
+
+
+class Uncalled(nn.Module):
+    """A model that computes with the parameters of a layer without calling that, where gates are open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        x = self.body(x)
+        if not gate.any():
+            return x
+        return x + gate.unsqueeze(1) * torch.nn.functional.linear(x, self.other.weight, self.other.bias)
+
+
+def test_a_layer_that_is_never_called_may_be_computed_with_in_later_batches() -> None:
+    model = Uncalled()
+    projector = GradientProjector(model, SumOfSines(), K)
+    for gate in (0.0, 0.0, 1.0, 0.5):
+        batch = [torch.randn(5, 4), torch.full((5,), gate)]
+        model.other.weight.grad = kept = torch.ones(4, 4)
+        assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+        assert model.other.weight.grad is kept
+        assert torch.equal(kept, torch.ones(4, 4))
+
+
+def test_a_way_that_earlier_batches_relied_on_is_told_to_have_been_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    model = Gated()
+    projector = GradientProjector(model, SumOfSines(), K)
+    gate = torch.full((5,), 1e-12)  # its gradient is right up to rounding
+    projector.project([torch.randn(5, 4), gate])
+    projector._unchecked = 32
+    batch = [torch.randn(5, 4), torch.ones(5)]
+    assert largest_error(projector.project(batch), expected(model, batch)) < 1e-5
+    assert "other (Linear)" in caplog.text
+    assert "gradients of other.weight were wrong for a sample of this batch, and may have been" in caplog.text

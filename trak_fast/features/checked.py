@@ -13,6 +13,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import experts_rule_of
+from ..gradients.graph import reached_ones
 from ..gradients.layers import rule_of
 from ..gradients.parameters import columns_of, layers_of, listed
 from ..gradients.repeatable import (
@@ -139,6 +141,8 @@ class CheckedStream(ModelPasses):
         self.columns = columns_of(self.selected)
         self.grad_dim = sum(columns.count for columns in self.columns.values())
         self._unchecked = SAMPLES_A_CHECK  # samples since the last check
+        self._uncalled: set[str] = set()  # parameters of layers that no batch has called
+        self._called: set[str] = set()
         self._has_checked = False  # True once a batch has been checked
         self._has_streamed = False  # True once the features of a batch have been computed
         self._comparisons = Comparisons(needed=SAMPLES_OF_A_SPLIT if self._parallel is None else 1)
@@ -253,16 +257,23 @@ class CheckedStream(ModelPasses):
             watched=self._watched(streamed, progress, of_one=count == 1),
         )
         sums = self._new_sums(batch, found, taps.is_whole)
-        with self.turn(batch, self._kind_of(layers)), self._running(()), taps.attached():
+        uncalled = {name: self.selected[name] for name in streamed if name in self._uncalled}
+        with ExitStack() as modes:
+            modes.enter_context(self.turn(batch, self._kind_of(layers)))
+            modes.enter_context(self._running(uncalled.values()))
+            reached = modes.enter_context(reached_ones(uncalled))
+            modes.enter_context(taps.attached())
             outputs = self._outputs(batch)
             taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
         sums.flush()
         outputs = outputs.detach()
         # a layer around others that is not called itself, a container for example, says nothing about them
-        uncalled = {name for name, way in self._ways.items() if way is Way.AROUND and not taps.is_called(name)}
-        if unexplained := self._union((taps.unexplained | uncalled) - singly):
+        containers = {name for name, way in self._ways.items() if way is Way.AROUND and not taps.is_called(name)}
+        if unexplained := self._union((taps.unexplained | containers | reached) - singly):
             self._fall_back(unexplained)
             progress.compared.clear()
+            return None
+        if self._finds_uncalled(streamed, taps):
             return None
         splits = [split for split in taps.splits if split.name not in singly]
         if check is not None:
@@ -304,6 +315,15 @@ class CheckedStream(ModelPasses):
                 return None
             outputs = outputs_alone
         return sums.result(self._device), outputs
+
+    def _finds_uncalled(self, names: Collection[str], taps: Taps) -> bool:
+        """Finds more parameters of layers that are not called; a pass has to tell if the model computes with them."""
+        if self.is_sharded:
+            return False  # weights require no gradients there
+        before = self._uncalled
+        self._called |= {name for name in names if taps.is_called(name)}
+        self._uncalled = set(names) - self._called
+        return not self._uncalled <= before
 
     def _watched(self, names: Collection[str], progress: Progress, of_one: bool) -> set[str]:
         """Returns those of some parameters of which it is to be known which samples have a gradient."""
@@ -471,6 +491,8 @@ class CheckedStream(ModelPasses):
             self._ways[name] = Way(now.value + 1)
         self._unchecked = SAMPLES_A_CHECK  # the next way is no surer
         self._comparisons.forget(failed)
+        self._called -= set(failed)
+        self._uncalled -= set(failed)
         self._assign_layers()
         singly = self.singly - before
         logger.debug("gradients of %s do not follow by the layer's rule", listed(list(failed)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +37,30 @@ def gradients_kept(outputs: Tensor, own: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for leaf, gradient in before:
             leaf.grad = gradient
+
+
+@contextmanager
+def reached_ones(tensors: Mapping[str, Tensor]) -> Iterator[set[str]]:
+    """Finds the names of the tensors that backward passes in the block give gradients, which are dropped."""
+    reached: set[str] = set()
+    before = {name: tensor.grad for name, tensor in tensors.items()}
+    handles = []
+
+    def drop(name: str, tensor: Tensor) -> None:
+        reached.add(name)
+        tensor.grad = None
+
+    with without_gradient_hooks(tensors.values()):
+        try:
+            for name, tensor in tensors.items():
+                tensor.grad = None
+                handles.append(tensor.register_post_accumulate_grad_hook(partial(drop, name)))  # type: ignore[no-untyped-call]
+            yield reached
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, tensor in tensors.items():
+                tensor.grad = before[name]
 
 
 @contextmanager
