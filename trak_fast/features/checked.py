@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..gradients.errors import is_out_of_memory
 from ..gradients.experts import experts_rule_of
-from ..gradients.graph import reached_ones
+from ..gradients.graph import gradients_taken
 from ..gradients.layers import rule_of
 from ..gradients.parameters import columns_of, layers_of, listed
 from ..gradients.repeatable import (
@@ -143,7 +143,6 @@ class CheckedStream(ModelPasses):
         self._unchecked = SAMPLES_A_CHECK  # samples since the last check
         self._uncalled: set[str] = set()  # parameters of layers that no batch has called
         self._called: set[str] = set()
-        self._has_checked = False  # True once a batch has been checked
         self._has_streamed = False  # True once the features of a batch have been computed
         self._comparisons = Comparisons(needed=SAMPLES_OF_A_SPLIT if self._parallel is None else 1)
         self._assign_layers()
@@ -257,11 +256,12 @@ class CheckedStream(ModelPasses):
             watched=self._watched(streamed, progress, of_one=count == 1),
         )
         sums = self._new_sums(batch, found, taps.is_whole)
+        reached: set[str] = set()
         uncalled = {name: self.selected[name] for name in streamed if name in self._uncalled}
         with ExitStack() as modes:
             modes.enter_context(self.turn(batch, self._kind_of(layers)))
             modes.enter_context(self._running(uncalled.values()))
-            reached = modes.enter_context(reached_ones(uncalled))
+            modes.enter_context(gradients_taken(uncalled, lambda name, gradient: reached.add(name)))
             modes.enter_context(taps.attached())
             outputs = self._outputs(batch)
             taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
@@ -298,7 +298,6 @@ class CheckedStream(ModelPasses):
                 if not alone.is_telling and any(samples[alone.sample] for samples in taps.watched.values()):
                     progress.silent += 1
             progress.compared.update(check.samples)
-            self._has_checked = True
         unsettled = [split for split in splits if not self._comparisons.is_settled(split, of_one=count == 1)]
         if unsettled and progress.silent < SAMPLES_OF_A_SPLIT:
             order = torch.randperm(count, generator=self._choices, device="cpu")
@@ -367,7 +366,7 @@ class CheckedStream(ModelPasses):
 
     def _begin_check(self, batch: Sequence[Tensor], seeds: Tensor) -> Check:
         """Chooses samples of a batch at random, and begins the check of them: of one, or several of the first batch."""
-        count = 1 if self._has_checked else self._comparisons.needed
+        count = 1 if self._has_streamed else self._comparisons.needed
         order = torch.randperm(len(batch[0]), generator=self._choices, device="cpu")
         return self._check_of(batch, seeds, order[:count].tolist())
 

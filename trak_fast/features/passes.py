@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..gradients.base import ParameterGradients, singles_of
 from ..gradients.errors import is_out_of_memory
-from ..gradients.graph import gradients_kept, without_gradient_hooks
+from ..gradients.graph import gradients_kept, gradients_taken
 from ..gradients.layers import Rule
 from ..gradients.modes import checkpointing, differentiable, no_key_caches, requiring_grad, uncompiled
 from ..gradients.pieces import Piece, Whole
@@ -199,39 +199,14 @@ class ModelPasses(ParameterGradients):
         Returns:
             f, (1,), or the other thing, detached.
         """
-        before = {name: parameter.grad for name, parameter in chosen.items()}
-        handles: dict[Tensor, Any] = {}
-
-        def hook(name: str, parameter: Tensor) -> None:
-            """Has the gradient of a parameter taken; of one that is sharded, that of what is gathered for it."""
-
-            @torch.no_grad()
-            def take_gradient(parameter: Tensor) -> None:
-                gradient = parameter.grad
-                parameter.grad = None
-                assert gradient is not None
-                take(name, gradient)
-
-            if parameter not in handles:
-                handles[parameter] = parameter.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
-
         with ExitStack() as modes:
             modes.enter_context(self._running(chosen.values()))
-            modes.enter_context(without_gradient_hooks(chosen.values()))
-            if self._lockstep is not None:
+            hook = modes.enter_context(gradients_taken(chosen, take))
+            if self._lockstep is not None:  # gradients are those of what is gathered for the shards
                 modes.enter_context(self._lockstep.gathered(chosen, hook))
-            try:
-                for name, parameter in chosen.items():
-                    parameter.grad = None
-                    hook(name, parameter)
-                output = self._outputs(single) if evaluate is None else evaluate()
-                if output.requires_grad:
-                    weighted = self._weighted(seed, output, single) if evaluate is None else seed.to(output)
-                    with gradients_kept(output, [*chosen.values(), *handles]):
-                        torch.autograd.backward(output, weighted)
-            finally:
-                for handle in handles.values():
-                    handle.remove()
-                for name, parameter in chosen.items():
-                    parameter.grad = before[name]
+            output = self._outputs(single) if evaluate is None else evaluate()
+            if output.requires_grad:
+                weighted = self._weighted(seed, output, single) if evaluate is None else seed.to(output)
+                with gradients_kept(output, chosen.values()):
+                    torch.autograd.backward(output, weighted)
         return output.detach()

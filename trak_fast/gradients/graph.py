@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -40,30 +40,6 @@ def gradients_kept(outputs: Tensor, own: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def reached_ones(tensors: Mapping[str, Tensor]) -> Iterator[set[str]]:
-    """Finds the names of the tensors that backward passes in the block give gradients, which are dropped."""
-    reached: set[str] = set()
-    before = {name: tensor.grad for name, tensor in tensors.items()}
-    handles = []
-
-    def drop(name: str, tensor: Tensor) -> None:
-        reached.add(name)
-        tensor.grad = None
-
-    with without_gradient_hooks(tensors.values()):
-        try:
-            for name, tensor in tensors.items():
-                tensor.grad = None
-                handles.append(tensor.register_post_accumulate_grad_hook(partial(drop, name)))  # type: ignore[no-untyped-call]
-            yield reached
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, tensor in tensors.items():
-                tensor.grad = before[name]
-
-
-@contextmanager
 def without_gradient_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Takes off the hooks that run once gradients have been added up: optimizers that step in the backward pass."""
     hooks = [found for tensor in tensors if (found := getattr(tensor, "_post_accumulate_grad_hooks", None))]
@@ -76,3 +52,39 @@ def without_gradient_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
         for found, content in zip(hooks, before, strict=True):
             found.clear()
             found.update(content)
+
+
+@contextmanager
+def gradients_taken(
+    tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], object]
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Hands the gradients that backward passes in the block give tensors to `take`, and keeps their `.grad` as it was.
+
+    Yields:
+        A function that has the gradients of another tensor taken too, under a name.
+    """
+    before = {name: tensor.grad for name, tensor in tensors.items()}
+    handles: dict[Tensor, Any] = {}
+
+    def hook(name: str, tensor: Tensor) -> None:
+        @torch.no_grad()
+        def take_gradient(tensor: Tensor) -> None:
+            gradient = tensor.grad
+            tensor.grad = None
+            assert gradient is not None
+            take(name, gradient)
+
+        if tensor not in handles:
+            handles[tensor] = tensor.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
+
+    with without_gradient_hooks(tensors.values()):
+        try:
+            for name, tensor in tensors.items():
+                tensor.grad = None
+                hook(name, tensor)
+            yield hook
+        finally:
+            for handle in handles.values():
+                handle.remove()
+            for name, tensor in tensors.items():
+                tensor.grad = before[name]
