@@ -270,8 +270,8 @@ class Recorder:
             opened.rows.claim(stale)
             opened.rows.undo(stale)
 
-    def require_training_samples(self, train: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp]) -> None:
-        """Refuses samples that differ from those that training rows were stored from.
+    def require_samples(self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp]) -> None:
+        """Refuses samples that differ from those that rows were stored from.
 
         Raises:
             ValueError: They differ.
@@ -280,8 +280,8 @@ class Recorder:
             return
         marked = self._task.clear_padding(batch) if hasattr(self._task, "clear_padding") else batch
         digests = digest_samples(marked, np.arange(len(rows)))
-        if len(other := train.other_samples(rows, digests)):
-            raise ValueError(other_samples_message(other, train.path))
+        if len(other := stored.other_samples(rows, digests)):
+            raise ValueError(other_samples_message(other, stored.path))
 
     def _compare_task(self, opened: _Opened, some: Sequence[Tensor]) -> None:
         """Compares f and Q of the stored samples with what the task makes of them now; stores some if there are none.

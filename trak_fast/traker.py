@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .arguments import Indices, integer, row_numbers
+from .arguments import Indices, choice, integer, row_numbers
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
-from .features.computers import OptimizerStates, choose_computers
+from .features.computers import OptimizerStates, choose_computers, choose_metric
 from .features.featurizer import Featurizer
+from .features.metric import Metric, matrices_of
+from .features.rotation import Rotation
 from .features.sharded import WholeEntries
 from .features.streaming import GradientProjector, OptimizerState
 from .gradients import GradientComputer, select_parameters
@@ -34,7 +36,8 @@ from .scoring.gram import plain_arithmetic
 from .scoring.saver import Saver
 from .scoring.scores import ScoreFile, ScoreMatrix, unsaved_scores
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
-from .store.files import DENIED, temporary_name
+from .store.encodings import STORE_DTYPES
+from .store.files import DENIED, advising_on_denied, first_file, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import digest, manifest_of
 from .store.rows import Rows, require_same_samples
@@ -66,6 +69,31 @@ def _setting(name: str) -> property:
         setattr(traker._estimator.settings, name, value)
 
     return property(read, change)
+
+
+METRIC_SAMPLES = 256
+"""Samples of the first batch at most that a metric is made of."""
+
+FEW_SAMPLES = 16
+"""Samples that a metric is better made of more of."""
+
+
+def _chosen_store_dtype(store_dtype: str | None, use_half_precision: bool, default: str) -> str:
+    """Returns the way to store features.
+
+    Raises:
+        ValueError: There is no such way, or `use_half_precision` asks for another one.
+    """
+    if store_dtype is None:
+        return "float16" if use_half_precision else default
+    if use_half_precision and store_dtype != "float16":
+        raise ValueError(f'store_dtype must be "float16" with use_half_precision=True, not {store_dtype!r}')
+    return choice("store_dtype", store_dtype, STORE_DTYPES)
+
+
+def _chosen_proj_dim(grad_dim: int) -> int:
+    """Returns the size of features in few bits: 131,072, or less where gradients are smaller; a power of two."""
+    return max(64, min(131072, 1 << (grad_dim - 1).bit_length()))
 
 
 class TRAKer:
@@ -113,7 +141,7 @@ class TRAKer:
         projector: ProjectorLike | None = None,
         saver: None = None,
         score_computer: None = None,
-        proj_dim: int = 2048,
+        proj_dim: int | None = None,
         logging_level: int = logging.INFO,
         use_half_precision: bool = False,
         proj_max_batch_size: int | None = None,
@@ -121,8 +149,10 @@ class TRAKer:
         grad_wrt: Iterable[str] | None = None,
         lambda_reg: float | str | None = "auto",
         *,
-        proj_type: str = "rademacher",
+        proj_type: str | None = None,
         nonzeros: int | None = None,
+        store_dtype: str | None = None,
+        metric: str | None = "auto",
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         sketch: str = "full",
@@ -154,22 +184,33 @@ class TRAKer:
                 and `free_memory()`. By default `trak_fast.Projector` with the arguments below.
             saver: Not supported; features are stored by `trak_fast.store`.
             score_computer: Not supported; scores are computed by `trak_fast.scoring`.
-            proj_dim: Size of the projection, k; 0 for none.
+            proj_dim: Size of the projection, k; 0 for none. By default 2,048, with a metric 131,072.
             logging_level: Level of the logger "trak_fast".
-            use_half_precision: Stores training features in float16 with a factor for each sample, which halves the
-                folder and changes features by up to 2^-11. X'X is summed and solved in float64 all the same.
+            use_half_precision: The same as store_dtype="float16".
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
             grad_wrt: Names or patterns ("head.*") of the parameters to differentiate, whether or not they require
-                gradients; ["*"] takes all. By default those that require gradients.
+                gradients; ["*"] takes all. By default those that require gradients, with a metric the matrices among
+                them but those of positions.
             lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features and from how far
-                those of the others differ (`scoring.ridge.auto_ridge`). 0: plain TRAK, with the least-norm solution
-                where X'X is singular. With these, scores do not depend on the scale of P. Another number means what it
-                means in traker, whose features are P g/√D: λ is added to X'X/D. Its strength depends on k and D.
+                those of the others differ (`scoring.ridge.auto_ridge`); with a metric, math.inf. 0: plain TRAK, with
+                the least-norm solution where X'X is singular. With these, scores do not depend on the scale of P.
+                math.inf: scores are inner products of features, divided by the mean squared norm of those of training
+                samples. Another number means what it means in traker, whose features are P g/√D: λ is added to X'X/D.
+                Its strength depends on k and D.
             proj_type: "rademacher", "normal" or "sjlt", a sparse matrix, by which projecting takes about as long as
                 reading the gradients. Features of "sjlt" are multiplied by √(k / nonzeros), to the scale of the others.
             nonzeros: Entries in each column of "sjlt": 1, 2, 4 (the default) or 8; proj_dim / nonzeros must be a power
                 of two from 16 on.
+                By default "sjlt" with a metric and no `proj_dim`, else "rademacher".
+            store_dtype: The way in which the numbers of training features are stored; those of targets are float32.
+                "float32"; "float16", which changes features by up to 2^-11; "int8"; "1bit", the sign of each after a
+                random rotation. The last two keep inner products with targets free of bias
+                (`store.encodings`). By default "1bit" with a metric and no `proj_dim`, else "float32".
+            metric: "kfac": gradients are multiplied by the inverse root of their Fisher matrix in K-FAC's
+                approximation, which is made of the first batch of each checkpoint or by `fit_metric`. None: gradients
+                are as they are. "auto": "kfac" for causal and masked language modelling where gradients are streamed,
+                the model is whole and there is no `optimizer_state`.
             chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
             memory_budget: Bytes for gradients and for the results that computing them keeps; by default a quarter of
                 the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
@@ -223,7 +264,12 @@ class TRAKer:
             )
         self.model = model
         self.task = resolve_task(task)
+        free = gradient_computer is None and projector is None and proj_dim != 0 and optimizer_state is None
+        metric = choose_metric(metric, model, self.task, gradients_are_free=free)
         parameters = select_parameters(model, grad_wrt)
+        if metric is not None and grad_wrt is None:
+            matrices = matrices_of(model, parameters)
+            parameters = {name: parameters[name] for name in matrices} or parameters
         if device is not None:
             model.to(device)
         first = next(iter(parameters.values()))
@@ -237,8 +283,16 @@ class TRAKer:
                 len(every),
                 f"{self.grad_dim:,}",
                 f"{sum(parameter.numel() for parameter in every):,}",
-                ": those that require gradients (grad_wrt=['*'] takes all)" if grad_wrt is None else "",
+                ": those that require gradients, and are matrices with a metric (grad_wrt=['*'] takes all)"
+                if grad_wrt is None
+                else "",
             )
+        few_bits = metric is not None and proj_dim is None
+        store_dtype = _chosen_store_dtype(store_dtype, use_half_precision, "1bit" if few_bits else "float32")
+        if proj_type is None:
+            proj_type = "sjlt" if few_bits else "rademacher"
+        if proj_dim is None:
+            proj_dim = _chosen_proj_dim(self.grad_dim) if few_bits else 2048
         if nonzeros is not None and (projector is not None or proj_dim == 0):
             raise ValueError("nonzeros has no influence beside projector or proj_dim=0: leave it out")
         if projector is None and proj_dim == 0:
@@ -268,6 +322,7 @@ class TRAKer:
             sketch_side=sketch_side,
             memory_budget=memory_budget,
             processes=self._ranks.size,
+            metric=metric,
         )
         self._ranks.prepare = computers.prepare
         self._computers = computers
@@ -282,12 +337,20 @@ class TRAKer:
             model,
             parameters,
             self.train_set_size,
-            use_half_precision,
+            store_dtype,
             description_of(self.gradient_computer) | self._optimizer_states.describe(),
         )
         with self._ranks.together():
             self.store = Store(save_dir, contents, self.train_set_size, self.proj_dim)
-        self._estimator = Estimator(self.store, settings, task=self.task, grad_dim=self.grad_dim, device=self.device)
+        self._estimator = Estimator(
+            self.store,
+            settings,
+            task=self.task,
+            grad_dim=self.grad_dim,
+            device=self.device,
+            has_metric=metric is not None,
+        )
+        self._rotation = Rotation(self.proj_dim) if store_dtype == "1bit" else None
         self._saver = Saver(self._estimator)
         featurizer = Featurizer(
             model,
@@ -300,6 +363,7 @@ class TRAKer:
             device=self.device,
             chunk_size=chunk_size,
             memory_budget=memory_budget,
+            rotation=self._rotation,
         )
         self._recorder = Recorder(featurizer, self._estimator, self._ranks, task=self.task, check_samples=check_samples)
 
@@ -372,6 +436,7 @@ class TRAKer:
         self._seen.add(model_id)
         if self._ranks.rank == 0 and (stored := int(train.done.sum())):
             self.logger.info("model_id %d: %d of %d samples are stored already", model_id, stored, len(train.done))
+        self._take_metric(model_id)
         self._recorder.open_training(model_id, train, others)
         self._saver.load_current_store(model_id)
 
@@ -391,7 +456,53 @@ class TRAKer:
             OSError: The disk is full, for example; the samples stored before are safe.
             PermissionError: `save_dir` may be read but not written.
         """
+        streaming = self._computers.streaming
+        if streaming is not None and streaming.has_metric and streaming.metric is None and self._loaded is not None:
+            self.fit_metric([x[:METRIC_SAMPLES] for x in batch_tensors(batch, self.task)])
         self._record(self._recorder.record_training, batch, inds, num_samples)
+
+    def fit_metric(self, batch: Batch) -> None:
+        """Makes the metric of the loaded checkpoint, unless it is stored; `featurize` makes it of its first batch.
+
+        The metric is made of few samples, a hundred texts for example, and belongs to the checkpoint's features.
+
+        Args:
+            batch: Some training samples' tensors, as for `featurize`.
+
+        Raises:
+            ValueError: Features have no metric, or gradients are not finite.
+            RuntimeError: No checkpoint is loaded.
+            TypeError: As in `featurize`.
+            OSError: The disk is full, for example.
+        """
+        streaming = self._computers.streaming
+        if streaming is None or not streaming.has_metric:
+            raise ValueError('metric must be "kfac" for fit_metric, or "auto" for a task that it is meant for')
+        self._require_loaded_weights()
+        if self._loaded is None:
+            raise RuntimeError("call load_checkpoint before fit_metric")
+        path = self.store.metric_file(self._loaded)
+        if not path.exists():
+            batch = batch_tensors(batch, self.task)
+            if len(batch[0]) < FEW_SAMPLES:
+                self.logger.warning(
+                    "the metric of model_id %d is made of %d samples, and is the better the more there are, up to some "
+                    "hundreds: give a larger first batch to featurize, or some to fit_metric before",
+                    self._loaded,
+                    len(batch[0]),
+                )
+            streaming.fit_metric(batch)
+            assert streaming.metric is not None
+            with advising_on_denied(self.store.path), first_file(path) as temporary:
+                torch.save(streaming.metric.state_dict(), temporary)
+        self._take_metric(self._loaded)
+
+    def _take_metric(self, model_id: int) -> None:
+        """Has features computed in the metric that is stored for a checkpoint, if there is one."""
+        streaming = self._computers.streaming
+        path = self.store.metric_file(model_id)
+        if streaming is not None and streaming.has_metric and path.exists():
+            streaming.metric = Metric.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     @plain_arithmetic()
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:
@@ -454,6 +565,7 @@ class TRAKer:
             with self.store.train(model_id).kept():
                 self.store.check_weights(model_id, weights)
                 targets = self.store.targets(model_id, exp_name, num_targets)
+            self._take_metric(model_id)
             self._recorder.open_targets(model_id, targets)
         self._seen.add(model_id)
         self._saver.load_current_store(model_id)
@@ -624,11 +736,72 @@ class TRAKer:
             if self._loaded not in used:
                 raise RuntimeError(f"model_id {self._loaded}, which is loaded, must be one of model_ids {list(used)}")
             target = integer("target", target, 0, len(used[self._loaded].done) - 1)
-            self._recorder.require_training_samples(self.store.train(self._loaded), batch, rows)
+            self._recorder.require_samples(self.store.train(self._loaded), batch, rows)
             direction = self._estimator.direction(used, self._loaded, target)
+            if self._rotation is not None:
+                direction = self._rotation.revert(direction.unsqueeze(0))[0]
             factors = self._estimator.factors(used, self._loaded, rows) * computer.projector.dense_scale
         products = computer.token_products(batch, direction, self._loaded)
         return (products.cpu() * factors.unsqueeze(1)).numpy()
+
+    def rerank(
+        self,
+        exp_name: str,
+        target: int,
+        target_batch: Batch,
+        batch: Batch,
+        inds: Indices,
+        model_ids: Iterable[int] | None = None,
+    ) -> NDArray[np.float64]:
+        """Computes the scores of a target's best training samples again, with gradients that are not projected.
+
+        Scores of features have noise of the size 1/√k, which decides on the order of samples that are almost equal.
+        Here the target's gradient is formed as a whole, in the memory of the parameters that are attributed, and its
+        products with the candidates' gradients are exact. Where scores have an inverse, what that takes off stays
+        projected.
+
+        The model must have the weights of one checkpoint, by `load_checkpoint` or `start_scoring_checkpoint`; the
+        result is this checkpoint's part: add up those of all `model_ids`, as for `token_scores`.
+
+        Args:
+            exp_name: The experiment, with all its targets at all `model_ids`.
+            target: The target's number, from 0 on.
+            target_batch: The target's tensors, (1, ...) each.
+            batch: The candidates' tensors, (B, ...) each: training samples.
+            inds: (B,) their numbers, `top_scores(...).indices[target]` for example.
+            model_ids: Checkpoints that scores are averaged over; all by default.
+
+        Returns:
+            (B,), in the unit of scores.
+
+        Raises:
+            ValueError: A number is out of range, samples are others than were featurized or scored, gradients are not
+                streamed or are steps of Adam, `normalize` is True, or `lambda_reg` is 0.
+            RuntimeError: No checkpoint is loaded, or it is none of `model_ids`, or as in `finalize_scores`.
+            TypeError: As in `featurize`.
+        """
+        streaming = self._computers.streaming
+        if streaming is None or self._optimizer_states.describe():
+            raise ValueError(
+                "gradient_computer, projector and optimizer_state must be left out, and task have get_outputs, for "
+                "rerank"
+            )
+        self._require_loaded_weights()
+        if self._loaded is None:
+            raise RuntimeError("call load_checkpoint or start_scoring_checkpoint before rerank")
+        batch = batch_tensors(batch, self.task)
+        target_batch = batch_tensors(target_batch, self.task)
+        rows, _ = row_numbers(batch, inds, None, 0, self.train_set_size)
+        with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
+            if self._loaded not in used:
+                raise RuntimeError(f"model_id {self._loaded}, which is loaded, must be one of model_ids {list(used)}")
+            target = integer("target", target, 0, len(used[self._loaded].done) - 1)
+            self._recorder.require_samples(self.store.train(self._loaded), batch, rows)
+            self._recorder.require_samples(used[self._loaded], target_batch, np.array([target]))
+        products = streaming.exact_products(target_batch, batch).cpu()
+        scale = 1 if streaming.is_unprojected else self.proj_dim
+        with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
+            return self._estimator.exact_scores(used, self._loaded, target, rows, products * scale).numpy()
 
     @contextmanager
     def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> Iterator[ScoreMatrix]:

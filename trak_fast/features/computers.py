@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..arguments import integer
+from ..arguments import choice, integer
 from ..gradients.base import GradientComputer, LossGradientComputer
 from ..gradients.functional import FunctionalGradientComputer
 from ..projection.projector import NoProjection, Projector, ProjectorLike
@@ -54,6 +54,25 @@ class Computers:
         return self.losses if isinstance(self.losses, GradientProjector) else None
 
 
+def choose_metric(metric: str | None, model: nn.Module, task: Task, *, gradients_are_free: bool) -> str | None:
+    """Chooses the metric of features where it is "auto": K-FAC's for a whole model whose task draws labels.
+
+    Args:
+        metric: "auto", "kfac" or None.
+        model: The model.
+        task: The task.
+        gradients_are_free: True where nothing else decides on gradients: a class of the user's, a projector, no
+            projection, or Adam's moments.
+
+    Raises:
+        ValueError: `metric` is something else.
+    """
+    if metric is None or choice("metric", metric, ("auto", "kfac")) == "kfac":
+        return metric
+    whole = not shards_of(model) and not any(hasattr(parameter, "placements") for parameter in model.parameters())
+    return "kfac" if gradients_are_free and whole and hasattr(task, "draw_labels") else None
+
+
 def choose_computers(
     model: nn.Module,
     task: Task,
@@ -67,6 +86,7 @@ def choose_computers(
     sketch_side: int | None,
     memory_budget: int | None,
     processes: int,
+    metric: str | None = None,
 ) -> Computers:
     """Chooses the way to the features of a model.
 
@@ -82,6 +102,7 @@ def choose_computers(
         sketch_side: See `GradientProjector`.
         memory_budget: Bytes for all that computing takes, or None.
         processes: The processes that share the work.
+        metric: See `GradientProjector`.
 
     Raises:
         ValueError: Arguments exclude each other, or the model is shared out in a way that is not supported.
@@ -94,6 +115,11 @@ def choose_computers(
     by_layers = gradient_computer is None and type(projector) is Projector and hasattr(task, "get_outputs")
     grad_dim = sum(parameter.numel() for parameter in parameters.values())
     if not (two_sided or sharded or by_layers):
+        if metric is not None:
+            raise ValueError(
+                f"metric must be None, not {metric!r}, unless gradients are projected layer by layer: leave out "
+                "gradient_computer and projector, give a task with get_outputs, and proj_dim of 1 or more"
+            )
         first = next(iter(parameters.values()))
         whole = (gradient_computer or FunctionalGradientComputer)(
             model=model, task=task, grad_dim=grad_dim, dtype=first.dtype, device=first.device, grad_wrt=grad_wrt
@@ -118,6 +144,7 @@ def choose_computers(
         memory_budget=slice_bytes,
         sketch=sketch,
         sketch_side=sketch_side,
+        metric=metric,
     )
     logger.info(
         "gradients are projected layer by layer, as the backward pass makes them, and compared with autograd's for "

@@ -19,6 +19,7 @@ from ..projection.projector import ProjectorLike
 from ..scales import LARGEST_FEATURE, map_rows
 from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode, restored, weighs_by_outputs
 from . import memory
+from .rotation import Rotation
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -115,6 +116,7 @@ class Featurizer:
         device: torch.device,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         """Takes the parts.
 
@@ -129,6 +131,7 @@ class Featurizer:
             device: The device to compute on.
             chunk_size: Samples at a time; by default what fits `memory_budget`.
             memory_budget: Bytes; by default a quarter of the memory that is free, or half of it on a CUDA device.
+            rotation: Rotates features, which are to be stored in few bits; None: they stay.
         """
         self.model = model
         self.task = task
@@ -140,6 +143,7 @@ class Featurizer:
         self.device = device
         self.chunk_size = chunk_size
         self.memory_budget = memory_budget
+        self.rotation = rotation
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._samples_at_a_time: dict[tuple[torch.Size, ...], int] = {}  # by the shapes of one sample's tensors
 
@@ -225,6 +229,8 @@ class Featurizer:
         weights = None
         with evaluation_mode(self.model):
             features = self.computer.features(samples, model_id)
+            if self.rotation is not None:
+                features = self.rotation.apply(features)
             if weighted:
                 weights = self.gradient_computer.compute_loss_grad(samples).reshape(-1)
         features = _checked("features", features, rows, (self.proj_dim,), LARGEST_FEATURE, "the model output f")

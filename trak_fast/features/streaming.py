@@ -24,12 +24,14 @@ from ..gradients.modes import lock_of
 from ..gradients.parameters import listed, parts_of, placed_columns, same_parts
 from ..projection.projector import Projector
 from ..scales import exponents_of, split
-from ..tasks.base import Task, copy_tensors, evaluation_mode, weighs_by_outputs
+from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode, weighs_by_outputs
 from ..tasks.batches import Batch, batch_tensors
 from ..tasks.registry import resolve_task
 from . import memory
 from .checked import CheckedStream
 from .groups import group_by_length
+from .metric import DRAWS, Metric, Moments, MomentSums, WhitenedSums, vocabulary_of
+from .products import Gradient, GradientSums, ProductSums
 from .sketches import Sketches, Sums
 from .stages import StagePass, projecting
 from .steps import StepSums
@@ -55,6 +57,7 @@ class GradientProjector(CheckedStream):
         grad_dim: Size of a sample's gradient, D.
         proj_dim: Size of a feature, k.
         columns: The columns of the projection matrix that belong to each parameter, (first, count) by name.
+        metric: The metric that gradients are multiplied by the root of; None before it is made, or where there is none.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class GradientProjector(CheckedStream):
         sketch_side: int | None = None,
         per: str = "sample",
         columns: Mapping[str, tuple[int, int]] | None = None,
+        metric: str | None = None,
     ) -> None:
         """Prepares the projection of a model's gradients.
 
@@ -103,12 +107,16 @@ class GradientProjector(CheckedStream):
             columns: The columns of the projection matrix that belong to each parameter, (first, count) by name, of a
                 model that is a part of a larger one: those that the larger one's projector has as `columns`, under the
                 names that parameters have here. By default they follow each other.
+            metric: "kfac" multiplies gradients by the inverse root of their Fisher matrix in K-FAC's approximation
+                before they are projected (features/metric.py), which a task with `draw_labels` is needed for: it is
+                made of the first batch, or by `fit_metric`. None takes them as they are.
 
         Raises:
             ValueError: A number is out of range, `grad_wrt` fits no parameter, `optimizer_state` fits another model or
                 is given with "two_sided", `sketch_side` is given for "full", or `per` is "token" without sketches or
                 for a task without `get_outputs`; `columns` do not fit the parameters, or are given with sketches; or a
-                sharded model is to have what needs it whole.
+                sharded model is to have what needs it whole; or `metric` is given with `optimizer_state` or for a task
+                that draws no labels.
             TypeError: An argument has the wrong type.
         """
         if not isinstance(model, nn.Module):
@@ -124,6 +132,10 @@ class GradientProjector(CheckedStream):
                 'per must be "sample" with sketch="full", not "token": to form and project a gradient for each token '
                 'takes as many times as long as there are tokens; add sketch="two_sided"'
             )
+        self.metric: Metric | None = None
+        self._fitting: Moments | None = None  # where the moments of a batch go instead of features
+        self._collected: Gradient | None = None  # where the gradient of a sample goes instead of features
+        self._multiplied: Gradient | None = None  # the gradient whose products with those of samples are computed
         self._direction: Tensor | None = None  # the vector that features are multiplied by, token by token
         super().__init__(model, resolve_task(task), grad_wrt=grad_wrt)
         self._blocks = self._side is not None and integer("proj_dim", proj_dim, 0) == 0
@@ -138,8 +150,67 @@ class GradientProjector(CheckedStream):
         if self._per_token:
             self._require_batches("per")
         self._moments: AdamMoments | None = None
+        self._has_metric = metric is not None and choice("metric", metric, ("kfac",)) == "kfac"
+        if self._has_metric:
+            self._require_metric(optimizer_state)
         self.precondition(optimizer_state)
         self._model_id = 0
+
+    def _require_metric(self, optimizer_state: OptimizerState | None) -> None:
+        """Refuses a metric where there can be none."""
+        if optimizer_state is not None:
+            raise ValueError("metric must be None with optimizer_state, whose steps have a metric of their own")
+        if not hasattr(self.task, "draw_labels"):
+            raise ValueError(
+                f'metric must be None for a task without draw_labels such as {type(self.task).__name__}, not "kfac"'
+            )
+        if self.is_sharded or self._given_columns is not None:
+            raise ValueError('metric must be None for a sharded model or a part of one, not "kfac"')
+
+    @property
+    def has_metric(self) -> bool:
+        """True where gradients are multiplied by the root of a metric."""
+        return self._has_metric
+
+    def fit_metric(self, batch: Batch) -> None:
+        """Makes the metric from samples, which takes a pass for each of the labels that the model draws for them.
+
+        Args:
+            batch: The tensors that the task asks for, (B, ...) each. The labels among them do not matter.
+
+        Raises:
+            ValueError: There is to be no metric, or gradients are not finite.
+            RuntimeError: As in `project`.
+            TypeError: As in `project`.
+        """
+        if not self._has_metric:
+            raise ValueError('metric must be "kfac" for fit_metric, not None')
+        with lock_of(self.model):
+            self.metric = self._fitted(batch)
+
+    def _fitted(self, batch: Batch) -> Metric:
+        """Computes the metric of samples."""
+        task: Any = self.task
+        batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
+        shapes = {name: _matrix_shape(parameter) for name, parameter in self.selected.items()}
+        moments = Moments(shapes, vocabulary_of(self.model))
+        generator = torch.Generator("cpu").manual_seed(0)
+        self._take_replaced()
+        self._fitting = moments
+        try:
+            for _ in range(DRAWS):
+                with evaluation_mode(self.model), self._running(()), torch.no_grad():
+                    weights, buffers = self._constants(), copy_buffers(self.buffers)
+                    drawn = task.draw_labels(self.model, weights, buffers, batch, generator)
+
+                def add(part: slice, drawn: Sequence[Tensor] = drawn) -> None:
+                    self._compute([x[part] for x in drawn])
+
+                with evaluation_mode(self.model):
+                    memory.halving_on_oom(len(batch[0]), len(batch[0]), add)
+        finally:
+            self._fitting = None
+        return moments.metric()
 
     def precondition(self, optimizer_state: OptimizerState | None) -> None:
         """Takes another `optimizer_state`, of another checkpoint for example; None: gradients as they are."""
@@ -177,6 +248,8 @@ class GradientProjector(CheckedStream):
             "sketch": "full" if self._layout is None else f"two_sided {self._layout.side}",
             "preconditioner": None if self._moments is None else "adam",
         }
+        if self._has_metric:
+            described.update(metric="kfac")
         if self._blocks:  # which no other entry of the manifest tells
             described.update(seed=self.projector.seed, matrix_definition=self.projector.definition)
         return described
@@ -190,6 +263,8 @@ class GradientProjector(CheckedStream):
     def load_model_params(self, model: nn.Module) -> None:
         """Takes the parameters and buffers of `model`, without copying them."""
         super().load_model_params(model)
+        self.metric = None
+        self._fitting = None
         if self._side is not None and (self._parallel is not None or self._given_columns is not None):
             raise ValueError(
                 'sketch must be "full" for a part of a model, by tensor parallelism or with columns, not "two_sided": '
@@ -204,6 +279,11 @@ class GradientProjector(CheckedStream):
     def proj_dim(self) -> int:
         """Size of a feature, k."""
         return self.projector.proj_dim
+
+    @property
+    def is_unprojected(self) -> bool:
+        """True where features are sketches as they are, with E‖φ‖² = ‖g‖²."""
+        return self._blocks
 
     @property
     def sketched_dim(self) -> int:
@@ -267,6 +347,36 @@ class GradientProjector(CheckedStream):
         products = self._compute_rows(batch, model_id, torch.float64, scaled.mantissas[0].float())
         return products * 2.0 ** int(scaled.exponents[0])
 
+    def exact_products(self, target: Batch, batch: Batch) -> Tensor:
+        """Computes inner products of one sample's gradient with those of others, none of which is projected.
+
+        Gradients are multiplied by the metric's root first, where there is one.
+
+        Args:
+            target: The tensors of the one sample, (1, ...) each.
+            batch: Those of the others, (B, ...) each.
+
+        Returns:
+            (B,) float64, on the model's device: the mean of ⟨φ_b, φ_target⟩ / E‖P‖² over all projections.
+
+        Raises:
+            ValueError: `target` is not one sample, or features are steps of Adam.
+            RuntimeError: As in `project`.
+            TypeError: As in `project`.
+        """
+        if self._moments is not None or self.is_sharded:
+            raise ValueError("exact_products needs gradients of a whole model: leave out optimizer_state and sharding")
+        if len(batch_tensors(target, self.task)[0]) != 1:
+            raise ValueError("target must be one sample, of tensors (1, ...)")
+        gradient: Gradient = {}
+        try:
+            self._collected = gradient
+            self._compute_rows(target, 0, torch.float32)
+            self._collected, self._multiplied = None, gradient
+            return self._compute_rows(batch, 0, torch.float64)[:, 0]
+        finally:
+            self._collected = self._multiplied = None
+
     def _require_batches(self, user: str) -> None:
         if not hasattr(self.task, "get_outputs"):
             raise ValueError(
@@ -289,6 +399,8 @@ class GradientProjector(CheckedStream):
         batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
         count = len(batch[0])
         self._take_replaced()
+        if self._has_metric and self.metric is None:
+            self.metric = self._fitted(batch)
         self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
         rows = torch.zeros(count, self._width(batch), dtype=dtype, device=self._device)
 
@@ -320,6 +432,10 @@ class GradientProjector(CheckedStream):
 
     def _width(self, batch: Sequence[Tensor]) -> int:
         """Counts the numbers of each sample: k, T · k or T."""
+        if self._collected is not None:
+            return 0
+        if self._multiplied is not None:
+            return 1
         if self._direction is not None:
             return _tokens_of(batch)
         return self.proj_dim * _tokens_of(batch) if self._per_token else self.proj_dim
@@ -355,6 +471,8 @@ class GradientProjector(CheckedStream):
             return torch.zeros(0, self.proj_dim)
         with lock_of(self.model):
             self._model_id = model_id
+            if self._has_metric and self.metric is None:
+                self.metric = self._fitted(samples)
             features = self._compute(samples)["features"]
         return features if self.projector.dense_scale == 1 else features * self.projector.dense_scale
 
@@ -379,6 +497,8 @@ class GradientProjector(CheckedStream):
     @property
     def _tells_tokens(self) -> bool:
         """True where each token has numbers of its own."""
+        if self._collected is not None or self._multiplied is not None or self._fitting is not None:
+            return False
         return self._per_token or self._direction is not None
 
     def _require_padding_at_end(self, batch: Sequence[Tensor]) -> None:
@@ -393,7 +513,8 @@ class GradientProjector(CheckedStream):
     def _differentiate_group(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Computes the features of some samples of a batch, (B, k), and f of each, (B,), detached."""
         features, outputs = self._differentiate_with(batch, torch.ones(len(batch[0])))
-        return (features if self._moments is not None else self._rescaled(batch, features)), outputs
+        is_linear = self._moments is None and self._fitting is None and self._collected is None
+        return (self._rescaled(batch, features) if is_linear else features), outputs
 
     def _rescaled(self, batch: Sequence[Tensor], features: Tensor) -> Tensor:
         """Computes rows again that are beyond what float32 computes with, from multiples of f by powers of two."""
@@ -423,8 +544,25 @@ class GradientProjector(CheckedStream):
     ) -> Sums:
         """Starts the sums that the pieces of a batch's gradients go to."""
         count = len(batch[0])
+        if self._fitting is not None:
+            return MomentSums(self._fitting, count, slice_bytes=self.slice_bytes, sketches=sketches)
+        if self.metric is None:
+            return self._new_plain_sums(batch, sketches, is_whole)
+        sums = self._new_plain_sums(batch, (), is_whole)
+        return WhitenedSums(sums, self.metric, slice_bytes=self.slice_bytes, sketches=sketches)
+
+    def _new_plain_sums(
+        self, batch: Sequence[Tensor], sketches: Sequence[Sketches], is_whole: Callable[[str], bool]
+    ) -> Sums:
+        """Starts sums of gradients as they are, or of steps."""
+        count = len(batch[0])
         layout = self._layout
         columns = self.columns if layout is None else layout.columns
+        if self._collected is not None:
+            sizes = {name: parameter.numel() for name, parameter in self.selected.items()}
+            return GradientSums(self._collected, sizes, sketches=sketches)
+        if self._multiplied is not None:
+            return ProductSums(self._multiplied, count, slice_bytes=self.slice_bytes, sketches=sketches)
         common = _Common(model_id=self._model_id, slice_bytes=self.slice_bytes, sketches=sketches)
         if self._direction is not None:
             return TokenShares(
@@ -456,9 +594,9 @@ class GradientProjector(CheckedStream):
         return TwoSidedSums(layout, inner, seed=self.projector.seed, **common)
 
     def _weighted(self, seeds: Tensor, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
-        """Returns the factors of f that are differentiated, (B,): with moments, those of the negative loss."""
+        """Returns the factors of f that are differentiated, (B,): those of the negative loss for steps and a metric."""
         seeds = super()._weighted(seeds, outputs, batch)
-        if self._moments is None:
+        if self._moments is None and self._fitting is None:
             return seeds
         if weighs_by_outputs(self.task):
             weightings = self.task.get_weightings(outputs.detach(), copy_tensors(batch))
@@ -473,6 +611,12 @@ class _Common(TypedDict):
     model_id: int
     slice_bytes: int
     sketches: Sequence[Sketches]
+
+
+def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    """Returns height and width of a parameter as a matrix, its first dimension by the others together."""
+    height = parameter.shape[0] if parameter.ndim > 1 else 1
+    return height, parameter.numel() // max(1, height)
 
 
 def _tokens_of(batch: Sequence[Tensor]) -> int:

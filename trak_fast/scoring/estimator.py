@@ -22,10 +22,10 @@ from ..store.folder import Store
 from ..store.rows import Rows
 from ..tasks.base import LossCurvature
 from . import partial_grams
-from .gram import blocks, gram_matrix, weighted_gram
+from .gram import blocks, gram_matrix, sum_of_squares, weighted_gram
 from .ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
 from .scores import Checkpoint, ScoreMatrix
-from .solver import Solver
+from .solver import InnerProducts, Solver
 
 logger = logging.getLogger("trak_fast")
 
@@ -35,7 +35,8 @@ class EstimatorSettings:
     """The choices that `TRAKer` documents.
 
     Attributes:
-        lambda_reg: The ridge in traker's unit; None: chosen from the features ("auto").
+        lambda_reg: The ridge in traker's unit; None: chosen from the features ("auto"). Infinite: scores are inner
+            products of features.
         curvature: Weighs samples in X'X by the curvature of their loss, where the ridge is chosen.
         shrink_weights: Moves the weights Q toward their mean, where the ridge is chosen.
         normalize: Divides each feature by its norm.
@@ -51,12 +52,12 @@ def ridge_setting(lambda_reg: float | str | None) -> float | None:
     """Checks `lambda_reg`, and returns it with None for "auto".
 
     Raises:
-        ValueError: It is neither "auto" nor a finite number that is at least 0.
+        ValueError: It is neither "auto" nor a number that is at least 0.
     """
     if lambda_reg is None or (isinstance(lambda_reg, str) and lambda_reg == "auto"):
         return None
-    if isinstance(lambda_reg, (str, bool)) or not 0 <= lambda_reg < math.inf:
-        raise ValueError(f'lambda_reg must be "auto" or a finite number >= 0, not {lambda_reg!r}')
+    if isinstance(lambda_reg, (str, bool)) or not lambda_reg >= 0:
+        raise ValueError(f'lambda_reg must be "auto" or a number >= 0, not {lambda_reg!r}')
     return float(lambda_reg)
 
 
@@ -64,7 +65,14 @@ class Estimator:
     """Makes each checkpoint's solver, and the scores of an experiment, from what is stored."""
 
     def __init__(
-        self, store: Store, settings: EstimatorSettings, *, task: object, grad_dim: int, device: torch.device
+        self,
+        store: Store,
+        settings: EstimatorSettings,
+        *,
+        task: object,
+        grad_dim: int,
+        device: torch.device,
+        has_metric: bool = False,
     ) -> None:
         """Takes the store and the choices.
 
@@ -75,24 +83,38 @@ class Estimator:
             grad_dim: Gradient size, D.
             device: The model's device. Systems are solved there if it is a CUDA device, else on the CPU, since not all
                 other devices have float64.
+            has_metric: True where features are multiplied by the root of a metric already, which "auto" inverts no
+                second time.
         """
         self.store = store
         self.settings = settings
         self.grad_dim = grad_dim
         self.device = device if device.type == "cuda" else torch.device("cpu")
         self._task = task
+        self._has_metric = has_metric
+
+    @property
+    def inverts(self) -> bool:
+        """True where scores have an inverse of X'X in them; else they are inner products of features."""
+        lambda_reg = self.settings.lambda_reg
+        return not self._has_metric if lambda_reg is None else lambda_reg < math.inf
+
+    @property
+    def _chooses(self) -> bool:
+        """True where the ridge, and the weights that go with it, are chosen from the features."""
+        return self.settings.lambda_reg is None and self.inverts
 
     @property
     def _loss(self) -> LossCurvature | None:
         """The task, where samples are weighed by the curvature of their loss."""
-        wanted = self.settings.lambda_reg is None and self.settings.curvature
+        wanted = self._chooses and self.settings.curvature
         # isinstance, from Python 3.12 on, does not see a method that a task forwards to another one by __getattr__
         return cast(LossCurvature, self._task) if wanted and hasattr(self._task, "get_loss_curvature") else None
 
     @property
     def sums_while_featurizing(self) -> bool:
         """True where X'X is summed while samples are featurized; where n < k, XX' is formed in the end."""
-        return self.store.width <= self.store.num_rows
+        return self.inverts and self.store.width <= self.store.num_rows
 
     def curvature(self, weights: NDArray[np.float32]) -> NDArray[np.float64] | None:
         """Computes the curvature ∂²ℓ/∂f² of samples from their weightings Q, (B,) each; None where it has no say."""
@@ -115,20 +137,24 @@ class Estimator:
 
         Returns:
             (1 or 2, s, s) float64, s = min(n, k); of XX', which is no sum over processes, the first one has all and
-            the others an empty tensor.
+            the others an empty tensor. Of inner products, (1, 1, 1), the sum of squares in the same way.
         """
         if self.sums_while_featurizing:
             curvature = self.curvature(train.weights)
             return partial_grams.total(self.store.partial_grams(model_id), train, self.device, rank, size, curvature)
-        return gram_matrix(train.features, self.device).unsqueeze(0) if rank == 0 else torch.empty(0)
+        if rank != 0:
+            return torch.empty(0)
+        if not self.inverts:
+            return torch.full((1, 1, 1), sum_of_squares(train.features), dtype=torch.float64)
+        return gram_matrix(train.features, self.device).unsqueeze(0)
 
     def disagreement(self, model_ids: Collection[int]) -> float:
         """Measures ρ between checkpoints, where the ridge depends on it."""
-        if self.settings.lambda_reg is not None:
+        if not self._chooses:
             return 0.0
         return disagreement([self.store.train(i).features for i in model_ids], self.settings.normalize)
 
-    def solver(self, model_id: int, num_checkpoints: int, rho: float) -> Solver:
+    def solver(self, model_id: int, num_checkpoints: int, rho: float) -> Solver | InnerProducts:
         """Makes the solver of one of `num_checkpoints` checkpoints whose scores are averaged, and that differ by ρ.
 
         Raises:
@@ -136,6 +162,9 @@ class Estimator:
         """
         train = self.store.train(model_id)
         features = train.features
+        if not self.inverts:
+            gram = self.store.gram(model_id)  # whose trace is the sum of squares, whatever it was made for
+            return InnerProducts(features, float(np.trace(gram[0])), self.device, self.settings.normalize)
         curvature = self.curvature(train.weights)
         weights = None if curvature is None else curvature_weights(curvature)
         matrix = self._gram(model_id, train, curvature, weights)
@@ -171,8 +200,8 @@ class Estimator:
     ) -> Tensor:
         """Returns a checkpoint's Gram matrix with its weights, from the stored ones where they suffice."""
         stored = torch.from_numpy(self.store.gram(model_id)).to(self.device)
-        if self.settings.normalize:
-            return gram_matrix(train.features, self.device, weights, normalize=True)
+        if self.settings.normalize or len(stored[0]) != min(train.features.shape):  # finalized for inner products
+            return gram_matrix(train.features, self.device, weights, normalize=self.settings.normalize)
         if weights is None or curvature is None:
             return stored[0]
         if len(stored[0]) < self.store.width:  # XX'
@@ -198,7 +227,7 @@ class Estimator:
     def _score_weights(self, model_ids: Collection[int]) -> Tensor:
         """Computes the factors of samples in scores that are summed over checkpoints, (n,) float64."""
         weights = self.mean_weights(model_ids)
-        if self.settings.lambda_reg is None and self.settings.shrink_weights:
+        if self._chooses and self.settings.shrink_weights:
             weights = shrunk_weights(weights)
         return weights / len(model_ids)
 
@@ -215,6 +244,40 @@ class Estimator:
         """
         solver = self.solver(model_id, len(targets), self.disagreement(targets))
         return solver.coefficients(targets[model_id].features[target : target + 1])[:, 0].cpu()
+
+    def exact_scores(
+        self, targets: Mapping[int, Rows], model_id: int, target: int, rows: NDArray[np.intp], products: Tensor
+    ) -> Tensor:
+        """Computes a checkpoint's share of scores with inner products that are known exactly in place of projected ones.
+
+        (X'RX + λI)⁻¹ φ is φ/λ less a part in the span of the training samples: only this part stays projected.
+
+        Args:
+            targets: The target rows of each checkpoint, by model_id.
+            model_id: The checkpoint.
+            target: The target's number.
+            rows: Training samples.
+            products: (len(rows),) float64, inner products of their gradients with the target's, times k.
+
+        Returns:
+            (len(rows),) float64.
+
+        Raises:
+            ValueError: The ridge is 0, or features are divided by their norms.
+        """
+        if self.settings.normalize:
+            raise ValueError("normalize must be False for exact scores: norms of features are known projected only")
+        solver = self.solver(model_id, len(targets), self.disagreement(targets))
+        factors = self._score_weights(targets)[torch.from_numpy(rows)]
+        if isinstance(solver, InnerProducts):
+            return factors * products / solver.mean_square
+        if not solver.ridge:
+            raise ValueError("lambda_reg must not be 0 for exact scores")
+        own = torch.from_numpy(np.array(self.store.train(model_id).features[rows], np.float64))
+        feature = targets[model_id].features[target : target + 1]
+        rest = own @ solver.coefficients(feature)[:, 0].cpu()
+        projected = own @ torch.from_numpy(np.array(feature[0], np.float64))
+        return factors * (rest + (products - projected) / solver.ridge)
 
     def factors(self, model_ids: Collection[int], model_id: int, rows: NDArray[np.intp]) -> Tensor:
         """Computes what products of features with `direction` are multiplied by, (len(rows),) float64.

@@ -135,6 +135,8 @@ def gram_matrix(
     for columns in tqdm(blocks(k, n), desc="XX'", unit="block", leave=False, disable=None):
         block = load_block(features.T[columns], torch.float64, device)
         gram.addmm_(block.mT, block)
+    if not normalize and hasattr(features, "squared_norms"):  # of features in few bits, which are longer
+        gram.diagonal().copy_(torch.from_numpy(features.squared_norms))
     if normalize:
         lengths = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         gram /= lengths[:, None]
@@ -143,6 +145,11 @@ def gram_matrix(
         roots = torch.from_numpy(weights).to(gram).sqrt()
         gram *= roots[:, None] * roots
     return gram
+
+
+def sum_of_squares(features: Features) -> float:
+    """Computes the sum of the squares of features (n, k), which may be memory-mapped, in float64."""
+    return sum(float(np.square(features[rows], dtype=np.float64).sum()) for rows in blocks(*features.shape))
 
 
 def weighted_gram(plain: Tensor, by_curvature: Tensor, mean_curvature: float) -> Tensor:

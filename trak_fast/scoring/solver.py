@@ -12,6 +12,7 @@ Features may be of any floating dtype, memory-mapped or not: blocks are converte
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -97,6 +98,51 @@ def _norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
         vector = apply(vector / vector.norm())
         size = vector.norm().item()
     return size
+
+
+class InnerProducts:
+    """Scores of one checkpoint that are inner products of features, divided by their mean square.
+
+    They are what φ (X'X + λI)⁻¹ φ' tends to for a large ridge λ, with λ divided out. It has the methods of `Solver`.
+
+    Attributes:
+        mean_square: The mean squared norm of the training samples' features; 1 if all are 0 or divided by their norms.
+    """
+
+    primal = True
+    ridge = math.inf
+
+    def __init__(self, features: Features, squares: float, device: torch.device, normalize: bool = False) -> None:
+        """Takes the features.
+
+        Args:
+            features: X, (n, k) floating, which may be memory-mapped.
+            squares: The sum of the squares of X.
+            device: The device to compute on.
+            normalize: Divides the features of samples and targets by their norms: cosine scores.
+        """
+        self.features = features
+        self.device = device
+        self.normalize = normalize
+        self.mean_square = 1.0 if normalize or not squares else squares / len(features)
+
+    def solve(self, targets: Features) -> Scaled:
+        """Returns the vectors whose products with features are scores, (k, m) float32 with a power of two a column."""
+        scaled = split(self.coefficients(targets), 0, 2.0**-50, 2.0**32)
+        return Scaled(scaled.mantissas.float(), scaled.exponents)
+
+    def coefficients(self, targets: Features) -> Tensor:
+        """Returns the vectors whose products with features are scores, (k, m) float64."""
+        return load_block(targets, torch.float64, self.device, self.normalize).mT / self.mean_square
+
+    def self_influence(self, rows: slice) -> Tensor:
+        """Computes the squared norms of training samples [start, stop) on the scale of scores, float64 on the CPU."""
+        influence = torch.empty(rows.stop - rows.start, dtype=torch.float64)
+        for part in blocks(len(influence), self.features.shape[1]):
+            own = slice(rows.start + part.start, rows.start + part.stop)
+            block = load_block(self.features[own], torch.float64, self.device, self.normalize)
+            influence[part] = block.square().sum(1).cpu() / self.mean_square
+        return influence
 
 
 class Solver:

@@ -14,7 +14,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def first_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a temporary file, which becomes `path` unless another process has made that meanwhile."""
+    temporary = temporary_name(path)
+    try:
+        with advising_on_full_disk(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(temporary, path)
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

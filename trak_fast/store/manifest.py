@@ -135,7 +135,7 @@ def manifest_of(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     train_set_size: int,
-    half: bool = False,
+    store_dtype: str = "float32",
     gradients: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes down all that features depend on.
@@ -149,7 +149,7 @@ def manifest_of(
         model: The model, known by its modules' names and classes.
         parameters: The parameters that gradients are taken with respect to, in this order.
         train_set_size: Training samples, n.
-        half: If True, features are stored in float16.
+        store_dtype: The way in which training features are stored.
         gradients: Entries that describe the way to gradients.
 
     Returns:
@@ -174,7 +174,7 @@ def manifest_of(
         "task": str(getattr(task, "name", type(task).__qualname__)),
         "task_settings": described.lines,
         "task_code": described.code,
-        "dtype": "float16" if half else "float32",
+        "dtype": store_dtype,
         **(gradients or {}),
         "modules": [f"{name} {_class_of(module).__qualname__}".lstrip() for name, module in model.named_modules()],
         "parameters": [f"{name} {p.dtype} {tuple(p.shape)}" for name, p in parameters.items()],

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..scales import exponents_of
+from .encodings import code_width, decode, encode, item_type
 from .files import advising_on_denied, advising_on_full_disk, create_array, open_array, sync, write_at
 from .locks import WHOLE, LockFile, lock_file
 from .samples import first_of
@@ -35,6 +36,12 @@ MAX_ROWS = 2**48
 FEATURES = "features"
 EXPONENTS = "features_exponent"
 """The column whose rows may have any scale, and the file of their powers of two."""
+
+SCALES = "features_scale"
+"""The file of factors and squared norms of rows that are stored in few bits (encodings.py)."""
+
+CODED = ("int8", "1bit")
+"""The ways to store features in few bits."""
 
 MAX_CLAIMS = 1024
 """Separate ranges of rows that a process may keep locked: a kernel searches its list of locks from end to end."""
@@ -88,6 +95,73 @@ class ScaledMatrix:
         return ScaledMatrix(self.mantissas, self.exponents, not self.transposed)
 
 
+class CodedMatrix:
+    """A matrix stored in few bits a number, with a factor and a power of two for each row (encodings.py).
+
+    It behaves like a read-only array as far as the solver needs, as `ScaledMatrix` does.
+    """
+
+    dtype = np.dtype(np.float16)  # numbers are at most so precise
+
+    def __init__(
+        self,
+        items: NDArray[Any],
+        scales: NDArray[np.float32],
+        exponents: NDArray[np.int16],
+        store_dtype: str,
+        width: int,
+        transposed: bool = False,
+    ) -> None:
+        """Takes the stored arrays.
+
+        Args:
+            items: (rows, ...) the stored items.
+            scales: (rows, 2) factor and squared norm of each row, without its power of two.
+            exponents: (rows,) the power of two that each row is multiplied by.
+            store_dtype: "int8" or "1bit".
+            width: Numbers of a row, k.
+            transposed: If True, the matrix is the transpose, (k, rows).
+        """
+        self.items = items
+        self.scales = scales
+        self.exponents = exponents
+        self.store_dtype = store_dtype
+        self.width = width
+        self.transposed = transposed
+        own = (len(items), width)
+        self.shape: tuple[int, ...] = own[::-1] if transposed else own
+        self.ndim = 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        if self.transposed:
+            columns: NDArray[Any] = self._decoded(slice(None), index).T
+            return columns
+        if isinstance(index, (int, np.integer)):
+            row: NDArray[Any] = self._decoded(slice(index, index + 1 or None), slice(None))[0]
+            return row
+        return self._decoded(index, slice(None))
+
+    def _decoded(self, rows: Any, columns: slice) -> NDArray[Any]:
+        decoded = decode(np.asarray(self.items[rows]), self.scales[rows], self.store_dtype, columns, self.width)
+        return from_mantissas(decoded, np.asarray(self.exponents[rows]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[:], dtype)
+
+    @property
+    def squared_norms(self) -> NDArray[np.float64]:
+        """The squared norms of the rows before they were encoded, (rows,)."""
+        return np.ldexp(np.asarray(self.scales[:, 1], np.float64), 2 * np.asarray(self.exponents, np.int32))
+
+    @property
+    def T(self) -> CodedMatrix:
+        """The transpose, which shares the stored arrays."""
+        return CodedMatrix(self.items, self.scales, self.exponents, self.store_dtype, self.width, not self.transposed)
+
+
 def to_mantissas(values: NDArray[Any], dtype: type[np.generic]) -> tuple[NDArray[Any], NDArray[np.int16]]:
     """Splits a matrix into mantissas and a power of two for each row, whose product is the matrix to their precision.
 
@@ -139,7 +213,7 @@ class Rows:
     """
 
     def __init__(
-        self, path: Path, num_rows: int, shapes: Mapping[str, tuple[int, ...]], half: tuple[str, ...] = ()
+        self, path: Path, num_rows: int, shapes: Mapping[str, tuple[int, ...]], store_dtype: str = "float32"
     ) -> None:
         """Opens the columns that `create` made.
 
@@ -147,7 +221,7 @@ class Rows:
             path: The folder.
             num_rows: Rows of each column.
             shapes: Shape of one row of each column.
-            half: Names of the columns that are stored in float16.
+            store_dtype: The way in which the numbers of features are stored (`encodings.STORE_DTYPES`).
 
         Raises:
             ValueError: A file is missing, truncated, corrupt, or has another shape.
@@ -155,19 +229,26 @@ class Rows:
         self.path = path
         self._identity = _identity(path)
         self.shapes = dict(shapes)
-        self.half = half
+        self.store_dtype = store_dtype
         self.files = {
             name: open_array(path / f"{name}.npy", array.shape, array.dtype)
-            for name, array in _stored_arrays(num_rows, shapes, half).items()
+            for name, array in _stored_arrays(num_rows, shapes, store_dtype).items()
         }
         self.done = self.files["done"]
         self.digests = self.files["digests"]
-        self.columns: dict[str, Any] = {
-            name: ScaledMatrix(self.files[name], self.files[EXPONENTS]) if name == FEATURES else self.files[name]
-            for name in shapes
-        }
+        self.columns: dict[str, Any] = {name: self.files[name] for name in shapes}
+        if FEATURES in shapes:
+            self.columns[FEATURES] = self._feature_matrix(shapes[FEATURES])
         self._claims = 0  # ranges that this object has locked
         self._claimed_to = -1  # end of the last of them
+
+    def _feature_matrix(self, shape: tuple[int, ...]) -> ScaledMatrix | CodedMatrix:
+        """Returns the stored features as a matrix."""
+        if self.store_dtype in CODED:
+            return CodedMatrix(
+                self.files[FEATURES], self.files[SCALES], self.files[EXPONENTS], self.store_dtype, shape[0]
+            )
+        return ScaledMatrix(self.files[FEATURES], self.files[EXPONENTS])
 
     @property
     def features(self) -> NDArray[Any]:
@@ -183,14 +264,14 @@ class Rows:
         return weights
 
     @staticmethod
-    def create(path: Path, num_rows: int, shapes: Mapping[str, tuple[int, ...]], half: tuple[str, ...] = ()) -> None:
+    def create(path: Path, num_rows: int, shapes: Mapping[str, tuple[int, ...]], store_dtype: str = "float32") -> None:
         """Makes a folder of columns without any row done.
 
         Raises:
             OSError: The disk has too little space.
         """
         path.mkdir(exist_ok=True)
-        arrays = _stored_arrays(num_rows, shapes, half)
+        arrays = _stored_arrays(num_rows, shapes, store_dtype)
         needed = sum(np.dtype(array.dtype).itemsize * int(np.prod(array.shape)) for array in arrays.values())
         if (free := shutil.disk_usage(path).free) < needed:
             raise OSError(errno.ENOSPC, f"features need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free", str(path))
@@ -232,11 +313,7 @@ class Rows:
                 array = array.astype(np.float32)
             array = np.broadcast_to(array, (len(inds), *column.shape[1:]))[order]
             if name == FEATURES:
-                mantissas, exponents = to_mantissas(array, self.files[name].dtype.type)
-                self._put(name, inds, mantissas)
-                if exponents.any() or self.files[EXPONENTS][inds].any():  # else they are on disk already
-                    self._put(EXPONENTS, inds, exponents)
-                array = from_mantissas(mantissas, exponents)
+                array = self._write_features(inds, array)
             else:
                 self._put(name, inds, array)
             stored[name] = np.empty_like(array)
@@ -244,6 +321,22 @@ class Rows:
         self._put("digests", inds, np.broadcast_to(np.asarray(digests, np.uint32), (len(inds),))[order])
         self._put("done", inds, np.ones(len(inds), np.bool_))
         return stored
+
+    def _write_features(self, inds: NDArray[np.integer], values: NDArray[Any]) -> NDArray[Any]:
+        """Writes rows of features (B, k); returns them as they will be read."""
+        if self.store_dtype in CODED:
+            exponents = exponents_of(np.abs(values).max(axis=1, initial=0), 2.0**-40, 2.0**40)  # squares fit float32
+            mantissas = np.ldexp(values, -exponents[:, None]) if exponents.any() else values
+            items, scales = encode(mantissas, self.store_dtype)
+            self._put(FEATURES, inds, items)
+            self._put(SCALES, inds, scales)
+            mantissas = decode(items, scales, self.store_dtype, slice(None), values.shape[1])
+        else:
+            mantissas, exponents = to_mantissas(values, self.files[FEATURES].dtype.type)
+            self._put(FEATURES, inds, mantissas)
+        if exponents.any() or self.files[EXPONENTS][inds].any():  # else they are on disk already
+            self._put(EXPONENTS, inds, exponents)
+        return from_mantissas(mantissas, exponents)
 
     def undo(self, inds: NDArray[np.integer]) -> None:
         """Takes the flags of some rows down: they count as never written."""
@@ -280,6 +373,8 @@ class Rows:
         """
         values = self._read(name, rows)
         if name == FEATURES:
+            if self.store_dtype in CODED:
+                values = decode(values, self._read(SCALES, rows), self.store_dtype, slice(None), self.shapes[name][0])
             values = from_mantissas(values, self._read(EXPONENTS, rows))
         return torch.from_numpy(values)
 
@@ -470,15 +565,15 @@ class _StoredArray(NamedTuple):
     dtype: type[np.generic]
 
 
-def _stored_arrays(
-    num_rows: int, shapes: Mapping[str, tuple[int, ...]], half: tuple[str, ...]
-) -> dict[str, _StoredArray]:
+def _stored_arrays(num_rows: int, shapes: Mapping[str, tuple[int, ...]], store_dtype: str) -> dict[str, _StoredArray]:
     """Lists the files of a folder of rows, by their names without .npy."""
-    arrays = {}
-    for name, shape in shapes.items():
-        arrays[name] = _StoredArray((num_rows, *shape), np.float16 if name in half else np.float32)
+    arrays = {name: _StoredArray((num_rows, *shape), np.float32) for name, shape in shapes.items()}
     if FEATURES in shapes:
+        items = code_width(store_dtype, shapes[FEATURES][0])
+        arrays[FEATURES] = _StoredArray((num_rows, items), item_type(store_dtype))
         arrays[EXPONENTS] = _StoredArray((num_rows,), np.int16)
+        if store_dtype in CODED:
+            arrays[SCALES] = _StoredArray((num_rows, 2), np.float32)
     arrays["digests"] = _StoredArray((num_rows,), np.uint32)
     arrays["done"] = _StoredArray((num_rows,), np.bool_)
     return arrays

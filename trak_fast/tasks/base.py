@@ -252,6 +252,28 @@ class LossCurvature(Protocol):
         """Computes ∂²ℓ/∂f² of samples from their weightings Q, (n,) float64 each."""
 
 
+class DrawnLabels(Protocol):
+    """A task whose model says how likely each label is, so that it can draw some: gradients of these labels' losses
+    have the Fisher matrix as their second moment."""
+
+    def draw_labels(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Sequence[Tensor],
+        generator: torch.Generator,
+    ) -> list[Tensor]:
+        """Returns a batch like `batch` with labels drawn from the model; the arguments are those of `get_outputs`.
+
+        Args:
+            generator: Draws the random numbers, on the CPU.
+
+        Returns:
+            The tensors that the task asks for, (B, ...) each.
+        """
+
+
 class BatchTask(Task):
     """Base class for tasks that compute f of a whole batch at once (`BatchOutputs`)."""
 

@@ -149,6 +149,24 @@ class LanguageModelling(_Texts, BatchTask):
         losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)  # 0 where a sequence has no predicted tokens
         return -losses - torch.log(-torch.expm1(-losses))
 
+    def _drawn(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        named: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Draws a token from the model's distribution at each position that predicts one, else IGNORED, (B, T)."""
+        labels = self.labels(named)
+        self._refuse_other_kinds(model)
+        with torch.no_grad():
+            output = bind(model, weights, buffers)(**{name: named[name] for name in self.inputs})
+            sums = _checked_logits(output, labels.shape).float().softmax(2).cumsum(2)
+        uniform = torch.rand(labels.shape, generator=generator).to(sums).unsqueeze(2)
+        drawn = torch.searchsorted(sums, uniform * sums[:, :, -1:]).squeeze(2).clamp(max=sums.shape[2] - 1)
+        return torch.where(labels == IGNORED, IGNORED, drawn)
+
     def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
         """Computes Q = 1 − p = σ(−f) of each sequence, (B,); 0 for one without predicted tokens, whose f is largest.
 
@@ -182,6 +200,19 @@ class CausalLM(LanguageModelling):
         following = torch.where(mask[:, 1:] & mask[:, :-1], tokens[:, 1:], IGNORED)
         return F.pad(following, (0, 1), value=IGNORED)
 
+    def draw_labels(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Sequence[Tensor],
+        generator: torch.Generator,
+    ) -> list[Tensor]:
+        """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`)."""
+        named = self._at_front(by_name(batch, self))
+        drawn = self._drawn(model, weights, buffers, named, generator)
+        return [named["input_ids"], named["attention_mask"], F.pad(drawn[:, :-1], (1, 0), value=IGNORED)]
+
 
 class MaskedLM(LanguageModelling):
     """Masked language modelling: batches are (input_ids, attention_mask, labels).
@@ -193,6 +224,19 @@ class MaskedLM(LanguageModelling):
 
     def labels(self, named: Mapping[str, Tensor]) -> Tensor:
         return _checked_labels(named)
+
+    def draw_labels(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Sequence[Tensor],
+        generator: torch.Generator,
+    ) -> list[Tensor]:
+        """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`)."""
+        named = self._at_front(by_name(batch, self))
+        drawn = self._drawn(model, weights, buffers, named, generator)
+        return [named["input_ids"], named["attention_mask"], drawn]
 
 
 class Seq2SeqLM(LanguageModelling):
