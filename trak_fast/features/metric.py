@@ -27,11 +27,15 @@ BLOCK_SIDE = 512
 LONGEST_SIDE = 16384
 """Entries of a factor at most whose second moments are blocks; of longer ones, entries have a moment each."""
 
-DAMPING = 1.0
-"""The multiple of a factor's mean squared entry that is added to its second moments."""
+VOCABULARY_DAMPING = 1.0
+"""The multiple of a factor's mean squared entry that is added to its second moments, for matrices with a row a token:
+the embedding and the output layer. Most tokens are rare, and their moments uncertain."""
 
-LAYERS_SHARE = 0.2
-"""The weight of other parameters in inner products beside those of the vocabulary, embeddings and output layer."""
+LAYERS_DAMPING = 0.03
+"""The same for other parameters."""
+
+LAYERS_SHARE = 0.5
+"""The mean squared norm of the gradients of other parameters, relative to that of those with a row a token."""
 
 DRAWS = 4
 """Labels that are drawn for each token."""
@@ -148,15 +152,12 @@ class Moments:
         usual = squares / entries if entries else 1.0  # an entry's mean square, for parameters without gradients
         roots = {}
         for name, (height, width) in self.shapes.items():
-            is_vocabulary = self.vocabulary is None or height == self.vocabulary
-            share = math.sqrt(1.0 if is_vocabulary else LAYERS_SHARE)
             if (own := joined.get(name)) is None:
-                scale = share / math.sqrt(usual or 1.0)
-                roots[name] = _Roots(left=torch.full((height,), scale), right=torch.ones(width))
+                roots[name] = _Roots(left=torch.full((height,), (usual or 1.0) ** -0.5), right=torch.ones(width))
                 continue
-            scale = share * math.sqrt(own.count * self.samples)
-            left = _inverse_root(own.left, height)
-            roots[name] = _Roots(left=left * scale, right=_inverse_root(own.right, width))
+            damping = VOCABULARY_DAMPING if height == self.vocabulary else LAYERS_DAMPING
+            left = _inverse_root(own.left, height, damping) * math.sqrt(own.count * self.samples)
+            roots[name] = _Roots(left=left, right=_inverse_root(own.right, width, damping))
         return Metric(roots)
 
     def _joined(self, name: str) -> _Moments | None:
@@ -185,13 +186,13 @@ class Moments:
         return _Moments(left=left, right=right, count=total)
 
 
-def _inverse_root(moment: Tensor, side: int) -> Tensor:
+def _inverse_root(moment: Tensor, side: int, damping: float) -> Tensor:
     """Returns W with W'W the inverse of a damped second moment, in its form, float32."""
-    damping = DAMPING * _diagonal(moment, side).mean()
+    added = damping * _diagonal(moment, side).mean()
     if moment.ndim == 1:
-        return (moment + damping).rsqrt().float()
+        return (moment + added).rsqrt().float()
     unit: Tensor = torch.eye(moment.shape[1], dtype=moment.dtype, device=moment.device)
-    lower = torch.linalg.cholesky(moment + damping * unit)
+    lower = torch.linalg.cholesky(moment + added * unit)
     root: Tensor = torch.linalg.solve_triangular(lower, unit.expand_as(lower), upper=False)
     return root.float()
 
@@ -307,6 +308,26 @@ class Metric:
         names = dict.fromkeys(name.rpartition(":")[0] for name in state)
         return Metric({name: _Roots(**{side: state[f"{name}:{side}"] for side in _SIDES}) for name in names})
 
+    def balanced(self, squares: Mapping[str, float], vocabulary: int | None) -> Metric:
+        """Returns the metric with gradients of other parameters on the scale of those with a row a token.
+
+        Args:
+            squares: The sum of squares, by parameter, of some gradients in this metric.
+            vocabulary: Rows of the parameters with a row a token.
+        """
+        own = {name for name, roots in self._roots.items() if len(roots.left) == vocabulary and roots.left.ndim == 1}
+        tokens = sum(square for name, square in squares.items() if name in own)
+        layers = sum(square for name, square in squares.items() if name not in own)
+        if not tokens or not layers:
+            return self
+        factor = math.sqrt(LAYERS_SHARE * tokens / layers)
+        return Metric(
+            {
+                name: roots if name in own else _Roots(left=roots.left * factor, right=roots.right)
+                for name, roots in self._roots.items()
+            }
+        )
+
     def whitened(self, name: str, piece: Piece) -> Piece:
         """Multiplies a piece of a parameter's gradient by the metric's root."""
         roots = self._on(name, device_of(piece))
@@ -345,6 +366,40 @@ def _product(values: Tensor, root: Tensor) -> Tensor:
     rows = values.reshape(-1, values.shape[-1])
     cut = _in_blocks(rows, len(root)) @ root.to(values.dtype).mT
     return cut.transpose(0, 1).reshape(len(rows), -1)[:, : rows.shape[1]].reshape(values.shape)
+
+
+class SquareSums:
+    """The sum of squares of gradients, by parameter; its features are empty."""
+
+    def __init__(self, squares: dict[str, float], count: int, *, slice_bytes: int) -> None:
+        """Starts with nothing.
+
+        Args:
+            squares: Gets the sums of a batch added in the end.
+            count: Samples, B.
+            slice_bytes: Bytes of gradients that are formed at a time.
+        """
+        self._squares = squares
+        self._count = count
+        self._slice_bytes = slice_bytes
+        self._found: dict[str, float] = {}
+
+    def add(self, name: str, piece: Piece, start: int) -> None:
+        """Adds a piece of a parameter's gradient, for samples from `start` on."""
+        for rows, _ in row_slices(piece, self._slice_bytes, Workspace()):
+            self._found[name] = self._found.get(name, 0.0) + float(rows.float().square().sum())
+            del rows  # before the next ones are formed
+
+    add_whole = add
+
+    def flush(self) -> None:
+        """Does nothing: pieces are added as they come."""
+
+    def result(self, device: torch.device) -> Tensor:
+        """Hands the sums over; returns features without numbers, (B, 0)."""
+        for name, square in self._found.items():
+            self._squares[name] = self._squares.get(name, 0.0) + square
+        return torch.zeros(self._count, 0, device=device)
 
 
 class WhitenedSums:

@@ -30,7 +30,7 @@ from ..tasks.registry import resolve_task
 from . import memory
 from .checked import CheckedStream
 from .groups import group_by_length
-from .metric import DRAWS, Metric, Moments, MomentSums, WhitenedSums, vocabulary_of
+from .metric import DRAWS, Metric, Moments, MomentSums, SquareSums, WhitenedSums, vocabulary_of
 from .products import Gradient, GradientSums, ProductSums
 from .sketches import Sketches, Sums
 from .stages import StagePass, projecting
@@ -134,6 +134,7 @@ class GradientProjector(CheckedStream):
             )
         self.metric: Metric | None = None
         self._fitting: Moments | None = None  # where the moments of a batch go instead of features
+        self._measured: dict[str, float] | None = None  # where the squares of gradients go instead of features
         self._collected: Gradient | None = None  # where the gradient of a sample goes instead of features
         self._multiplied: Gradient | None = None  # the gradient whose products with those of samples are computed
         self._direction: Tensor | None = None  # the vector that features are multiplied by, token by token
@@ -208,9 +209,19 @@ class GradientProjector(CheckedStream):
 
                 with evaluation_mode(self.model):
                     memory.halving_on_oom(len(batch[0]), len(batch[0]), add)
-        finally:
             self._fitting = None
-        return moments.metric()
+            metric = moments.metric()
+            squares: dict[str, float] = {}
+            self.metric, self._measured = metric, squares
+
+            def measure(part: slice) -> None:
+                self._compute([x[part] for x in batch])
+
+            with evaluation_mode(self.model):
+                memory.halving_on_oom(len(batch[0]), len(batch[0]), measure)
+        finally:
+            self.metric = self._fitting = self._measured = None
+        return metric.balanced(squares, moments.vocabulary)
 
     def precondition(self, optimizer_state: OptimizerState | None) -> None:
         """Takes another `optimizer_state`, of another checkpoint for example; None: gradients as they are."""
@@ -497,7 +508,7 @@ class GradientProjector(CheckedStream):
     @property
     def _tells_tokens(self) -> bool:
         """True where each token has numbers of its own."""
-        if self._collected is not None or self._multiplied is not None or self._fitting is not None:
+        if any(x is not None for x in (self._collected, self._multiplied, self._fitting, self._measured)):
             return False
         return self._per_token or self._direction is not None
 
@@ -513,7 +524,7 @@ class GradientProjector(CheckedStream):
     def _differentiate_group(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Computes the features of some samples of a batch, (B, k), and f of each, (B,), detached."""
         features, outputs = self._differentiate_with(batch, torch.ones(len(batch[0])))
-        is_linear = self._moments is None and self._fitting is None and self._collected is None
+        is_linear = self._moments is None and features.shape[1] > 0
         return (self._rescaled(batch, features) if is_linear else features), outputs
 
     def _rescaled(self, batch: Sequence[Tensor], features: Tensor) -> Tensor:
@@ -558,6 +569,8 @@ class GradientProjector(CheckedStream):
         count = len(batch[0])
         layout = self._layout
         columns = self.columns if layout is None else layout.columns
+        if self._measured is not None:
+            return SquareSums(self._measured, count, slice_bytes=self.slice_bytes)
         if self._collected is not None:
             sizes = {name: parameter.numel() for name, parameter in self.selected.items()}
             return GradientSums(self._collected, sizes, sketches=sketches)

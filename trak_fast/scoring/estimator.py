@@ -248,7 +248,7 @@ class Estimator:
     def exact_scores(
         self, targets: Mapping[int, Rows], model_id: int, target: int, rows: NDArray[np.intp], products: Tensor
     ) -> Tensor:
-        """Computes a checkpoint's share of scores with inner products that are known exactly in place of projected ones.
+        """Computes a checkpoint's share of scores, with exact inner products in place of projected ones.
 
         (X'RX + λI)⁻¹ φ is φ/λ less a part in the span of the training samples: only this part stays projected.
 
