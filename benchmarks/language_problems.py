@@ -356,7 +356,7 @@ def train_model(
 
 @dataclass(frozen=True)
 class Site:
-    """Where a problem's files are.
+    """The folders of a problem's files.
 
     Attributes:
         work: Folder of models and outputs.

@@ -62,7 +62,7 @@ from trak_fast.store.encodings import decode, encode
 BATCH = 64
 """Documents a batch; a metric is made of the first."""
 DAMPINGS = (0.001, 0.01, 0.1, 1.0)
-"""Of EK-FAC, in units of a layer's mean eigenvalue."""
+"""Damping of EK-FAC, in units of the typical eigenvalue of a layer."""
 SIZES = {
     "rademacher": (256, 1024, 4096, 16384),
     "sjlt": (256, 1024, 4096, 16384, 65536, 131072),
@@ -339,7 +339,7 @@ def judge_rerank(subject: Subject) -> dict[str, Any]:
             for batch in subject.train_batches():
                 traker.featurize(batch, num_samples=len(batch[0]))
             traker.finalize_features()
-            chosen = list(range(0, QUERIES, 10))
+            chosen = list(range(0, QUERIES, 20))
             traker.start_scoring_checkpoint("queries", state, 0, len(chosen))
             queries = [x[chosen] for x in (documents.queries, documents.query_mask, documents.query_labels)]
             traker.score(queries, num_samples=len(chosen))
@@ -373,7 +373,8 @@ def judge(name: str, site: Site, halves: int, processes: int) -> dict[str, Any]:
             **before, "checkpoints": 1, "proj_dim": 0, "sketch": "two_sided", "sketch_side": 16,
         },
         "gradient cosine": {
-            **before, "checkpoints": 1, "proj_dim": 131072, "proj_type": "sjlt", "lambda_reg": float("inf"), "normalize": True,
+            **before, "checkpoints": 1, "proj_dim": 131072, "proj_type": "sjlt", "lambda_reg": float("inf"),
+            "normalize": True,
         },
     }  # fmt: skip
     for label, arguments in attributed.items():

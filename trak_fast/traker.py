@@ -283,7 +283,7 @@ class TRAKer:
                 len(every),
                 f"{self.grad_dim:,}",
                 f"{sum(parameter.numel() for parameter in every):,}",
-                ": those that require gradients, and are matrices with a metric (grad_wrt=['*'] takes all)"
+                ": those that require gradients%s (grad_wrt=['*'] takes all)" % (" and are matrices" if metric else "")
                 if grad_wrt is None
                 else "",
             )

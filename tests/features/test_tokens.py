@@ -203,7 +203,7 @@ def test_scores_of_tokens_add_up_to_the_scores(tmp_path: Path, options: dict[str
 def test_scores_of_tokens_are_those_of_the_closed_form(tmp_path: Path) -> None:
     batch, targets = texts(), texts()
     model = Language(tied=False)
-    traker = TRAKer(model, "causal_lm", B, tmp_path, projector_seed=SEED, proj_dim=4, lambda_reg=1.0)
+    traker = TRAKer(model, "causal_lm", B, tmp_path, projector_seed=SEED, proj_dim=4, lambda_reg=1.0, metric=None)
     state = Language(tied=False).state_dict()
     run(traker, [state], batch, targets)
     found = traker.token_scores("test", 2, batch, range(B))
@@ -225,7 +225,7 @@ def test_scores_of_tokens_are_those_of_the_closed_form(tmp_path: Path) -> None:
 
 def test_scores_of_tokens_refuse_what_they_cannot_tell(tmp_path: Path) -> None:
     batch, targets = texts(), texts()
-    traker = TRAKer(Language(tied=False), "causal_lm", B, tmp_path, proj_dim=8)
+    traker = TRAKer(Language(tied=False), "causal_lm", B, tmp_path, proj_dim=8, metric=None)
     states = checkpoints()
     with pytest.raises(RuntimeError, match="call load_checkpoint or start_scoring_checkpoint before token_scores"):
         traker.token_scores("test", 0, batch, range(B))

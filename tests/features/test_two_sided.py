@@ -216,6 +216,7 @@ def test_traker_stores_sketched_features_and_refuses_those_of_another_side(tmp_p
             projector_seed=seed,
             sketch="two_sided",
             sketch_side=side,
+            metric=None,
         )
 
     first = traker(4)

@@ -57,7 +57,7 @@ if variant == "shards":  # state dicts of shards
     for place, checkpoint in enumerate(checkpoints):
         trak_fast.checkpoints.load_checkpoint(model, checkpoint)
         checkpoints[place] = copy.deepcopy(model.state_dict())
-traker = trak_fast.TRAKer(model, task, N, folder / "results", proj_dim=K, projector_seed=SEED)
+traker = trak_fast.TRAKer(model, task, N, folder / "results", proj_dim=K, projector_seed=SEED, metric=None)
 own = traker.rows() if variant == "own rows" else range(N)
 for model_id, checkpoint in enumerate(checkpoints):
     traker.load_checkpoint(checkpoint, model_id)

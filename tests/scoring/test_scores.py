@@ -28,7 +28,7 @@ def matrix(folder: Path, n: int, k: int, checkpoints: int = 2, half: bool = Fals
     rng = np.random.default_rng(0)
     weights, parts, expected = rng.random(n), [], np.zeros((n, M))
     for i in range(checkpoints):
-        path, shapes, kept = folder / str(i), {"features": (k,)}, ("features",) if half else ()
+        path, shapes, kept = folder / str(i), {"features": (k,)}, "float16" if half else "float32"
         Rows.create(path, n, shapes, kept)
         rows = Rows(path, n, shapes, kept)
         rows.write(np.arange(n), features=rng.standard_normal((n, k)).astype(np.float32))

@@ -413,7 +413,7 @@ def test_a_manifest_says_what_features_depend_on() -> None:
     assert manifest["task"].endswith("Enumerated")
     assert json.loads(json.dumps(manifest)) == manifest
     assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100)["matrix_definition"] == 1
-    assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100, half=True)["dtype"] == "float16"
+    assert manifest_of(Numbered(), 8, Enumerated(), model, parameters, 100, store_dtype="int8")["dtype"] == "int8"
 
 
 def ended_process() -> int:

@@ -11,7 +11,7 @@ enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..gradients.pieces import Block, Lookup, Outer, Piece, Summed, Whole, Workspace, exact, row_slices
 from .sketches import Sketches, Sums
+from .steps import Total
 from .two_sided import device_of, show
 
 BLOCK_SIDE = 512
@@ -89,8 +90,8 @@ class _Moments:
     """Second moments of the factors of one parameter's gradients, from pieces of one kind.
 
     Attributes:
-        left: Of rows: (height,), or (blocks, width, width).
-        right: Of columns.
+        left: Moments of rows: (height,), or (blocks, width, width).
+        right: Moments of columns.
         count: L ⊗ R / `count` is the sum of squares over samples that they stand for.
     """
 
@@ -276,8 +277,8 @@ class _Roots:
     """The inverse roots of the second moments of a parameter's factors, W with W'W = (moment + damping)⁻¹.
 
     Attributes:
-        left: Of rows: (height,), or lower triangular blocks (blocks, width, width).
-        right: Of columns.
+        left: The root for rows: (height,), or lower triangular blocks (blocks, width, width).
+        right: The root for columns.
     """
 
     left: Tensor
@@ -371,29 +372,43 @@ def _product(values: Tensor, root: Tensor) -> Tensor:
 class SquareSums:
     """The sum of squares of gradients, by parameter; its features are empty."""
 
-    def __init__(self, squares: dict[str, float], count: int, *, slice_bytes: int) -> None:
+    def __init__(
+        self, squares: dict[str, float], count: int, *, slice_bytes: int, is_whole: Callable[[str], bool]
+    ) -> None:
         """Starts with nothing.
 
         Args:
             squares: Gets the sums of a batch added in the end.
             count: Samples, B.
             slice_bytes: Bytes of gradients that are formed at a time.
+            is_whole: Tells if a parameter's gradient comes in one piece for each sample.
         """
         self._squares = squares
         self._count = count
         self._slice_bytes = slice_bytes
+        self._is_whole = is_whole
         self._found: dict[str, float] = {}
+        self._held: dict[str, list[tuple[Piece, int]]] = {}
 
     def add(self, name: str, piece: Piece, start: int) -> None:
         """Adds a piece of a parameter's gradient, for samples from `start` on."""
-        for rows, _ in row_slices(piece, self._slice_bytes, Workspace()):
-            self._found[name] = self._found.get(name, 0.0) + float(rows.float().square().sum())
-            del rows  # before the next ones are formed
+        if self._is_whole(name):
+            self.add_whole(name, piece, start)
+        else:
+            self._held.setdefault(name, []).append((piece, start))
 
-    add_whole = add
+    def add_whole(self, name: str, piece: Piece, start: int) -> None:
+        """Adds the whole gradient of a parameter, for samples from `start` on."""
+        step = max(1, self._slice_bytes // max(1, 4 * piece.count * piece.width))
+        for first in range(0, piece.height, step):
+            square = piece.rows(first, min(first + step, piece.height)).float().square().sum()
+            self._found[name] = self._found.get(name, 0.0) + float(square)
 
     def flush(self) -> None:
-        """Does nothing: pieces are added as they come."""
+        """Adds what has come in several pieces."""
+        for name, parts in self._held.items():
+            self.add_whole(name, Total(parts, self._count), 0)
+        self._held.clear()
 
     def result(self, device: torch.device) -> Tensor:
         """Hands the sums over; returns features without numbers, (B, 0)."""

@@ -19,7 +19,7 @@ from .sums import FeatureSums
 
 
 @dataclass(frozen=True)
-class _Total:
+class Total:
     """The sum of pieces for some of a batch's samples each.
 
     Attributes:
@@ -119,7 +119,7 @@ class StepSums:
     def flush(self) -> None:
         """Adds what has come in several pieces."""
         for name, parts in self._held.items():
-            self.add_whole(name, _Total(parts, self._count), 0)
+            self.add_whole(name, Total(parts, self._count), 0)
         self._held.clear()
 
     def result(self, device: torch.device) -> Tensor:

@@ -570,7 +570,7 @@ class GradientProjector(CheckedStream):
         layout = self._layout
         columns = self.columns if layout is None else layout.columns
         if self._measured is not None:
-            return SquareSums(self._measured, count, slice_bytes=self.slice_bytes)
+            return SquareSums(self._measured, count, slice_bytes=self.slice_bytes, is_whole=is_whole)
         if self._collected is not None:
             sizes = {name: parameter.numel() for name, parameter in self.selected.items()}
             return GradientSums(self._collected, sizes, sketches=sketches)
