@@ -36,7 +36,7 @@ from .scoring.gram import plain_arithmetic
 from .scoring.saver import Saver
 from .scoring.scores import ScoreFile, ScoreMatrix, unsaved_scores
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
-from .store.encodings import STORE_DTYPES
+from .store.encodings import CODED, STORE_DTYPES
 from .store.files import DENIED, advising_on_denied, first_file, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import digest, manifest_of
@@ -204,9 +204,9 @@ class TRAKer:
                 of two from 16 on.
                 By default "sjlt" with a metric and no `proj_dim`, else "rademacher".
             store_dtype: The way in which the numbers of training features are stored; those of targets are float32.
-                "float32"; "float16", which changes features by up to 2^-11; "int8"; "1bit", the sign of each after a
-                random rotation. The last two keep inner products with targets free of bias
-                (`store.encodings`). By default "1bit" with a metric and no `proj_dim`, else "float32".
+                "float32"; "float16", which changes features by up to 2^-11; "int8"; "1bit", a sign. For the last two
+                features are rotated at random before, also in `saver`, which keeps inner products with targets free of
+                bias (`store.encodings`). By default "1bit" with a metric and no `proj_dim`, else "float32".
             metric: "kfac": gradients are multiplied by the inverse root of their Fisher matrix in K-FAC's
                 approximation, which is made of the first batch of each checkpoint or by `fit_metric`. None: gradients
                 are as they are. "auto": "kfac" for causal and masked language modelling where gradients are streamed,
@@ -350,7 +350,7 @@ class TRAKer:
             device=self.device,
             has_metric=metric is not None,
         )
-        self._rotation = Rotation(self.proj_dim) if store_dtype == "1bit" else None
+        self._rotation = Rotation(self.proj_dim) if store_dtype in CODED else None
         self._saver = Saver(self._estimator)
         featurizer = Featurizer(
             model,

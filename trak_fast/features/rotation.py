@@ -2,15 +2,24 @@
 
 Numbers of one bit keep inner products only where no number of a feature stands out: after the rotation they are sums of
 many with random signs, whatever they were before (Gao and Long, "RaBitQ", SIGMOD 2024). Inner products stay as they
-are. The rotation is a change of signs and a Hadamard transform, which takes k log k additions.
+are. The rotation changes signs and makes a Hadamard transform, twice, since after the first the numbers of a feature
+with few entries still have few values.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..projection.functions import matrix
+
+ROUNDS = 2
+"""Changes of signs, each with a transform."""
+
+FACTOR = 64
+"""Rows of the matrices that a transform is made of at most: products of these are faster than additions of pairs."""
 
 
 class Rotation:
@@ -19,33 +28,44 @@ class Rotation:
     def __init__(self, proj_dim: int, seed: int = 0) -> None:
         """Chooses the rotation of a size and a seed."""
         self.proj_dim = proj_dim
-        self._length = 1 << (proj_dim.bit_length() - 1)  # of a transform, a power of two
-        self._signs = matrix("rademacher", seed, 2**32 - 1, range(1), range(proj_dim))[0].sign()
+        length = 1 << (proj_dim.bit_length() - 1)  # of a transform, a power of two
+        windows = [slice(length)] if length == proj_dim else [slice(length), slice(proj_dim - length, proj_dim)]
+        self._windows = windows * ROUNDS
+        signs = matrix("rademacher", seed, 2**32 - 1, range(len(self._windows)), range(proj_dim))
+        self._signs = signs.sign()
 
     def apply(self, features: Tensor) -> Tensor:
         """Rotates features, (B, k) floating."""
-        rotated = features * self._signs.to(features)
-        rotated[:, : self._length] = hadamard(rotated[:, : self._length])
-        if self._length < self.proj_dim:
-            rotated[:, -self._length :] = hadamard(rotated[:, -self._length :])
-        return rotated
+        for window, signs in zip(self._windows, self._signs.to(features), strict=True):
+            features = features * signs
+            features[:, window] = hadamard(features[:, window])
+        return features
 
     def revert(self, rotated: Tensor) -> Tensor:
         """Returns the features that were rotated, (B, k)."""
-        features = rotated.clone()
-        if self._length < self.proj_dim:
-            features[:, -self._length :] = hadamard(features[:, -self._length :])
-        features[:, : self._length] = hadamard(features[:, : self._length])
-        return features * self._signs.to(features)
+        for window, signs in zip(reversed(self._windows), self._signs.flip(0).to(rotated), strict=True):
+            rotated = rotated.clone()
+            rotated[:, window] = hadamard(rotated[:, window])
+            rotated *= signs
+        return rotated
 
 
 def hadamard(rows: Tensor) -> Tensor:
     """Computes the Hadamard transform of rows (B, p), p a power of two, divided by √p: it is its own inverse."""
     count, length = rows.shape
-    step = 1
-    while step < length:
-        pairs = rows.reshape(count, -1, 2, step)
-        rows = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
-        step *= 2
-    transformed: Tensor = rows.reshape(count, length) / length**0.5
-    return transformed
+    inner = 1
+    while inner < length:
+        size = min(FACTOR, length // inner)
+        factor = _hadamard_matrix(size).to(rows)
+        rows = factor @ rows.reshape(-1, size, inner) if inner > 1 else rows.reshape(-1, size) @ factor
+        inner *= size
+    return rows.reshape(count, length)
+
+
+@lru_cache
+def _hadamard_matrix(size: int) -> Tensor:
+    """Makes Hadamard's matrix, symmetric and orthogonal, (size, size) float64; size is a power of two."""
+    own = torch.ones(1, 1, dtype=torch.float64)
+    while len(own) < size:
+        own = torch.cat([torch.cat([own, own], 1), torch.cat([own, -own], 1)]) / 2**0.5
+    return own

@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 STORE_DTYPES = ("float32", "float16", "int8", "1bit")
 """The ways to store a number of a training feature."""
 
+CODED = ("int8", "1bit")
+"""Those of them that take few bits."""
+
 LARGEST_CODE = 127
+"""The largest whole number of eight bits that is used; the smallest is its negative."""
 
 
 def code_width(store_dtype: str, width: int) -> int:

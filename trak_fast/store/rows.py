@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..scales import exponents_of
-from .encodings import code_width, decode, encode, item_type
+from .encodings import CODED, code_width, decode, encode, item_type
 from .files import advising_on_denied, advising_on_full_disk, create_array, open_array, sync, write_at
 from .locks import WHOLE, LockFile, lock_file
 from .samples import first_of
@@ -40,8 +40,6 @@ EXPONENTS = "features_exponent"
 SCALES = "features_scale"
 """The file of factors and squared norms of rows that are stored in few bits (encodings.py)."""
 
-CODED = ("int8", "1bit")
-"""The ways to store features in few bits."""
 
 MAX_CLAIMS = 1024
 """Separate ranges of rows that a process may keep locked: a kernel searches its list of locks from end to end."""
