@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak_fast import HookGradientComputer, TRAKer
+from trak_fast.scoring import estimator
 from trak_fast.tasks import CausalLM
 
 EPS = 2.0**-24
@@ -209,3 +210,26 @@ def test_norms_of_signs_do_not_lengthen_the_diagonal_of_the_kernel(tmp_path: Pat
     kernel = np.load(traker.store.checkpoint(0) / "gram.npy")[0]
     features = np.asarray(plain.store.train(0).features[:], np.float64)
     np.testing.assert_allclose(np.diag(kernel), (features**2).sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("store_dtype", ["float32", "int8"])
+def test_large_systems_take_the_curvature_of_some_samples(
+    tmp_path: Path, store_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, targets = texts(), texts()
+    options: dict[str, Any] = {"lambda_reg": 0.3, "store_dtype": store_dtype}
+    monkeypatch.setattr(estimator, "LARGEST_SYSTEM", B - 1)
+    traker, _, found = attribute(tmp_path / "subset", batch, targets, **options)
+    features = np.asarray(traker.store.train(0).features[:], np.float64)
+    aims = np.asarray(traker.store.targets(0, "test").features[:], np.float64)
+    chosen = np.linspace(0, B - 1, B - 1).astype(int)
+    assert np.load(traker.store.checkpoint(0) / "gram.npy").shape == (1, B - 1, B - 1)
+    curvature = B / (B - 1) * features[chosen].T @ features[chosen]
+    weights = np.array(traker.store.train(0).weights, np.float64)
+    inverse = np.linalg.inv(curvature + 0.3 * traker.grad_dim * np.eye(K))
+    expected = weights[:, None] * (features @ inverse @ aims.T)
+    tolerance = 1e-4 if store_dtype == "float32" else 0.02  # whose diagonal is that before rounding
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    traker.lambda_reg = 0
+    with pytest.raises(ValueError, match="lambda_reg must be more than 0"):
+        traker.finalize_scores("test")

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from trak_fast.projection import project, reference
+from trak_fast.scales import joined
 from trak_fast.scoring import gram as gram_module
 from trak_fast.scoring.gram import GramAccumulator, gram_matrix, normalized
 from trak_fast.scoring.ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
-from trak_fast.scoring.solver import Solver, factorize
+from trak_fast.scoring.solver import Solver, SubsetSolver, factorize
 
 CPU = torch.device("cpu")
 M = 7
@@ -356,3 +357,37 @@ def test_jitter_saves_a_matrix_whose_ridge_is_lost_in_rounding(caplog: pytest.Lo
     residual = (jittered @ inverse.solve(right) - right).norm() / (jittered.norm() * inverse.solve(right).norm())
     assert residual < 30 * 2.0**-52
     assert factorize(gram, 1e-10).method == "eigh"  # without a ridge, the pseudo-inverse
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_subset_of_all_rows_gives_the_scores_of_the_whole(weighted: bool, normalize: bool) -> None:
+    rng = np.random.default_rng(0)
+    X, targets = rng.standard_normal((12, 30)).astype(np.float32), rng.standard_normal((3, 30)).astype(np.float32)
+    weights = rng.uniform(0.1, 2, 12) if weighted else None
+    every = np.arange(12)
+    gram = gram_matrix(X, torch.device("cpu"), weights, normalize=normalize, rows=every)
+    subset = SubsetSolver(X, every, gram, 0.7, weights, normalize)
+    whole = Solver(X, gram, 0.7, weights, normalize)
+    np.testing.assert_allclose(subset.coefficients(targets), whole.coefficients(targets), rtol=1e-9, atol=1e-12)
+    rows = slice(2, 9)
+    np.testing.assert_allclose(subset.self_influence(rows), whole.self_influence(rows), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_subset_s_scores_are_those_of_its_explicit_inverse(weighted: bool) -> None:
+    rng = np.random.default_rng(1)
+    X, targets = rng.standard_normal((40, 25)).astype(np.float32), rng.standard_normal((3, 25)).astype(np.float32)
+    chosen = np.array([0, 3, 11, 20, 39])
+    weights = rng.uniform(0.1, 2, 5) if weighted else None
+    gram = gram_matrix(X, torch.device("cpu"), weights, rows=chosen)
+    solver = SubsetSolver(X, chosen, gram, 2.0, weights)
+    part = X[chosen].astype(np.float64)
+    curvature = 40 / 5 * part.T @ np.diag(np.ones(5) if weights is None else weights) @ part
+    inverse = np.linalg.inv(curvature + 2.0 * np.eye(25))
+    np.testing.assert_allclose(solver.coefficients(targets), inverse @ targets.T, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(joined(solver.solve(targets)), inverse @ targets.T, rtol=1e-5, atol=1e-6)
+    own = np.einsum("ik,kl,il->i", X[1:9], inverse, X[1:9])
+    np.testing.assert_allclose(solver.self_influence(slice(1, 9)), own, rtol=1e-9)
+    with pytest.raises(ValueError, match="lambda_reg must be more than 0"):
+        SubsetSolver(X, chosen, gram, 0.0, weights)

@@ -25,9 +25,14 @@ from . import partial_grams
 from .gram import blocks, gram_matrix, sum_of_squares, weighted_gram
 from .ridge import auto_ridge, curvature_weights, disagreement, shrunk_weights
 from .scores import Checkpoint, ScoreMatrix
-from .solver import InnerProducts, Solver
+from .solver import InnerProducts, Solver, SubsetSolver
 
 logger = logging.getLogger("trak_fast")
+
+LARGEST_SYSTEM = 20_000
+"""Equations of a system at most: where n and k are more, the curvature is that of so many training samples."""
+
+AnySolver = Solver | InnerProducts | SubsetSolver
 
 
 @dataclass
@@ -114,7 +119,14 @@ class Estimator:
     @property
     def sums_while_featurizing(self) -> bool:
         """True where X'X is summed while samples are featurized; where n < k, XX' is formed in the end."""
-        return self.inverts and self.store.width <= self.store.num_rows
+        return self.inverts and self.store.width <= min(self.store.num_rows, LARGEST_SYSTEM)
+
+    @property
+    def _chosen(self) -> NDArray[np.intp] | None:
+        """The samples, evenly spread, whose curvature is taken for that of all; None where that of all is formed."""
+        if min(self.store.num_rows, self.store.width) <= LARGEST_SYSTEM:
+            return None
+        return np.linspace(0, self.store.num_rows - 1, LARGEST_SYSTEM).astype(np.intp)
 
     def curvature(self, weights: NDArray[np.float32]) -> NDArray[np.float64] | None:
         """Computes the curvature ∂²ℓ/∂f² of samples from their weightings Q, (B,) each; None where it has no say."""
@@ -146,7 +158,7 @@ class Estimator:
             return torch.empty(0)
         if not self.inverts:
             return torch.full((1, 1, 1), sum_of_squares(train.features), dtype=torch.float64)
-        return gram_matrix(train.features, self.device).unsqueeze(0)
+        return gram_matrix(train.features, self.device, rows=self._chosen).unsqueeze(0)
 
     def disagreement(self, model_ids: Collection[int]) -> float:
         """Measures ρ between checkpoints, where the ridge depends on it."""
@@ -154,7 +166,7 @@ class Estimator:
             return 0.0
         return disagreement([self.store.train(i).features for i in model_ids], self.settings.normalize)
 
-    def solver(self, model_id: int, num_checkpoints: int, rho: float) -> Solver | InnerProducts:
+    def solver(self, model_id: int, num_checkpoints: int, rho: float) -> AnySolver:
         """Makes the solver of one of `num_checkpoints` checkpoints whose scores are averaged, and that differ by ρ.
 
         Raises:
@@ -167,8 +179,11 @@ class Estimator:
             return InnerProducts(features, float(np.trace(gram[0])), self.device, self.settings.normalize)
         curvature = self.curvature(train.weights)
         weights = None if curvature is None else curvature_weights(curvature)
+        if weights is not None and self._chosen is not None:
+            weights = weights[self._chosen]
         matrix = self._gram(model_id, train, curvature, weights)
-        trace = matrix.trace().item()
+        times = 1.0 if self._chosen is None else len(features) / len(self._chosen)
+        trace = times * matrix.trace().item()
         if trace < 1 / LARGEST_FEATURE**2:
             if any(np.any(features[rows]) for rows in blocks(*features.shape)):
                 raise ValueError(
@@ -177,10 +192,14 @@ class Estimator:
                 )
             logger.warning("all features of model_id %d are 0, and so are its scores; see grad_wrt", model_id)
         if self.settings.lambda_reg is None:
-            ridge = auto_ridge(matrix, len(features), features.shape[1], num_checkpoints, rho)
+            ridge = auto_ridge(times * matrix, len(features), features.shape[1], num_checkpoints, rho)
         else:
             ridge = self.settings.lambda_reg * self.grad_dim
-        solver = Solver(features, matrix, ridge, weights, self.settings.normalize)
+        solver: Solver | SubsetSolver
+        if self._chosen is None:
+            solver = Solver(features, matrix, ridge, weights, self.settings.normalize)
+        else:
+            solver = SubsetSolver(features, self._chosen, matrix, ridge, weights, self.settings.normalize)
         share = ridge * len(features) / (trace or 1.0)
         logger.info(
             "model_id %d: ridge %.3g, %.3g times the mean squared norm of the features; condition number %.2g",
@@ -200,8 +219,11 @@ class Estimator:
     ) -> Tensor:
         """Returns a checkpoint's Gram matrix with its weights, from the stored ones where they suffice."""
         stored = torch.from_numpy(self.store.gram(model_id)).to(self.device)
-        if self.settings.normalize or len(stored[0]) != min(train.features.shape):  # finalized for inner products
-            return gram_matrix(train.features, self.device, weights, normalize=self.settings.normalize)
+        own = min(train.features.shape) if self._chosen is None else len(self._chosen)
+        if self.settings.normalize or len(stored[0]) != own:  # finalized for inner products
+            return gram_matrix(
+                train.features, self.device, weights, normalize=self.settings.normalize, rows=self._chosen
+            )
         if weights is None or curvature is None:
             return stored[0]
         if len(stored[0]) < self.store.width:  # XX'

@@ -110,7 +110,11 @@ class GramAccumulator:
 
 
 def gram_matrix(
-    features: Features, device: torch.device, weights: NDArray[np.float64] | None = None, normalize: bool = False
+    features: Features,
+    device: torch.device,
+    weights: NDArray[np.float64] | None = None,
+    normalize: bool = False,
+    rows: NDArray[np.intp] | None = None,
 ) -> Tensor:
     """Computes X'RX where k ≤ n, else R½XX'R½, with products and sums in float64.
 
@@ -119,24 +123,28 @@ def gram_matrix(
         device: The device to compute on.
         weights: (n,) ≥ 0, the diagonal of R; all 1 by default.
         normalize: Divides each row of X by its norm.
+        rows: (s,) the rows of X to take, fewer than k; `weights` are theirs. All by default.
 
     Returns:
         (s, s) float64 on `device`, s = min(n, k). Its trace is the (weighted) sum of the features' squared norms.
     """
     n, k = features.shape
+    if rows is not None:
+        n = len(rows)
     if k <= n:
         accumulator = GramAccumulator(k, device, normalize)
-        for rows in tqdm(blocks(n, k), desc="X'X", unit="block", leave=False, disable=None):
-            accumulator.add(features[rows], None if weights is None else weights[rows])
+        for part in tqdm(blocks(n, k), desc="X'X", unit="block", leave=False, disable=None):
+            accumulator.add(features[part], None if weights is None else weights[part])
         return accumulator.value()
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
+    squares = getattr(features, "squared_norms", None)  # those of features in few bits, which are longer themselves
     if normalize:  # a row's power of two does not change its direction, but its square might vanish
         features = getattr(features, "mantissas", features)
     for columns in tqdm(blocks(k, n), desc="XX'", unit="block", leave=False, disable=None):
-        block = load_block(features.T[columns], torch.float64, device)
+        block = load_block(_columns(features, columns, rows), torch.float64, device)
         gram.addmm_(block.mT, block)
-    if not normalize and hasattr(features, "squared_norms"):  # of features in few bits, which are longer
-        gram.diagonal().copy_(torch.from_numpy(features.squared_norms))
+    if not normalize and squares is not None:
+        gram.diagonal().copy_(torch.from_numpy(squares if rows is None else squares[rows]))
     if normalize:
         lengths = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         gram /= lengths[:, None]
@@ -145,6 +153,18 @@ def gram_matrix(
         roots = torch.from_numpy(weights).to(gram).sqrt()
         gram *= roots[:, None] * roots
     return gram
+
+
+def _columns(features: Features, columns: slice, rows: NDArray[np.intp] | None) -> Features:
+    """Reads columns of some rows, (columns, rows), and no others."""
+    taken: Features
+    if rows is None:
+        taken = features.T[columns]
+    elif hasattr(features, "take_columns"):
+        taken = features.take_columns(rows, columns).T
+    else:
+        taken = features[:, columns][rows].T
+    return taken
 
 
 def sum_of_squares(features: Features) -> float:

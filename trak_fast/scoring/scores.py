@@ -36,7 +36,7 @@ from ..store.files import (
 )
 from ..store.rows import Rows
 from .gram import Features, normalized
-from .solver import InnerProducts, Solver
+from .solver import InnerProducts, Solver, SubsetSolver
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Checkpoint:
         targets: (m, k) the targets' features, floating.
     """
 
-    solver: Solver | InnerProducts
+    solver: Solver | InnerProducts | SubsetSolver
     train: Rows
     targets: Features
 

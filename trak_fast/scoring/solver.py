@@ -145,6 +145,86 @@ class InnerProducts:
         return influence
 
 
+class SubsetSolver:
+    """Scores of one checkpoint with the curvature of some of its training samples, X_s (s, k).
+
+    (n/s X_s'RX_s + λI)⁻¹ φ = (φ − X_s'R½ (R½X_sX_s'R½ + λ s/n I)⁻¹ R½X_s φ)/λ (Woodbury), so that systems of s
+    equations stand for those of n or k. It has the methods of `Solver`.
+    """
+
+    primal = True
+
+    def __init__(
+        self,
+        features: Features,
+        chosen: NDArray[np.intp],
+        gram: Tensor,
+        ridge: float,
+        weights: NDArray[np.float64] | None = None,
+        normalize: bool = False,
+    ) -> None:
+        """Factorises the system.
+
+        Args:
+            features: X, (n, k) floating, which may be memory-mapped.
+            chosen: (s,) the rows of X_s.
+            gram: R½X_sX_s'R½, (s, s) float64.
+            ridge: λ > 0, in the unit of X'X.
+            weights: (s,) ≥ 0, the diagonal of R; all 1 by default.
+            normalize: Divides the features of samples and targets by their norms: cosine scores.
+
+        Raises:
+            ValueError: `ridge` is 0.
+        """
+        if not ridge:
+            raise ValueError(
+                f"lambda_reg must be more than 0 where n and k are more than {len(chosen):,}: the curvature is that of "
+                "so many samples"
+            )
+        self.features = features
+        self.device = gram.device
+        self.ridge = ridge
+        self.normalize = normalize
+        self._chosen = chosen
+        self._roots = None if weights is None else torch.from_numpy(weights).to(gram).sqrt().unsqueeze(1)
+        regularized = gram.clone()
+        regularized.diagonal().add_(ridge * len(chosen) / len(features))
+        self.inverse = factorize(regularized, float(torch.finfo(torch.float32).eps) ** 2, jitter=True)
+
+    def solve(self, targets: Features) -> Scaled:
+        """Returns the vectors whose products with features are scores, (k, m) float32 with a power of two a column."""
+        scaled = split(self.coefficients(targets), 0, 2.0**-50, 2.0**32)
+        return Scaled(scaled.mantissas.float(), scaled.exponents)
+
+    def coefficients(self, targets: Features) -> Tensor:
+        """Returns the vectors whose products with features are scores, (k, m) float64."""
+        right = load_block(targets, torch.float64, self.device, self.normalize).mT
+        parts = blocks(len(self._chosen), self.features.shape[1])
+        inner = torch.cat([self._rows(part) @ right for part in parts])
+        if self._roots is not None:
+            inner = self._roots * inner
+        inner = self.inverse.solve(inner)
+        if self._roots is not None:
+            inner = self._roots * inner
+        back = torch.zeros_like(right)
+        for part in parts:
+            back.addmm_(self._rows(part).mT, inner[part])
+        return (right - back) / self.ridge
+
+    def self_influence(self, rows: slice) -> Tensor:
+        """Computes φ'(n/s X_s'RX_s + λI)⁻¹φ of training samples [start, stop), float64 on the CPU."""
+        influence = torch.empty(rows.stop - rows.start, dtype=torch.float64)
+        for part in blocks(len(influence), self.features.shape[1]):
+            own = self.features[rows.start + part.start : rows.start + part.stop]
+            block = load_block(own, torch.float64, self.device, self.normalize)
+            influence[part] = (block * self.coefficients(own).mT).sum(1).cpu()
+        return influence
+
+    def _rows(self, part: slice) -> Tensor:
+        """Returns some of the chosen rows, in float64 on the solver's device."""
+        return load_block(self.features[self._chosen[part]], torch.float64, self.device, self.normalize)
+
+
 class Solver:
     """Scores of one checkpoint, from its features X (n, k) and their Gram matrix."""
 

@@ -84,6 +84,10 @@ class ScaledMatrix:
             return columns
         return from_mantissas(self.mantissas[index], np.asarray(self.exponents[index]))
 
+    def take_columns(self, rows: NDArray[np.intp], columns: slice) -> NDArray[Any]:
+        """Reads columns [start, stop) of some rows, (rows, columns), and no others."""
+        return from_mantissas(self.mantissas[:, columns][rows], np.asarray(self.exponents[rows]))
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[:], dtype)
 
@@ -141,6 +145,10 @@ class CodedMatrix:
             row: NDArray[Any] = self._decoded(slice(index, index + 1 or None), slice(None))[0]
             return row
         return self._decoded(index, slice(None))
+
+    def take_columns(self, rows: NDArray[np.intp], columns: slice) -> NDArray[Any]:
+        """Reads columns [start, stop) of some rows, (rows, columns)."""
+        return self._decoded(rows, columns)
 
     def _decoded(self, rows: Any, columns: slice) -> NDArray[Any]:
         decoded = decode(np.asarray(self.items[rows]), self.scales[rows], self.store_dtype, columns, self.width)
