@@ -71,6 +71,8 @@ def _setting(name: str) -> property:
     return property(read, change)
 
 
+_AGAIN = "featurize again, by load_checkpoint(..., _allow_featurizing_already_registered=True) or in another save_dir"
+
 METRIC_SAMPLES = 256
 """Samples of the first batch at most that a metric is made of."""
 
@@ -209,8 +211,9 @@ class TRAKer:
                 bias (`store.encodings`). By default "1bit" with a metric and no `proj_dim`, else "float32".
             metric: "kfac": gradients are multiplied by the inverse root of their Fisher matrix in K-FAC's
                 approximation, which is made of the first batch of each checkpoint or by `fit_metric`. None: gradients
-                are as they are. "auto": "kfac" for causal and masked language modelling where gradients are streamed,
-                the model is whole and there is no `optimizer_state`.
+                are as they are. "auto": "kfac" for causal and masked language modelling where the embedding or the
+                output layer is among the parameters, gradients are streamed, the model is whole and there is no
+                `optimizer_state`.
             chunk_size: Samples to differentiate at a time; by default as many of the batch as fit `memory_budget`.
             memory_budget: Bytes for gradients and for the results that computing them keeps; by default a quarter of
                 the memory that is free, or half of it on a CUDA device. One sample is taken at a time where it is less
@@ -265,8 +268,8 @@ class TRAKer:
         self.model = model
         self.task = resolve_task(task)
         free = gradient_computer is None and projector is None and proj_dim != 0 and optimizer_state is None
-        metric = choose_metric(metric, model, self.task, gradients_are_free=free)
         parameters = select_parameters(model, grad_wrt)
+        metric = choose_metric(metric, model, self.task, parameters=parameters, gradients_are_free=free)
         if metric is not None and grad_wrt is None:
             matrices = matrices_of(model, parameters)
             parameters = {name: parameters[name] for name in matrices} or parameters
@@ -287,7 +290,7 @@ class TRAKer:
                 if grad_wrt is None
                 else "",
             )
-        few_bits = metric is not None and proj_dim is None
+        few_bits = metric is not None and proj_dim is None and proj_type in (None, "sjlt")
         store_dtype = _chosen_store_dtype(store_dtype, use_half_precision, "1bit" if few_bits else "float32")
         if proj_type is None:
             proj_type = "sjlt" if few_bits else "rademacher"
@@ -365,6 +368,7 @@ class TRAKer:
             memory_budget=memory_budget,
             rotation=self._rotation,
         )
+        self._featurizer = featurizer
         self._recorder = Recorder(featurizer, self._estimator, self._ranks, task=self.task, check_samples=check_samples)
 
         self.scores: np.memmap | None = None
@@ -483,6 +487,7 @@ class TRAKer:
             raise RuntimeError("call load_checkpoint before fit_metric")
         path = self.store.metric_file(self._loaded)
         if not path.exists():
+            self._require_no_rows(self._loaded)
             batch = batch_tensors(batch, self.task)
             if len(batch[0]) < FEW_SAMPLES:
                 self.logger.warning(
@@ -491,18 +496,37 @@ class TRAKer:
                     self._loaded,
                     len(batch[0]),
                 )
-            streaming.fit_metric(batch)
+            streaming.fit_metric(batch, self._featurizer.count_at_a_time(batch))
             assert streaming.metric is not None
             with advising_on_denied(self.store.path), first_file(path) as temporary:
                 torch.save(streaming.metric.state_dict(), temporary)
         self._take_metric(self._loaded)
 
     def _take_metric(self, model_id: int) -> None:
-        """Has features computed in the metric that is stored for a checkpoint, if there is one."""
+        """Has features computed in the metric that is stored for a checkpoint, if there is one.
+
+        Raises:
+            ValueError: The file is damaged, or there is none although features are stored.
+        """
         streaming = self._computers.streaming
+        if streaming is None or not streaming.has_metric:
+            return
         path = self.store.metric_file(model_id)
-        if streaming is not None and streaming.has_metric and path.exists():
-            streaming.metric = Metric.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if not path.exists():
+            self._require_no_rows(model_id)
+            return
+        try:
+            metric = Metric.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # of many kinds, as the file may hold anything
+            raise ValueError(f"{path} is damaged: {_AGAIN}") from error
+        if metric.names != set(streaming.selected):
+            raise ValueError(f"{path} is the metric of other parameters: {_AGAIN}")
+        streaming.metric = metric
+
+    def _require_no_rows(self, model_id: int) -> None:
+        """Refuses a checkpoint that has features, whose metric is missing."""
+        if self.store.train(model_id).done.any():
+            raise ValueError(f"{self.store.metric_file(model_id)} is missing: {_AGAIN}")
 
     @plain_arithmetic()
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:

@@ -32,7 +32,8 @@ def drawn_batches(model: Language, batch: Sequence[Tensor]) -> list[list[Tensor]
     """Draws labels as the metric does."""
     generator = torch.Generator().manual_seed(0)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return [CausalLM().draw_labels(model, weights, {}, batch, generator) for _ in range(metric.DRAWS)]
+    uniform = [torch.rand(batch[0].shape, generator=generator) for _ in range(metric.DRAWS)]
+    return [CausalLM().draw_labels(model, weights, {}, batch, numbers) for numbers in uniform]
 
 
 def factors_alone(model: Language, sample: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -241,6 +242,9 @@ def test_defaults_with_a_metric(tmp_path: Path) -> None:
     plain = TRAKer(Language(tied=False), "causal_lm", B, tmp_path / "plain", metric=None)
     assert (plain.proj_dim, plain.projector.proj_type) == (2048, "rademacher")
     assert len(plain.gradient_computer.selected) == 11
+    layers = TRAKer(Language(tied=False), "causal_lm", B, tmp_path / "layers", grad_wrt=["up.*"])
+    assert (layers.proj_dim, layers.projector.proj_type) == (2048, "rademacher")
+    assert list(layers.gradient_computer.selected) == ["up.weight", "up.bias"]
     half = TRAKer(Language(tied=False), "causal_lm", B, tmp_path / "half", proj_dim=32, use_half_precision=True)
     assert half.projector.proj_type == "rademacher"
 
@@ -282,3 +286,47 @@ def test_a_metric_is_for_tasks_that_draw_labels() -> None:
     projector = GradientProjector(Language(), "causal_lm", 8)
     with pytest.raises(ValueError, match='metric must be "kfac" for fit_metric'):
         projector.fit_metric(texts())
+
+
+def test_a_checkpoint_whose_metric_is_gone_or_damaged_is_refused(tmp_path: Path) -> None:
+    model, batch = made(tied=False)
+    state = copy.deepcopy(model.state_dict())
+
+    def opened() -> TRAKer:
+        return TRAKer(Language(tied=False), "causal_lm", B, tmp_path, proj_dim=64)
+
+    traker = opened()
+    traker.load_checkpoint(state, 0)
+    traker.featurize([x[:3] for x in batch], inds=[0, 1, 2])
+    path = tmp_path / "checkpoint_0" / "metric.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"metric.pt is damaged: featurize again"):
+        opened().load_checkpoint(state, 0)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"metric.pt is missing: featurize again"):
+        opened().load_checkpoint(state, 0)
+    torch.save({}, path)
+    with pytest.raises(ValueError, match=r"metric of other parameters"):
+        opened().load_checkpoint(state, 0)
+    path.write_bytes(content)
+    traker = opened()
+    traker.load_checkpoint(state, 0)
+    traker.featurize([x[3:] for x in batch], inds=[3, 4])
+    traker.finalize_features()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"metric.pt is missing"):
+        opened().start_scoring_checkpoint("test", state, 0, num_targets=1)
+
+
+def test_the_metric_does_not_depend_on_the_samples_at_a_time() -> None:
+    model, batch = made(tied=True)
+    states = []
+    for chunk_size in (None, 1, 2):
+        projector = GradientProjector(model, "causal_lm", 16, grad_wrt=MATRICES[:-1], metric="kfac")
+        projector.fit_metric(batch, chunk_size)
+        assert projector.metric is not None
+        states.append(projector.metric.state_dict())
+    for state in states[1:]:
+        for name, tensor in states[0].items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4 * tensor.abs().max().item())

@@ -234,3 +234,27 @@ def test_labels_and_positions_out_of_range_are_named(
         FunctionalGradientComputer(model, task).compute_per_sample_grad(batch)
     with pytest.raises(ValueError, match=message):
         task.get_out_to_loss_grad(model, dict(model.named_parameters()), {}, batch)
+
+
+@pytest.mark.parametrize("task", [CausalLM(), MaskedLM()], ids=["causal", "masked"])
+def test_drawn_labels_have_the_model_s_distribution_where_tokens_are_predicted(task: Task, model: Model) -> None:
+    batch = [IDS, MASK, LABELS]
+    count = 2000
+    uniform = torch.rand(count, *IDS.shape)
+    drawn = [task.draw_labels(model, {}, {}, batch, numbers) for numbers in uniform]
+    for tokens, mask, labels in drawn[:3]:
+        assert torch.equal(labels != -100, task.draw_labels(model, {}, {}, batch, uniform[-1])[2] != -100)
+        assert torch.equal(tokens[2, :4], IDS[2, 2:])  # moved to the front
+        assert torch.equal(mask[2], torch.tensor([1, 1, 1, 1, 0, 0]))
+    # row 0: the masked tokens are 1 and 3; a causal model predicts them from the places before
+    shift = 1 if isinstance(task, CausalLM) else 0
+    for place in (1, 3):
+        found = torch.stack([labels[0, place] for _, _, labels in drawn]).bincount(minlength=WORDS).double() / count
+        expected = torch.stack([probability(model, 0, place - shift, token) for token in range(WORDS)]).detach()
+        assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
+    alone = task.draw_labels(model, {}, {}, [x[1:2] for x in batch], uniform[0, 1:2])
+    assert torch.equal(alone[2], drawn[0][2][1:2])
+
+
+def test_only_tasks_whose_labels_are_no_inputs_draw_them() -> None:
+    assert not any(hasattr(task, "draw_labels") for task in (Seq2SeqLM(), CausalLMPerToken(), MaskedLMPerToken()))

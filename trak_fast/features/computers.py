@@ -15,6 +15,7 @@ from ..gradients.functional import FunctionalGradientComputer
 from ..projection.projector import NoProjection, Projector, ProjectorLike
 from ..tasks.base import Task
 from .featurizer import FeatureComputer, ProjectedGradients
+from .metric import vocabulary_of
 from .sharded import shards_of
 from .streaming import SLICE_BYTES, GradientProjector, OptimizerState
 from .two_sided import side_of
@@ -54,13 +55,24 @@ class Computers:
         return self.losses if isinstance(self.losses, GradientProjector) else None
 
 
-def choose_metric(metric: str | None, model: nn.Module, task: Task, *, gradients_are_free: bool) -> str | None:
+def choose_metric(
+    metric: str | None,
+    model: nn.Module,
+    task: Task,
+    *,
+    parameters: Mapping[str, Tensor],
+    gradients_are_free: bool,
+) -> str | None:
     """Chooses the metric of features where it is "auto": K-FAC's for a whole model whose task draws labels.
+
+    It is for models whose vocabulary is among the parameters, such as those that are trained as a whole. Adapters alone
+    have none.
 
     Args:
         metric: "auto", "kfac" or None.
         model: The model.
         task: The task.
+        parameters: The parameters that gradients are taken with respect to.
         gradients_are_free: True where nothing else decides on gradients: a class of the user's, a projector, no
             projection, or Adam's moments.
 
@@ -70,7 +82,8 @@ def choose_metric(metric: str | None, model: nn.Module, task: Task, *, gradients
     if metric is None or choice("metric", metric, ("auto", "kfac")) == "kfac":
         return metric
     whole = not shards_of(model) and not any(hasattr(parameter, "placements") for parameter in model.parameters())
-    return "kfac" if gradients_are_free and whole and hasattr(task, "draw_labels") else None
+    has_vocabulary = any(p.ndim > 1 and p.shape[0] == vocabulary_of(model) for p in parameters.values())
+    return "kfac" if gradients_are_free and whole and has_vocabulary and hasattr(task, "draw_labels") else None
 
 
 def choose_computers(

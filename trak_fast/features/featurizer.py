@@ -173,16 +173,22 @@ class Featurizer:
         if not len(positions):
             return
         shapes = tuple(x.shape[1:] for x in batch)
-        if shapes not in self._samples_at_a_time:
-            # not even one pass may be made without the other processes of a sharded model
-            self._samples_at_a_time[shapes] = self.chunk_size or (
-                2**48 if self.computer.is_sharded else self._fitting_samples([x[0] for x in batch])
-            )
+        self.count_at_a_time(batch)
         self._samples_at_a_time[shapes] = memory.halving_on_oom(
             len(positions),
             self._samples_at_a_time[shapes],
             lambda part: write(self._part(batch, positions[part], rows[part], model_id, weighted)),
         )
+
+    def count_at_a_time(self, batch: Sequence[Tensor]) -> int:
+        """Counts the samples of a batch (B, ...) that are computed at a time."""
+        shapes = tuple(x.shape[1:] for x in batch)
+        if shapes not in self._samples_at_a_time:
+            # not even one pass may be made without the other processes of a sharded model
+            self._samples_at_a_time[shapes] = self.chunk_size or (
+                2**48 if self.computer.is_sharded else self._fitting_samples([x[0] for x in batch])
+            )
+        return self._samples_at_a_time[shapes]
 
     def evaluate(self, batch: Sequence[Tensor]) -> Evaluation:
         """Computes f and Q of samples, (P, ...) each, by the task alone and without gradients."""

@@ -24,7 +24,7 @@ from ..gradients.modes import lock_of
 from ..gradients.parameters import listed, parts_of, placed_columns, same_parts
 from ..projection.projector import Projector
 from ..scales import exponents_of, split
-from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode, weighs_by_outputs
+from ..tasks.base import Task, copy_buffers, copy_tensors, evaluation_mode, restored, weighs_by_outputs
 from ..tasks.batches import Batch, batch_tensors
 from ..tasks.registry import resolve_task
 from . import memory
@@ -173,11 +173,12 @@ class GradientProjector(CheckedStream):
         """True where gradients are multiplied by the root of a metric."""
         return self._has_metric
 
-    def fit_metric(self, batch: Batch) -> None:
+    def fit_metric(self, batch: Batch, chunk_size: int | None = None) -> None:
         """Makes the metric from samples, which takes a pass for each of the labels that the model draws for them.
 
         Args:
-            batch: The tensors that the task asks for, (B, ...) each. The labels among them do not matter.
+            batch: The tensors that the task asks for, (B, ...) each.
+            chunk_size: Samples at a time; all by default.
 
         Raises:
             ValueError: There is to be no metric, or gradients are not finite.
@@ -187,28 +188,32 @@ class GradientProjector(CheckedStream):
         if not self._has_metric:
             raise ValueError('metric must be "kfac" for fit_metric, not None')
         with lock_of(self.model):
-            self.metric = self._fitted(batch)
+            self.metric = self._fitted(batch, chunk_size)
 
-    def _fitted(self, batch: Batch) -> Metric:
+    def _fitted(self, batch: Batch, chunk_size: int | None = None) -> Metric:
         """Computes the metric of samples."""
         task: Any = self.task
         batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
         shapes = {name: _matrix_shape(parameter) for name, parameter in self.selected.items()}
         moments = Moments(shapes, vocabulary_of(self.model))
+        count = len(batch[0])
+        at_a_time = chunk_size or count
         generator = torch.Generator("cpu").manual_seed(0)
         self._take_replaced()
         self._fitting = moments
         try:
             for _ in range(DRAWS):
-                with evaluation_mode(self.model), self._running(()), torch.no_grad():
-                    weights, buffers = self._constants(), copy_buffers(self.buffers)
-                    drawn = task.draw_labels(self.model, weights, buffers, batch, generator)
+                uniform = torch.rand(batch[0].shape, generator=generator, device="cpu")
 
-                def add(part: slice, drawn: Sequence[Tensor] = drawn) -> None:
-                    self._compute([x[part] for x in drawn])
+                def add(part: slice, uniform: Tensor = uniform) -> None:
+                    some = [x[part] for x in batch]
+                    with self._running(()), torch.no_grad(), restored(self.model):
+                        buffers = copy_buffers(self.buffers)
+                        drawn = task.draw_labels(self.model, self.parameters, buffers, some, uniform[part])
+                    self._compute(drawn)
 
                 with evaluation_mode(self.model):
-                    memory.halving_on_oom(len(batch[0]), len(batch[0]), add)
+                    at_a_time = memory.halving_on_oom(count, at_a_time, add)
             self._fitting = None
             metric = moments.metric()
             squares: dict[str, float] = {}
@@ -218,7 +223,7 @@ class GradientProjector(CheckedStream):
                 self._compute([x[part] for x in batch])
 
             with evaluation_mode(self.model):
-                memory.halving_on_oom(len(batch[0]), len(batch[0]), measure)
+                memory.halving_on_oom(count, at_a_time, measure)
         finally:
             self.metric = self._fitting = self._measured = None
         return metric.balanced(squares, moments.vocabulary)
@@ -439,7 +444,9 @@ class GradientProjector(CheckedStream):
                 f"model must keep the names and shapes of its parameters, not change those of {listed(changed)}; make "
                 "another GradientProjector"
             )
+        metric = self.metric
         self.load_model_params(self.model)
+        self.metric = metric
 
     def _width(self, batch: Sequence[Tensor]) -> int:
         """Counts the numbers of each sample: k, T · k or T."""

@@ -262,12 +262,17 @@ class DrawnLabels(Protocol):
         weights: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         batch: Sequence[Tensor],
-        generator: torch.Generator,
+        uniform: Tensor,
     ) -> list[Tensor]:
         """Returns a batch like `batch` with labels drawn from the model; the arguments are those of `get_outputs`.
 
         Args:
-            generator: Draws the random numbers, on the CPU.
+            model: As in `Task.get_out_to_loss_grad`.
+            weights: As in `Task.get_out_to_loss_grad`.
+            buffers: As in `Task.get_out_to_loss_grad`.
+            batch: As in `Task.get_out_to_loss_grad`.
+            uniform: Random numbers in [0, 1), of the shape of the first tensor, by which labels are drawn: a sample's
+                labels do not depend on the other samples of its batch.
 
         Returns:
             The tensors that the task asks for, (B, ...) each.

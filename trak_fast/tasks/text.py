@@ -155,7 +155,7 @@ class LanguageModelling(_Texts, BatchTask):
         weights: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         named: Mapping[str, Tensor],
-        generator: torch.Generator,
+        uniform: Tensor,
     ) -> Tensor:
         """Draws a token from the model's distribution at each position that predicts one, else IGNORED, (B, T)."""
         labels = self.labels(named)
@@ -163,8 +163,8 @@ class LanguageModelling(_Texts, BatchTask):
         with torch.no_grad():
             output = bind(model, weights, buffers)(**{name: named[name] for name in self.inputs})
             sums = _checked_logits(output, labels.shape).float().softmax(2).cumsum(2)
-        uniform = torch.rand(labels.shape, generator=generator).to(sums).unsqueeze(2)
-        drawn = torch.searchsorted(sums, uniform * sums[:, :, -1:]).squeeze(2).clamp(max=sums.shape[2] - 1)
+        numbers = uniform[:, : labels.shape[1]].to(sums).unsqueeze(2)
+        drawn = torch.searchsorted(sums, numbers * sums[:, :, -1:]).squeeze(2).clamp(max=sums.shape[2] - 1)
         return torch.where(labels == IGNORED, IGNORED, drawn)
 
     def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
@@ -206,11 +206,11 @@ class CausalLM(LanguageModelling):
         weights: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         batch: Sequence[Tensor],
-        generator: torch.Generator,
+        uniform: Tensor,
     ) -> list[Tensor]:
         """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`)."""
         named = self._at_front(by_name(batch, self))
-        drawn = self._drawn(model, weights, buffers, named, generator)
+        drawn = self._drawn(model, weights, buffers, named, uniform)
         return [named["input_ids"], named["attention_mask"], F.pad(drawn[:, :-1], (1, 0), value=IGNORED)]
 
 
@@ -231,11 +231,11 @@ class MaskedLM(LanguageModelling):
         weights: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         batch: Sequence[Tensor],
-        generator: torch.Generator,
+        uniform: Tensor,
     ) -> list[Tensor]:
         """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`)."""
         named = self._at_front(by_name(batch, self))
-        drawn = self._drawn(model, weights, buffers, named, generator)
+        drawn = self._drawn(model, weights, buffers, named, uniform)
         return [named["input_ids"], named["attention_mask"], drawn]
 
 
