@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .arguments import Indices, choice, integer, row_numbers
+from .checkpoint_metrics import MOST_SAMPLES, CheckpointMetrics
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.computers import OptimizerStates, choose_computers, choose_metric
 from .features.featurizer import Featurizer
-from .features.metric import Metric, matrices_of
+from .features.metric import matrices_of
 from .features.rotation import Rotation
 from .features.sharded import WholeEntries
 from .features.streaming import GradientProjector, OptimizerState
@@ -37,7 +38,7 @@ from .scoring.saver import Saver
 from .scoring.scores import ScoreFile, ScoreMatrix, unsaved_scores
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
 from .store.encodings import CODED, STORE_DTYPES
-from .store.files import DENIED, advising_on_denied, first_file, temporary_name
+from .store.files import DENIED, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import digest, manifest_of
 from .store.rows import Rows, require_same_samples
@@ -69,15 +70,6 @@ def _setting(name: str) -> property:
         setattr(traker._estimator.settings, name, value)
 
     return property(read, change)
-
-
-_AGAIN = "featurize again, by load_checkpoint(..., _allow_featurizing_already_registered=True) or in another save_dir"
-
-METRIC_SAMPLES = 256
-"""Samples of the first batch at most that a metric is made of."""
-
-FEW_SAMPLES = 16
-"""Samples that a metric is better made of more of."""
 
 
 def _chosen_store_dtype(store_dtype: str | None, use_half_precision: bool, default: str) -> str:
@@ -368,7 +360,7 @@ class TRAKer:
             memory_budget=memory_budget,
             rotation=self._rotation,
         )
-        self._featurizer = featurizer
+        self._metrics = CheckpointMetrics(computers.streaming, self.store, featurizer)
         self._recorder = Recorder(featurizer, self._estimator, self._ranks, task=self.task, check_samples=check_samples)
 
         self.scores: np.memmap | None = None
@@ -440,7 +432,7 @@ class TRAKer:
         self._seen.add(model_id)
         if self._ranks.rank == 0 and (stored := int(train.done.sum())):
             self.logger.info("model_id %d: %d of %d samples are stored already", model_id, stored, len(train.done))
-        self._take_metric(model_id)
+        self._metrics.take(model_id)
         self._recorder.open_training(model_id, train, others)
         self._saver.load_current_store(model_id)
 
@@ -460,9 +452,8 @@ class TRAKer:
             OSError: The disk is full, for example; the samples stored before are safe.
             PermissionError: `save_dir` may be read but not written.
         """
-        streaming = self._computers.streaming
-        if streaming is not None and streaming.has_metric and streaming.metric is None and self._loaded is not None:
-            self.fit_metric([x[:METRIC_SAMPLES] for x in batch_tensors(batch, self.task)])
+        if self._metrics.is_missing and self._loaded is not None:
+            self.fit_metric([x[:MOST_SAMPLES] for x in batch_tensors(batch, self.task)])
         self._record(self._recorder.record_training, batch, inds, num_samples)
 
     def fit_metric(self, batch: Batch) -> None:
@@ -479,54 +470,10 @@ class TRAKer:
             TypeError: As in `featurize`.
             OSError: The disk is full, for example.
         """
-        streaming = self._computers.streaming
-        if streaming is None or not streaming.has_metric:
-            raise ValueError('metric must be "kfac" for fit_metric, or "auto" for a task that it is meant for')
         self._require_loaded_weights()
         if self._loaded is None:
             raise RuntimeError("call load_checkpoint before fit_metric")
-        path = self.store.metric_file(self._loaded)
-        if not path.exists():
-            self._require_no_rows(self._loaded)
-            batch = batch_tensors(batch, self.task)
-            if len(batch[0]) < FEW_SAMPLES:
-                self.logger.warning(
-                    "the metric of model_id %d is made of %d samples, and is the better the more there are, up to some "
-                    "hundreds: give a larger first batch to featurize, or some to fit_metric before",
-                    self._loaded,
-                    len(batch[0]),
-                )
-            streaming.fit_metric(batch, self._featurizer.count_at_a_time(batch))
-            assert streaming.metric is not None
-            with advising_on_denied(self.store.path), first_file(path) as temporary:
-                torch.save(streaming.metric.state_dict(), temporary)
-        self._take_metric(self._loaded)
-
-    def _take_metric(self, model_id: int) -> None:
-        """Has features computed in the metric that is stored for a checkpoint, if there is one.
-
-        Raises:
-            ValueError: The file is damaged, or there is none although features are stored.
-        """
-        streaming = self._computers.streaming
-        if streaming is None or not streaming.has_metric:
-            return
-        path = self.store.metric_file(model_id)
-        if not path.exists():
-            self._require_no_rows(model_id)
-            return
-        try:
-            metric = Metric.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:  # of many kinds, as the file may hold anything
-            raise ValueError(f"{path} is damaged: {_AGAIN}") from error
-        if metric.names != set(streaming.selected):
-            raise ValueError(f"{path} is the metric of other parameters: {_AGAIN}")
-        streaming.metric = metric
-
-    def _require_no_rows(self, model_id: int) -> None:
-        """Refuses a checkpoint that has features, whose metric is missing."""
-        if self.store.train(model_id).done.any():
-            raise ValueError(f"{self.store.metric_file(model_id)} is missing: {_AGAIN}")
+        self._metrics.fit(batch_tensors(batch, self.task), self._loaded)
 
     @plain_arithmetic()
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:
@@ -589,7 +536,7 @@ class TRAKer:
             with self.store.train(model_id).kept():
                 self.store.check_weights(model_id, weights)
                 targets = self.store.targets(model_id, exp_name, num_targets)
-            self._take_metric(model_id)
+            self._metrics.take(model_id)
             self._recorder.open_targets(model_id, targets)
         self._seen.add(model_id)
         self._saver.load_current_store(model_id)

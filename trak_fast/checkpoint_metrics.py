@@ -1,0 +1,101 @@
+"""The metric that each checkpoint's features are in: made once, kept beside the features, taken by all that follow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .features.featurizer import Featurizer
+from .features.metric import Metric
+from .features.streaming import GradientProjector
+from .store.files import advising_on_denied, first_file
+from .store.folder import Store
+
+MOST_SAMPLES = 256
+"""Samples of a first batch at most that a metric is made of."""
+
+FEW_SAMPLES = 16
+"""A metric of fewer samples than these is warned of."""
+
+AGAIN = "featurize again, by load_checkpoint(..., _allow_featurizing_already_registered=True) or in another save_dir"
+
+logger = logging.getLogger("trak_fast")
+
+
+class CheckpointMetrics:
+    """Has features computed in the metric of the checkpoint that is loaded."""
+
+    def __init__(self, streaming: GradientProjector | None, store: Store, featurizer: Featurizer) -> None:
+        """Takes the parts.
+
+        Args:
+            streaming: Computes features; None where whole gradients are projected, which have no metric.
+            store: Keeps the metrics.
+            featurizer: Knows how many samples fit into memory.
+        """
+        self._streaming = streaming if streaming is not None and streaming.has_metric else None
+        self._store = store
+        self._featurizer = featurizer
+
+    @property
+    def is_missing(self) -> bool:
+        """True where features are to have a metric that was not made yet."""
+        return self._streaming is not None and self._streaming.metric is None
+
+    def fit(self, batch: Sequence[Tensor], model_id: int) -> None:
+        """Makes and keeps the metric of a checkpoint, unless there is one, which may be another process's.
+
+        Args:
+            batch: Some training samples' tensors, (B, ...) each.
+            model_id: The checkpoint, whose weights the model has.
+
+        Raises:
+            ValueError: Features have no metric, gradients are not finite, or the metric of stored features is missing.
+        """
+        if self._streaming is None:
+            raise ValueError(
+                'metric must be "kfac" for fit_metric, or "auto" for a task and model that have one'
+            )
+        path = self._store.metric_file(model_id)
+        if not path.exists():
+            self._require_no_rows(model_id)
+            if len(batch[0]) < FEW_SAMPLES:
+                logger.warning(
+                    "the metric of model_id %d is made of %d samples, and is the better the more there are, up to some "
+                    "hundreds: give a larger first batch to featurize, or some to fit_metric before",
+                    model_id,
+                    len(batch[0]),
+                )
+            self._streaming.fit_metric(batch, self._featurizer.count_at_a_time(batch))
+            assert self._streaming.metric is not None
+            with advising_on_denied(self._store.path), first_file(path) as temporary:
+                torch.save(self._streaming.metric.state_dict(), temporary)
+        self.take(model_id)
+
+    def take(self, model_id: int) -> None:
+        """Has features computed in the metric that is kept for a checkpoint, if there is one.
+
+        Raises:
+            ValueError: The file is damaged, or there is none although features are stored.
+        """
+        if self._streaming is None:
+            return
+        path = self._store.metric_file(model_id)
+        if not path.exists():
+            self._require_no_rows(model_id)
+            return
+        try:
+            metric = Metric.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # of many kinds, as the file may hold anything
+            raise ValueError(f"{path} is damaged: {AGAIN}") from error
+        if metric.names != set(self._streaming.selected):
+            raise ValueError(f"{path} is the metric of other parameters: {AGAIN}")
+        self._streaming.metric = metric
+
+    def _require_no_rows(self, model_id: int) -> None:
+        """Refuses a checkpoint that has features, whose metric is missing."""
+        if self._store.train(model_id).done.any():
+            raise ValueError(f"{self._store.metric_file(model_id)} is missing: {AGAIN}")
