@@ -14,8 +14,8 @@ calls it first. For each problem it reports, for one checkpoint (the mean over f
 of `trak_fast` at its defaults, the same features in float32, its defaults before it had a metric, EK-FAC (kronfluence)
 with the output layer at the best damping of a grid, two-sided sketches by layer with the inverse of their X'X (as
 LoGra), the cosine of gradients, that of hidden states, and BM25; methods that need no five checkpoints have one.
-`sizes` has LDS and recall by kind of projection, size and bits. `rerank` has the recall of the 20 best documents by
-gradients that are not projected, before and after reranking.
+Of some problems `sizes` has LDS and recall by kind of projection, size and bits, and `rerank` the recall of the 20
+best documents by gradients that are not projected, before and after reranking.
 
 The LDS cannot exceed `ceiling`, which follows from how well two models of the same half agree.
 """
@@ -68,6 +68,8 @@ SIZES = {
     "sjlt": (256, 1024, 4096, 16384, 65536, 131072),
     "two_sided": (256, 1024, 4096, 16384, 65536),
 }
+SIZED = ("gpt2-entries", "neox-quotations")
+"""Problems whose features are judged by size, too, which takes longer than all the rest."""
 RERANKED = 100
 """Candidates that are reranked."""
 Scores = NDArray[np.floating[Any]]
@@ -393,8 +395,10 @@ def judge(name: str, site: Site, halves: int, processes: int) -> dict[str, Any]:
     methods["BM25"] = own_judge.summarize([bm25_scores(documents)])
     for label, own in methods.items():
         print(f"{name:18s} {label:36s}", *(f"{k}: {v['lds']:.3f}" for k, v in own.items() if isinstance(v, dict)))
-    result = {"ceiling": own_judge.ceiling, "held out": PROBLEMS[name].held_out, "methods": methods}
-    return {**result, "sizes": judge_sizes(subject, own_judge), "rerank": judge_rerank(subject)}
+    result: dict[str, Any] = {"ceiling": own_judge.ceiling, "held out": PROBLEMS[name].held_out, "methods": methods}
+    if name in SIZED:
+        result.update(sizes=judge_sizes(subject, own_judge), rerank=judge_rerank(subject))
+    return result
 
 
 def main() -> None:

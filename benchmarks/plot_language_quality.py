@@ -49,8 +49,9 @@ def draw_methods(problems: dict[str, Any]) -> plt.Figure:
 
 def draw_bytes(problems: dict[str, Any]) -> plt.Figure:
     """Draws the LDS over the bytes of a feature, in a panel for each problem."""
-    figure, panels = plt.subplots(2, -(-len(problems) // 2), figsize=(11, 6), squeeze=False, sharex=True)
-    for panel, (name, problem) in zip(panels.flat, problems.items(), strict=False):
+    problems = {name: problem for name, problem in problems.items() if "sizes" in problem}
+    figure, panels = plt.subplots(1, len(problems), figsize=(11, 3.6), squeeze=False, sharex=True)
+    for panel, (name, problem) in zip(panels.flat, problems.items(), strict=True):
         for kind, color in COLORS.items():
             for dtype, style in STYLES.items():
                 rows = [row for row in problem["sizes"] if (row["kind"], row["dtype"]) == (kind, dtype)]
@@ -60,10 +61,8 @@ def draw_bytes(problems: dict[str, Any]) -> plt.Figure:
         panel.set_xscale("log", base=2)
         panel.set_title(name, fontsize=9)
         panel.axvline(16, color="0.8", zorder=0)
-    for panel in panels[-1]:
         panel.set_xlabel("KB a document")
-    for row in panels:
-        row[0].set_ylabel("LDS, one checkpoint")
+    panels[0][0].set_ylabel("LDS, one checkpoint")
     panels[0][0].legend(fontsize=6)
     figure.tight_layout()
     return figure
