@@ -75,7 +75,7 @@ def test_a_rank_that_dies_leaves_what_it_stored(tmp_path: Path) -> None:
     done = torchrun(2, tmp_path / "shared", mode="die")
     assert done.returncode != 0
     stored = Store.__new__(Store)  # looks without a manifest
-    stored.path, stored.num_rows, stored.width, stored._store_dtype = tmp_path / "shared", N, 8, "float32"
+    stored.path, stored.num_rows, stored.width, stored.store_dtype = tmp_path / "shared", N, 8, "float32"
     finished = stored.train(0).done
     assert finished[6:10].all()  # the dead rank's second batch
     assert not finished[10:].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .features.featurizer import Featurizer
 from .features.metric import Metric
 from .features.streaming import GradientProjector
-from .store.files import advising_on_denied, first_file
+from .store.files import advising_on_denied, first_file, read_json
 from .store.folder import Store
 
 MOST_SAMPLES = 256
@@ -56,9 +57,7 @@ class CheckpointMetrics:
             ValueError: Features have no metric, gradients are not finite, or the metric of stored features is missing.
         """
         if self._streaming is None:
-            raise ValueError(
-                'metric must be "kfac" for fit_metric, or "auto" for a task and model that have one'
-            )
+            raise ValueError('metric must be "kfac" for fit_metric, or "auto" for a task and model that have one')
         path = self._store.metric_file(model_id)
         if not path.exists():
             self._require_no_rows(model_id)
@@ -72,7 +71,8 @@ class CheckpointMetrics:
             self._streaming.fit_metric(batch, self._featurizer.count_at_a_time(batch))
             assert self._streaming.metric is not None
             with advising_on_denied(self._store.path), first_file(path) as temporary:
-                torch.save(self._streaming.metric.state_dict(), temporary)
+                content = {"checkpoint": self._mark(model_id), "roots": self._streaming.metric.state_dict()}
+                torch.save(content, temporary)
         self.take(model_id)
 
     def take(self, model_id: int) -> None:
@@ -88,12 +88,18 @@ class CheckpointMetrics:
             self._require_no_rows(model_id)
             return
         try:
-            metric = Metric.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            mark = content["checkpoint"]
+            metric = Metric.from_state_dict(content["roots"])
         except Exception as error:  # of many kinds, as the file may hold anything
             raise ValueError(f"{path} is damaged: {AGAIN}") from error
-        if metric.names != set(self._streaming.selected):
-            raise ValueError(f"{path} is the metric of other parameters: {AGAIN}")
+        if mark != self._mark(model_id) or metric.names != set(self._streaming.selected):
+            raise ValueError(f"{path} is the metric of another checkpoint: {AGAIN}")
         self._streaming.metric = metric
+
+    def _mark(self, model_id: int) -> str:
+        """Returns what a checkpoint's folder is known by."""
+        return json.dumps(read_json(self._store.checkpoint(model_id) / "checkpoint.json"), sort_keys=True)
 
     def _require_no_rows(self, model_id: int) -> None:
         """Refuses a checkpoint that has features, whose metric is missing."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .arguments import Indices, row_numbers
+from .checkpoint_metrics import MOST_SAMPLES, CheckpointMetrics
 from .distributed import Ranks
 from .features.featurizer import Featurizer, Part
 from .gradients.repeatable import differ
@@ -109,7 +110,14 @@ class Recorder:
     """Records the training samples or the targets of one checkpoint at a time."""
 
     def __init__(
-        self, featurizer: Featurizer, estimator: Estimator, ranks: Ranks, *, task: object, check_samples: bool = True
+        self,
+        featurizer: Featurizer,
+        estimator: Estimator,
+        ranks: Ranks,
+        metrics: CheckpointMetrics,
+        *,
+        task: object,
+        check_samples: bool = True,
     ) -> None:
         """Starts with nothing open.
 
@@ -117,12 +125,14 @@ class Recorder:
             featurizer: Computes features and weightings.
             estimator: Says if and how X'X is summed.
             ranks: The processes that share the work.
+            metrics: Makes the metric of a checkpoint of the first training samples.
             task: The task; where its batches are padded (`PaddedBatches`), padding is no part of a sample.
             check_samples: Refuses samples that differ from those that rows were stored from.
         """
         self._featurizer = featurizer
         self._estimator = estimator
         self._ranks = ranks
+        self._metrics = metrics
         self._task = task
         self._check_samples = check_samples
         self._model_id = 0
@@ -192,6 +202,8 @@ class Recorder:
         if len(positions):
             self._compare_task(opened, [x[torch.from_numpy(positions[:KEPT]).to(x.device)] for x in batch])
         if opened.is_training:
+            if self._metrics.is_missing and len(rows):
+                self._metrics.fit([x[:MOST_SAMPLES] for x in batch], self._model_id)
             positions = positions[~stored.done[rows[positions]]]
         all_zero = len(positions) > 0
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .arguments import Indices, choice, integer, row_numbers
-from .checkpoint_metrics import MOST_SAMPLES, CheckpointMetrics
+from .checkpoint_metrics import CheckpointMetrics
 from .checkpoints import load_checkpoint
 from .distributed import Ranks
 from .features.computers import OptimizerStates, choose_computers, choose_metric
@@ -345,6 +345,7 @@ class TRAKer:
             device=self.device,
             has_metric=metric is not None,
         )
+        self._estimator.require_invertible()
         self._rotation = Rotation(self.proj_dim) if store_dtype in CODED else None
         self._saver = Saver(self._estimator)
         featurizer = Featurizer(
@@ -361,7 +362,9 @@ class TRAKer:
             rotation=self._rotation,
         )
         self._metrics = CheckpointMetrics(computers.streaming, self.store, featurizer)
-        self._recorder = Recorder(featurizer, self._estimator, self._ranks, task=self.task, check_samples=check_samples)
+        self._recorder = Recorder(
+            featurizer, self._estimator, self._ranks, self._metrics, task=self.task, check_samples=check_samples
+        )
 
         self.scores: np.memmap | None = None
         self._resume = load_from_save_dir
@@ -434,6 +437,7 @@ class TRAKer:
             self.logger.info("model_id %d: %d of %d samples are stored already", model_id, stored, len(train.done))
         self._metrics.take(model_id)
         self._recorder.open_training(model_id, train, others)
+        self._loaded = model_id
         self._saver.load_current_store(model_id)
 
     def featurize(self, batch: Batch, inds: Indices | None = None, num_samples: int | None = None) -> None:
@@ -452,14 +456,13 @@ class TRAKer:
             OSError: The disk is full, for example; the samples stored before are safe.
             PermissionError: `save_dir` may be read but not written.
         """
-        if self._metrics.is_missing and self._loaded is not None:
-            self.fit_metric([x[:MOST_SAMPLES] for x in batch_tensors(batch, self.task)])
         self._record(self._recorder.record_training, batch, inds, num_samples)
 
     def fit_metric(self, batch: Batch) -> None:
         """Makes the metric of the loaded checkpoint, unless it is stored; `featurize` makes it of its first batch.
 
-        The metric is made of few samples, a hundred texts for example, and belongs to the checkpoint's features.
+        The metric is made of few samples, a hundred texts for example, and belongs to the checkpoint's features. Where
+        processes are given batches of their own, the first to make it decides: give all of them the same samples here.
 
         Args:
             batch: Some training samples' tensors, as for `featurize`.
@@ -538,6 +541,7 @@ class TRAKer:
                 targets = self.store.targets(model_id, exp_name, num_targets)
             self._metrics.take(model_id)
             self._recorder.open_targets(model_id, targets)
+        self._loaded = model_id
         self._seen.add(model_id)
         self._saver.load_current_store(model_id)
 
@@ -728,8 +732,8 @@ class TRAKer:
 
         Scores of features have noise of the size 1/√k, which decides on the order of samples that are almost equal.
         Here the target's gradient is formed as a whole, in the memory of the parameters that are attributed, and its
-        products with the candidates' gradients are exact. Where scores have an inverse, what that takes off stays
-        projected.
+        products with the candidates' gradients are exact. Scores must be inner products (`lambda_reg=math.inf`, as by
+        default with a metric): an inverse is known projected only.
 
         The model must have the weights of one checkpoint, by `load_checkpoint` or `start_scoring_checkpoint`; the
         result is this checkpoint's part: add up those of all `model_ids`, as for `token_scores`.
@@ -747,7 +751,7 @@ class TRAKer:
 
         Raises:
             ValueError: A number is out of range, samples are others than were featurized or scored, gradients are not
-                streamed or are steps of Adam, `normalize` is True, or `lambda_reg` is 0.
+                streamed or are steps of Adam, scores have an inverse in them, or `normalize` is True.
             RuntimeError: No checkpoint is loaded, or it is none of `model_ids`, or as in `finalize_scores`.
             TypeError: As in `featurize`.
         """
@@ -760,6 +764,7 @@ class TRAKer:
         self._require_loaded_weights()
         if self._loaded is None:
             raise RuntimeError("call load_checkpoint or start_scoring_checkpoint before rerank")
+        self._estimator.require_exact_scores()
         batch = batch_tensors(batch, self.task)
         target_batch = batch_tensors(target_batch, self.task)
         rows, _ = row_numbers(batch, inds, None, 0, self.train_set_size)
@@ -772,7 +777,7 @@ class TRAKer:
         products = streaming.exact_products(target_batch, batch).cpu()
         scale = 1 if streaming.is_unprojected else self.proj_dim
         with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
-            return self._estimator.exact_scores(used, self._loaded, target, rows, products * scale).numpy()
+            return self._estimator.exact_scores(used, self._loaded, rows, products * scale).numpy()
 
     @contextmanager
     def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> Iterator[ScoreMatrix]:
@@ -920,7 +925,6 @@ class TRAKer:
         self.gradient_computer.load_model_params(self.model)
         self._optimizer_states.begin(model_id, is_training=is_training)
         self._weights = self._contents()
-        self._loaded = model_id
         return model_id
 
     def _progress(self, ids: Iterable[int], description: str) -> Iterable[int]:

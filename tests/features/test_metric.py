@@ -306,8 +306,9 @@ def test_a_checkpoint_whose_metric_is_gone_or_damaged_is_refused(tmp_path: Path)
     path.unlink()
     with pytest.raises(ValueError, match=r"metric.pt is missing: featurize again"):
         opened().load_checkpoint(state, 0)
-    torch.save({}, path)
-    with pytest.raises(ValueError, match=r"metric of other parameters"):
+    path.write_bytes(content)
+    torch.save({**torch.load(path), "checkpoint": "another"}, path)
+    with pytest.raises(ValueError, match=r"metric of another checkpoint"):
         opened().load_checkpoint(state, 0)
     path.write_bytes(content)
     traker = opened()
@@ -330,3 +331,67 @@ def test_the_metric_does_not_depend_on_the_samples_at_a_time() -> None:
     for state in states[1:]:
         for name, tensor in states[0].items():
             torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=1e-4 * tensor.abs().max().item())
+
+
+def test_metrics_of_nothing_and_of_own_labels_are_refused(tmp_path: Path) -> None:
+    class Own(CausalLM):
+        """A task with labels of its own."""
+
+        def labels(self, named: Any) -> Tensor:
+            return super().labels({name: x for name, x in named.items() if name != "labels"})
+
+    model, batch = made(tied=False)
+    with pytest.raises(ValueError, match=r"Own.labels must give the labels of a batch for a metric"):
+        GradientProjector(model, Own(), 16, metric="kfac").fit_metric(batch)
+    unlabelled = [*batch, torch.full((B, T), -100)]
+    with pytest.raises(ValueError, match="samples that a metric is made of must have gradients other than 0"):
+        GradientProjector(model, "causal_lm", 16, metric="kfac").fit_metric(unlabelled)
+    with pytest.raises(ValueError, match="metric must be None with optimizer_state"):
+        TRAKer(model, "causal_lm", B, tmp_path, metric="kfac", optimizer_state={"state": {}, "param_groups": []})
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e15])
+def test_the_scale_of_the_loss_does_not_matter(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = made(tied=False)
+    plain = CausalLM.get_outputs
+    kernels = []
+    for factor in (1.0, scale):
+        monkeypatch.setattr(CausalLM, "get_outputs", lambda self, *rest, factor=factor: plain(self, *rest) * factor)
+        projector = GradientProjector(model, "causal_lm", 16, grad_wrt=MATRICES, metric="kfac")
+        monkeypatch.setattr(CausalLM, "get_weightings", lambda self, outputs, batch: torch.ones_like(outputs))
+        projector.fit_metric(batch)
+        rows = [projector.exact_products([x[i : i + 1] for x in batch], batch).numpy() for i in range(B)]
+        kernels.append(np.stack(rows))
+    np.testing.assert_allclose(kernels[1], kernels[0], rtol=1e-3, atol=1e-4 * np.abs(kernels[0]).max())
+
+
+def test_a_batch_that_is_refused_leaves_no_metric(tmp_path: Path) -> None:
+    model, batch = made(tied=False)
+    state = copy.deepcopy(model.state_dict())
+    traker = TRAKer(Language(tied=False), "causal_lm", B, tmp_path, proj_dim=64)
+    traker.load_checkpoint(state, 0)
+    with pytest.raises(ValueError, match="samples 0 to 10 are not all in"):
+        traker.featurize([x[:2] for x in batch], inds=[0, B + 5])
+    assert not (tmp_path / "checkpoint_0" / "metric.pt").exists()
+    other = copy.deepcopy(state)
+    other["few.weight"] = other["few.weight"] + 1
+    traker.featurize([x[:2] for x in batch], inds=[0, 1])
+    with pytest.raises(ValueError, match="other weights"):
+        traker.load_checkpoint(other, 0)
+    with pytest.raises(RuntimeError, match="call load_checkpoint before fit_metric"):
+        traker.fit_metric(batch)
+
+
+def test_models_that_name_their_words_or_share_them_are_understood() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Embedding(64, 4)
+            self.words = nn.Embedding(WORDS, 4)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.words
+
+    assert vocabulary_of(Named()) == WORDS
+    shared = nn.Sequential(nn.Embedding(64, 4), nn.Embedding(WORDS, 4), nn.Linear(4, WORDS))
+    assert vocabulary_of(shared) == WORDS

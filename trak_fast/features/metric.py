@@ -43,9 +43,21 @@ DRAWS = 4
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
-    """Returns the number of rows of the model's largest embedding; None if it has none."""
-    rows = [layer.num_embeddings for layer in model.modules() if isinstance(layer, nn.Embedding)]
-    return max(rows, default=None)
+    """Returns the number of words that a model knows; None if it has no embedding.
+
+    These are the rows of its input embedding, if it names one as those of transformers do, else of the largest
+    embedding that a linear layer has as many outputs as, else of the largest.
+    """
+    named = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        embedding = named()
+    except (NotImplementedError, AttributeError, TypeError):  # of models without words
+        embedding = None
+    if isinstance(embedding, nn.Embedding):
+        return embedding.num_embeddings
+    rows = {layer.num_embeddings for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    outputs = {layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)}
+    return max(rows & outputs or rows, default=None)
 
 
 def matrices_of(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -143,6 +155,8 @@ class Moments:
         if not self.samples:
             raise ValueError("batch must have samples for a metric, not none")
         joined = {name: own for name in self.shapes if (own := self._joined(name)) is not None}
+        if not joined:
+            raise ValueError("samples that a metric is made of must have gradients other than 0 (are all labels -100?)")
         for name, own in joined.items():
             if not (own.left.isfinite().all() and own.right.isfinite().all() and math.isfinite(own.count)):
                 raise ValueError(
@@ -150,11 +164,11 @@ class Moments:
                 )
         entries = sum(math.prod(self.shapes[name]) for name in joined)
         squares = sum(own.count for own in joined.values()) / self.samples
-        usual = squares / entries if entries else 1.0  # an entry's mean square, for parameters without gradients
+        usual = squares / entries  # an entry's mean square, for parameters without gradients
         roots = {}
         for name, (height, width) in self.shapes.items():
             if (own := joined.get(name)) is None:
-                roots[name] = _Roots(left=torch.full((height,), (usual or 1.0) ** -0.5), right=torch.ones(width))
+                roots[name] = _Roots(left=torch.full((height,), usual**-0.5), right=torch.ones(width))
                 continue
             damping = VOCABULARY_DAMPING if height == self.vocabulary else LAYERS_DAMPING
             left = _inverse_root(own.left, height, damping) * math.sqrt(own.count * self.samples)
@@ -222,11 +236,11 @@ class MomentSums:
         height, width = self._moments.shapes[name]
         with exact(device_of(piece)):
             if isinstance(piece, Outer):
-                own = self._of_factors(piece.left.flatten(0, 1).float(), piece.right.flatten(0, 1).float())
+                own = self._of_factors(piece.left.flatten(0, 1).double(), piece.right.flatten(0, 1).double())
             elif isinstance(piece, Lookup):
-                values = piece.values.flatten(0, 1).float()
+                values = piece.values.flatten(0, 1).double()
                 used = values.any(1)
-                rows = torch.bincount(piece.indices.flatten()[used], minlength=height).float()
+                rows = torch.bincount(piece.indices.flatten()[used], minlength=height).double()
                 right = _second_moment(values[used], self._moments.blocks(width))
                 own = _Moments(left=rows, right=right, count=float(used.sum()))
             else:
@@ -253,9 +267,9 @@ class MomentSums:
 
     def _of_rows(self, piece: Piece, height: int, width: int) -> _Moments:
         """Computes the moments of the rows and columns of whole gradients."""
-        left = torch.zeros(height * width, device=device_of(piece))
+        left = torch.zeros(height * width, dtype=torch.float64, device=device_of(piece))
         for rows, column in row_slices(piece, self._slice_bytes, Workspace()):
-            squares = rows.float().square().sum(0).flatten()
+            squares = rows.double().square().sum(0).flatten()
             left[column : column + len(squares)] += squares
             del rows  # before the next ones are formed
         squares = left.view(height, width)
@@ -315,12 +329,17 @@ class Metric:
         Args:
             squares: The sum of squares, by parameter, of some gradients in this metric.
             vocabulary: Rows of the parameters with a row a token.
+
+        Raises:
+            ValueError: The sums are not finite.
         """
         own = {name for name, roots in self._roots.items() if len(roots.left) == vocabulary and roots.left.ndim == 1}
         tokens = sum(square for name, square in squares.items() if name in own)
         layers = sum(square for name, square in squares.items() if name not in own)
         if not tokens or not layers:
             return self
+        if not math.isfinite(tokens + layers):
+            raise ValueError("gradients of the samples that the metric is made of must be finite")
         factor = math.sqrt(LAYERS_SHARE * tokens / layers)
         return Metric(
             {
@@ -401,7 +420,7 @@ class SquareSums:
         """Adds the whole gradient of a parameter, for samples from `start` on."""
         step = max(1, self._slice_bytes // max(1, 4 * piece.count * piece.width))
         for first in range(0, piece.height, step):
-            square = piece.rows(first, min(first + step, piece.height)).float().square().sum()
+            square = piece.rows(first, min(first + step, piece.height)).double().square().sum()
             self._found[name] = self._found.get(name, 0.0) + float(square)
 
     def flush(self) -> None:

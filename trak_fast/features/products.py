@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..gradients.pieces import Piece, Workspace, row_slices
+from ..gradients.pieces import Piece, Workspace, exact, row_slices
 from .sketches import Sketches
 from .sums import DeviceSums
 from .two_sided import device_of, show
@@ -76,7 +76,8 @@ class ProductSums:
             return
         for rows, column in row_slices(piece, self._slice_bytes, self._workspace):
             flat = rows.flatten(1)
-            products = flat.float() @ other[column : column + flat.shape[1]].to(flat.device)
+            with exact(flat.device):
+                products = flat.float() @ other[column : column + flat.shape[1]].to(flat.device)
             self._sums.on(rows.device)[start : start + len(rows), 0] += products
             del rows, flat  # before the next ones are formed
 

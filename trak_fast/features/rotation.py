@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..gradients.pieces import exact
 from ..projection.functions import matrix
 
 ROUNDS = 2
@@ -57,7 +58,8 @@ def hadamard(rows: Tensor) -> Tensor:
     while inner < length:
         size = min(FACTOR, length // inner)
         factor = _hadamard_matrix(size).to(rows)
-        rows = factor @ rows.reshape(-1, size, inner) if inner > 1 else rows.reshape(-1, size) @ factor
+        with exact(rows.device):
+            rows = factor @ rows.reshape(-1, size, inner) if inner > 1 else rows.reshape(-1, size) @ factor
         inner *= size
     return rows.reshape(count, length)
 

@@ -124,8 +124,8 @@ def projecting(projector: GradientProjector, batch_size: int, micro_batches: int
     micro_batches = integer("micro_batches", micro_batches, 1, batch_size)
     if batch_size % micro_batches:
         raise ValueError(f"batch_size must be a multiple of micro_batches, {micro_batches}, not {batch_size}")
-    if projector._moments is not None or projector._side is not None:
-        raise RuntimeError('a stage must have gradients as they are: sketch="full" and no optimizer_state')
+    if projector._moments is not None or projector._side is not None or projector.has_metric:
+        raise RuntimeError('a stage must have gradients as they are: sketch="full", no optimizer_state and no metric')
     if projector.singly:
         raise RuntimeError(
             f"a stage must have parameters of layers alone, not {listed(sorted(projector.singly))}, which follow from "

@@ -241,6 +241,8 @@ class GradientProjector(CheckedStream):
         Raises:
             ValueError: They cannot.
         """
+        if self._has_metric:
+            raise ValueError('metric must be None with optimizer_state, not "kfac": steps have a metric of their own')
         if self._layout is not None:
             raise ValueError(
                 'optimizer_state must be None with sketch="two_sided": a step of Adam is no product of factors; '
@@ -415,7 +417,7 @@ class GradientProjector(CheckedStream):
         batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
         count = len(batch[0])
         self._take_replaced()
-        if self._has_metric and self.metric is None:
+        if self._has_metric and self.metric is None and count:
             self.metric = self._fitted(batch)
         self.buffers = {name: buffer.detach() for name, buffer in self.model.named_buffers()}
         rows = torch.zeros(count, self._width(batch), dtype=dtype, device=self._device)
@@ -490,7 +492,7 @@ class GradientProjector(CheckedStream):
         with lock_of(self.model):
             self._model_id = model_id
             if self._has_metric and self.metric is None:
-                self.metric = self._fitted(samples)
+                raise RuntimeError("call fit_metric before features")
             features = self._compute(samples)["features"]
         return features if self.projector.dense_scale == 1 else features * self.projector.dense_scale
 

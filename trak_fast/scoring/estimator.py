@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -58,11 +59,14 @@ def ridge_setting(lambda_reg: float | str | None) -> float | None:
 
     Raises:
         ValueError: It is neither "auto" nor a number that is at least 0.
+        TypeError: It is no number.
     """
     if lambda_reg is None or (isinstance(lambda_reg, str) and lambda_reg == "auto"):
         return None
+    if not isinstance(lambda_reg, (str, numbers.Real)):
+        raise TypeError(f'lambda_reg must be "auto" or a number, not {lambda_reg!r}')
     if isinstance(lambda_reg, (str, bool)) or not lambda_reg >= 0:
-        raise ValueError(f'lambda_reg must be "auto" or a number >= 0, not {lambda_reg!r}')
+        raise ValueError(f'lambda_reg must be "auto" or a number >= 0 (math.inf: no inverse), not {lambda_reg!r}')
     return float(lambda_reg)
 
 
@@ -103,6 +107,18 @@ class Estimator:
         """True where scores have an inverse of X'X in them; else they are inner products of features."""
         lambda_reg = self.settings.lambda_reg
         return not self._has_metric if lambda_reg is None else lambda_reg < math.inf
+
+    def require_invertible(self) -> None:
+        """Checks that features may have their X'X inverted, where scores have an inverse in them.
+
+        Raises:
+            ValueError: They are signs, whose noise the inverse would amplify.
+        """
+        if self.inverts and self.store.store_dtype == "1bit":
+            raise ValueError(
+                'store_dtype must be "int8", "float16" or "float32" where X\'X is inverted, not "1bit"; '
+                "lambda_reg=math.inf inverts nothing"
+            )
 
     @property
     def _chooses(self) -> bool:
@@ -175,8 +191,10 @@ class Estimator:
         train = self.store.train(model_id)
         features = train.features
         if not self.inverts:
-            gram = self.store.gram(model_id)  # whose trace is the sum of squares, whatever it was made for
-            return InnerProducts(features, float(np.trace(gram[0])), self.device, self.settings.normalize)
+            gram = self.store.gram(model_id)
+            squares = gram.item() if gram.size == 1 else sum_of_squares(features)  # or finalized for another ridge
+            return InnerProducts(features, squares, self.device, self.settings.normalize)
+        self.require_invertible()
         curvature = self.curvature(train.weights)
         weights = None if curvature is None else curvature_weights(curvature)
         if weights is not None and self._chosen is not None:
@@ -268,38 +286,33 @@ class Estimator:
         return solver.coefficients(targets[model_id].features[target : target + 1])[:, 0].cpu()
 
     def exact_scores(
-        self, targets: Mapping[int, Rows], model_id: int, target: int, rows: NDArray[np.intp], products: Tensor
+        self, targets: Mapping[int, Rows], model_id: int, rows: NDArray[np.intp], products: Tensor
     ) -> Tensor:
-        """Computes a checkpoint's share of scores, with exact inner products in place of projected ones.
-
-        (X'RX + λI)⁻¹ φ is φ/λ less a part in the span of the training samples: only this part stays projected.
+        """Computes a checkpoint's share of scores that are inner products, from those of whole gradients.
 
         Args:
             targets: The target rows of each checkpoint, by model_id.
             model_id: The checkpoint.
-            target: The target's number.
             rows: Training samples.
-            products: (len(rows),) float64, inner products of their gradients with the target's, times k.
+            products: (len(rows),) float64, inner products of their gradients with a target's, times k.
 
         Returns:
             (len(rows),) float64.
+        """
+        solver = self.solver(model_id, len(targets), self.disagreement(targets))
+        assert isinstance(solver, InnerProducts)
+        return self._score_weights(targets)[torch.from_numpy(rows)] * products / solver.mean_square
+
+    def require_exact_scores(self) -> None:
+        """Checks that scores are inner products, which can be computed without projection.
 
         Raises:
-            ValueError: The ridge is 0, or features are divided by their norms.
+            ValueError: They have an inverse of X'X in them, or norms of features.
         """
+        if self.inverts:
+            raise ValueError("lambda_reg must be math.inf for exact scores: the inverse of X'X is known projected only")
         if self.settings.normalize:
             raise ValueError("normalize must be False for exact scores: norms of features are known projected only")
-        solver = self.solver(model_id, len(targets), self.disagreement(targets))
-        factors = self._score_weights(targets)[torch.from_numpy(rows)]
-        if isinstance(solver, InnerProducts):
-            return factors * products / solver.mean_square
-        if not solver.ridge:
-            raise ValueError("lambda_reg must not be 0 for exact scores")
-        own = torch.from_numpy(np.array(self.store.train(model_id).features[rows], np.float64))
-        feature = targets[model_id].features[target : target + 1]
-        rest = own @ solver.coefficients(feature)[:, 0].cpu()
-        projected = own @ torch.from_numpy(np.array(feature[0], np.float64))
-        return factors * (rest + (products - projected) / solver.ridge)
 
     def factors(self, model_ids: Collection[int], model_id: int, rows: NDArray[np.intp]) -> Tensor:
         """Computes what products of features with `direction` are multiplied by, (len(rows),) float64.
@@ -311,8 +324,12 @@ class Estimator:
         """
         factors = self._score_weights(model_ids)[torch.from_numpy(rows)]
         if self.settings.normalize:
-            features = torch.from_numpy(np.array(self.store.train(model_id).features[rows], np.float64))
-            factors = factors / features.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+            features = self.store.train(model_id).features
+            if hasattr(features, "squared_norms"):
+                norms = torch.from_numpy(features.squared_norms[rows]).sqrt()
+            else:
+                norms = torch.from_numpy(np.array(features[rows], np.float64)).norm(dim=1)
+            factors = factors / norms.clamp(min=torch.finfo(torch.float64).tiny)
         return factors
 
     def mean_weights(self, model_ids: Collection[int]) -> Tensor:

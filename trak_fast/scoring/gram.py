@@ -137,14 +137,11 @@ def gram_matrix(
             accumulator.add(features[part], None if weights is None else weights[part])
         return accumulator.value()
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
-    squares = getattr(features, "squared_norms", None)  # those of features in few bits, which are longer themselves
     if normalize:  # a row's power of two does not change its direction, but its square might vanish
         features = getattr(features, "mantissas", features)
     for columns in tqdm(blocks(k, n), desc="XX'", unit="block", leave=False, disable=None):
         block = load_block(_columns(features, columns, rows), torch.float64, device)
         gram.addmm_(block.mT, block)
-    if not normalize and squares is not None:
-        gram.diagonal().copy_(torch.from_numpy(squares if rows is None else squares[rows]))
     if normalize:
         lengths = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         gram /= lengths[:, None]
@@ -168,7 +165,12 @@ def _columns(features: Features, columns: slice, rows: NDArray[np.intp] | None) 
 
 
 def sum_of_squares(features: Features) -> float:
-    """Computes the sum of the squares of features (n, k), which may be memory-mapped, in float64."""
+    """Computes the sum of the squares of features (n, k), which may be memory-mapped, in float64.
+
+    Features in few bits count as they were before they were encoded.
+    """
+    if hasattr(features, "squared_norms"):
+        return float(features.squared_norms.sum())
     return sum(float(np.square(features[rows], dtype=np.float64).sum()) for rows in blocks(*features.shape))
 
 

@@ -151,7 +151,10 @@ class ScoreMatrix:
         if not checkpoint.solver.primal:
             return None
         features = checkpoint.train.read("features", rows)
-        if checkpoint.solver.normalize:
+        if checkpoint.solver.normalize and hasattr(checkpoint.train.features, "squared_norms"):
+            norms = torch.from_numpy(checkpoint.train.features.squared_norms[rows]).sqrt()
+            features = features.double().div(norms.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)).float()
+        elif checkpoint.solver.normalize:
             features = normalized(features).float()
         if features.dtype == torch.float32:  # in [2^-64, 2^64], or 0
             return Scaled(features, np.zeros(len(features), np.int16))

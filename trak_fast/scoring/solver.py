@@ -137,12 +137,14 @@ class InnerProducts:
 
     def self_influence(self, rows: slice) -> Tensor:
         """Computes the squared norms of training samples [start, stop) on the scale of scores, float64 on the CPU."""
-        influence = torch.empty(rows.stop - rows.start, dtype=torch.float64)
-        for part in blocks(len(influence), self.features.shape[1]):
-            own = slice(rows.start + part.start, rows.start + part.stop)
-            block = load_block(self.features[own], torch.float64, self.device, self.normalize)
-            influence[part] = block.square().sum(1).cpu() / self.mean_square
-        return influence
+        squares = torch.empty(rows.stop - rows.start, dtype=torch.float64)
+        if hasattr(self.features, "squared_norms"):  # those before they were encoded
+            squares = torch.from_numpy(self.features.squared_norms[rows])
+        else:
+            for part in blocks(len(squares), self.features.shape[1]):
+                own = slice(rows.start + part.start, rows.start + part.stop)
+                squares[part] = load_block(self.features[own], torch.float64, self.device).square().sum(1).cpu()
+        return (squares > 0).double() if self.normalize else squares / self.mean_square
 
 
 class SubsetSolver:

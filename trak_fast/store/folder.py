@@ -77,7 +77,7 @@ class Store:
         self.path = Path(save_dir).expanduser().resolve()
         self.num_rows = num_rows
         self.width = width
-        self._store_dtype = str(manifest.get("dtype", "float32"))
+        self.store_dtype = str(manifest.get("dtype", "float32"))
         manifest = {"format": FORMAT, **manifest}
         file = self.path / "manifest.json"
         if not file.exists() and not self.model_ids():
@@ -128,7 +128,7 @@ class Store:
         path = self.checkpoint(model_id)
         if not path.exists():
             with advising_on_denied(self.path), atomic_folder(path) as folder:
-                Rows.create(folder / "train", self.num_rows, self._train_shapes, self._store_dtype)
+                Rows.create(folder / "train", self.num_rows, self._train_shapes, self.store_dtype)
                 write_json(folder / "checkpoint.json", self._marks(weights))
             self._warn_of_same_weights(model_id)
         train = self.train(model_id)  # before the check: others may replace the folder until rows are claimed
@@ -257,7 +257,7 @@ class Store:
     def train(self, model_id: int) -> Rows:
         """Opens the training rows of a registered checkpoint: `features` (n, k) and `weights` (n,), the task's Q."""
         path = self.checkpoint(model_id)
-        return Rows(path / "train", self.num_rows, self._train_shapes, self._store_dtype)
+        return Rows(path / "train", self.num_rows, self._train_shapes, self.store_dtype)
 
     def targets(self, model_id: int, exp_name: str, num_targets: int | None = None) -> Rows:
         """Opens the target rows of an experiment, `features` (m, k); makes them if `num_targets` is given.

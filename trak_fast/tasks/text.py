@@ -167,6 +167,19 @@ class LanguageModelling(_Texts, BatchTask):
         drawn = torch.searchsorted(sums, numbers * sums[:, :, -1:]).squeeze(2).clamp(max=sums.shape[2] - 1)
         return torch.where(labels == IGNORED, IGNORED, drawn)
 
+    def _checked_drawn(self, batch: list[Tensor], drawn: Tensor) -> list[Tensor]:
+        """Returns a batch with drawn labels, once `labels` is known to give them.
+
+        Raises:
+            ValueError: It gives others, in a class that has its own.
+        """
+        if not torch.equal(self.labels(self._at_front(by_name(batch, self))), drawn):
+            raise ValueError(
+                f"{type(self).__name__}.labels must give the labels of a batch for a metric, which needs drawn ones; "
+                "metric=None does without"
+            )
+        return batch
+
     def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
         """Computes Q = 1 − p = σ(−f) of each sequence, (B,); 0 for one without predicted tokens, whose f is largest.
 
@@ -211,7 +224,8 @@ class CausalLM(LanguageModelling):
         """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`)."""
         named = self._at_front(by_name(batch, self))
         drawn = self._drawn(model, weights, buffers, named, uniform)
-        return [named["input_ids"], named["attention_mask"], F.pad(drawn[:, :-1], (1, 0), value=IGNORED)]
+        batch = [named["input_ids"], named["attention_mask"], F.pad(drawn[:, :-1], (1, 0), value=IGNORED)]
+        return self._checked_drawn(batch, drawn)
 
 
 class MaskedLM(LanguageModelling):
@@ -236,7 +250,7 @@ class MaskedLM(LanguageModelling):
         """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`)."""
         named = self._at_front(by_name(batch, self))
         drawn = self._drawn(model, weights, buffers, named, uniform)
-        return [named["input_ids"], named["attention_mask"], drawn]
+        return self._checked_drawn([named["input_ids"], named["attention_mask"], drawn], drawn)
 
 
 class Seq2SeqLM(LanguageModelling):
