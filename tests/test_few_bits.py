@@ -184,9 +184,9 @@ def test_rerank_refuses_what_it_cannot_compute(tmp_path: Path) -> None:
     traker.normalize = False
     with pytest.raises(ValueError, match="samples"):
         traker.rerank("test", 0, one, targets, range(B))
-    with pytest.raises(ValueError, match="samples"):
+    with pytest.raises(ValueError, match="target_batch must be the sample that target 1 of exp_name 'test'"):
         traker.rerank("test", 1, one, batch, range(B))
-    with pytest.raises(ValueError, match="target must be one sample"):
+    with pytest.raises(ValueError, match="target_batch must be one sample"):
         traker.rerank("test", 0, targets, batch, range(B))
     with pytest.raises(ValueError, match="target must be in"):
         traker.rerank("test", B, one, batch, range(B))

@@ -18,7 +18,7 @@ from .store.folder import Store
 MOST_SAMPLES = 256
 """Samples of a first batch at most that a metric is made of."""
 
-FEW_SAMPLES = 16
+FEW_SAMPLES = 64
 """A metric of fewer samples than these is warned of."""
 
 AGAIN = "featurize again, by load_checkpoint(..., _allow_featurizing_already_registered=True) or in another save_dir"
@@ -73,6 +73,8 @@ class CheckpointMetrics:
             with advising_on_denied(self._store.path), first_file(path) as temporary:
                 content = {"checkpoint": self._mark(model_id), "roots": self._streaming.metric.state_dict()}
                 torch.save(content, temporary)
+        else:
+            logger.info("the metric of model_id %d is there already, and stays", model_id)
         self.take(model_id)
 
     def take(self, model_id: int) -> None:

@@ -288,12 +288,19 @@ class Recorder:
         Raises:
             ValueError: They differ.
         """
-        if not self._check_samples:
-            return
-        marked = self._task.clear_padding(batch) if hasattr(self._task, "clear_padding") else batch
-        digests = digest_samples(marked, np.arange(len(rows)))
-        if len(other := stored.other_samples(rows, digests)):
+        if len(other := self._other_samples(stored, batch, rows)):
             raise ValueError(other_samples_message(other, stored.path))
+
+    def are_samples(self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp]) -> bool:
+        """Tells if samples are those that rows were stored from."""
+        return not len(self._other_samples(stored, batch, rows))
+
+    def _other_samples(self, stored: Rows, batch: Sequence[Tensor], rows: NDArray[np.intp]) -> NDArray[np.integer]:
+        """Returns those of some rows that were stored from other samples."""
+        if not self._check_samples:
+            return np.empty(0, np.intp)
+        marked = self._task.clear_padding(batch) if hasattr(self._task, "clear_padding") else batch
+        return stored.other_samples(rows, digest_samples(marked, np.arange(len(rows))))
 
     def _compare_task(self, opened: _Opened, some: Sequence[Tensor]) -> None:
         """Compares f and Q of the stored samples with what the task makes of them now; stores some if there are none.

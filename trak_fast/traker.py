@@ -72,6 +72,15 @@ def _setting(name: str) -> property:
     return property(read, change)
 
 
+MANY_NUMBERS = 16384
+"""Numbers of a feature in a metric from which on they are stored in few bits by default."""
+
+
+def _is_size_of_sjlt(proj_dim: int) -> bool:
+    """Tells if features of "sjlt" with its default of four entries a column may have this size."""
+    return proj_dim >= 64 and proj_dim & (proj_dim - 1) == 0
+
+
 def _chosen_store_dtype(store_dtype: str | None, use_half_precision: bool, default: str) -> str:
     """Returns the way to store features.
 
@@ -178,7 +187,8 @@ class TRAKer:
                 and `free_memory()`. By default `trak_fast.Projector` with the arguments below.
             saver: Not supported; features are stored by `trak_fast.store`.
             score_computer: Not supported; scores are computed by `trak_fast.scoring`.
-            proj_dim: Size of the projection, k; 0 for none. By default 2,048, with a metric 131,072.
+            proj_dim: Size of the projection, k; 0 for none. By default 2,048, with a metric 131,072,
+                or the next power of two of `grad_dim` if that is less.
             logging_level: Level of the logger "trak_fast".
             use_half_precision: The same as store_dtype="float16".
             proj_max_batch_size: Has no effect: the projector takes any batch.
@@ -196,11 +206,12 @@ class TRAKer:
                 reading the gradients. Features of "sjlt" are multiplied by √(k / nonzeros), to the scale of the others.
             nonzeros: Entries in each column of "sjlt": 1, 2, 4 (the default) or 8; proj_dim / nonzeros must be a power
                 of two from 16 on.
-                By default "sjlt" with a metric and no `proj_dim`, else "rademacher".
+                By default "sjlt" with a metric where it has the size, else "rademacher".
             store_dtype: The way in which the numbers of training features are stored; those of targets are float32.
                 "float32"; "float16", which changes features by up to 2^-11; "int8"; "1bit", a sign. For the last two
                 features are rotated at random before, also in `saver`, which keeps inner products with targets free of
-                bias (`store.encodings`). By default "1bit" with a metric and no `proj_dim`, else "float32".
+                bias (`store.encodings`). With "1bit" no X'X can be inverted. By default "float32"; with a metric and
+                16,384 numbers or more "1bit", or "int8" if `lambda_reg` is a finite number.
             metric: "kfac": gradients are multiplied by the inverse root of their Fisher matrix in K-FAC's
                 approximation, which is made of the first batch of each checkpoint or by `fit_metric`. None: gradients
                 are as they are. "auto": "kfac" for causal and masked language modelling where the embedding or the
@@ -282,12 +293,24 @@ class TRAKer:
                 if grad_wrt is None
                 else "",
             )
-        few_bits = metric is not None and proj_dim is None and proj_type in (None, "sjlt")
-        store_dtype = _chosen_store_dtype(store_dtype, use_half_precision, "1bit" if few_bits else "float32")
-        if proj_type is None:
-            proj_type = "sjlt" if few_bits else "rademacher"
+        is_large = metric is not None and proj_type in (None, "sjlt")
         if proj_dim is None:
-            proj_dim = _chosen_proj_dim(self.grad_dim) if few_bits else 2048
+            proj_dim = _chosen_proj_dim(self.grad_dim) if is_large else 2048
+        if proj_type is None:
+            proj_type = "sjlt" if is_large and _is_size_of_sjlt(proj_dim) else "rademacher"
+        few_bits = "float32"
+        if metric is not None and proj_dim >= MANY_NUMBERS:
+            few_bits = "1bit" if settings.lambda_reg in (None, math.inf) else "int8"
+        store_dtype = _chosen_store_dtype(store_dtype, use_half_precision, few_bits)
+        settings.require_invertible(store_dtype, metric is not None)
+        if hasattr(self.task, "draw_labels"):
+            self.logger.info(
+                "features of %s numbers, stored as %s: proj_type %s, metric %s",
+                f"{proj_dim:,}",
+                store_dtype,
+                proj_type,
+                metric or "none",
+            )
         if nonzeros is not None and (projector is not None or proj_dim == 0):
             raise ValueError("nonzeros has no influence beside projector or proj_dim=0: leave it out")
         if projector is None and proj_dim == 0:
@@ -345,7 +368,6 @@ class TRAKer:
             device=self.device,
             has_metric=metric is not None,
         )
-        self._estimator.require_invertible()
         self._rotation = Rotation(self.proj_dim) if store_dtype in CODED else None
         self._saver = Saver(self._estimator)
         featurizer = Featurizer(
@@ -772,8 +794,13 @@ class TRAKer:
             if self._loaded not in used:
                 raise RuntimeError(f"model_id {self._loaded}, which is loaded, must be one of model_ids {list(used)}")
             target = integer("target", target, 0, len(used[self._loaded].done) - 1)
+            if len(target_batch[0]) != 1:
+                raise ValueError(f"target_batch must be one sample, of tensors (1, ...), not {len(target_batch[0])}")
             self._recorder.require_samples(self.store.train(self._loaded), batch, rows)
-            self._recorder.require_samples(used[self._loaded], target_batch, np.array([target]))
+            if not self._recorder.are_samples(used[self._loaded], target_batch, np.array([target])):
+                raise ValueError(
+                    f"target_batch must be the sample that target {target} of exp_name {exp_name!r} was scored with"
+                )
         products = streaming.exact_products(target_batch, batch).cpu()
         scale = 1 if streaming.is_unprojected else self.proj_dim
         with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:

@@ -204,7 +204,7 @@ def test_checkpoints_keep_the_metric_of_their_first_batch(tmp_path: Path, caplog
             traker.load_checkpoint(state, 0)
             caplog.clear()
             traker.fit_metric(batch)  # is there already
-            assert "the metric" not in caplog.text
+            assert "is made of" not in caplog.text
         traker.featurize([x[2:] for x in batch], inds=[2, 3, 4])
     stored = [np.load(tmp_path / folder / "checkpoint_0/train/features.npy") for folder in ("whole", "again")]
     np.testing.assert_array_equal(stored[0], stored[1])
@@ -238,7 +238,11 @@ def test_defaults_with_a_metric(tmp_path: Path) -> None:
     traker = TRAKer(Language(tied=False), "causal_lm", B, tmp_path / "default")
     assert list(traker.gradient_computer.selected) == MATRICES
     assert traker.projector.proj_type == "sjlt"
-    assert traker.store.train  # opens
+    assert (traker.proj_dim, traker.store.store_dtype) == (1024, "float32")  # of 825 numbers of a gradient
+    for lambda_reg, store_dtype in (("auto", "1bit"), (math.inf, "1bit"), (0.1, "int8")):
+        folder = tmp_path / f"{lambda_reg}"
+        large = TRAKer(Language(tied=False), "causal_lm", B, folder, proj_dim=16384, lambda_reg=lambda_reg)
+        assert (large.projector.proj_type, large.store.store_dtype) == ("sjlt", store_dtype)
     plain = TRAKer(Language(tied=False), "causal_lm", B, tmp_path / "plain", metric=None)
     assert (plain.proj_dim, plain.projector.proj_type) == (2048, "rademacher")
     assert len(plain.gradient_computer.selected) == 11

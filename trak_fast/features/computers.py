@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..arguments import choice, integer
+from ..arguments import integer
 from ..gradients.base import GradientComputer, LossGradientComputer
 from ..gradients.functional import FunctionalGradientComputer
 from ..projection.projector import NoProjection, Projector, ProjectorLike
@@ -79,7 +79,9 @@ def choose_metric(
     Raises:
         ValueError: `metric` is something else.
     """
-    if metric is None or choice("metric", metric, ("auto", "kfac")) == "kfac":
+    if metric not in ("auto", "kfac", None):
+        raise ValueError(f'metric must be "auto", "kfac" or None, not {metric!r}')
+    if metric != "auto":
         return metric
     whole = not shards_of(model) and not any(hasattr(parameter, "placements") for parameter in model.parameters())
     has_vocabulary = any(p.ndim > 1 and p.shape[0] == vocabulary_of(model) for p in parameters.values())

@@ -53,6 +53,22 @@ class EstimatorSettings:
     shrink_weights: bool
     normalize: bool
 
+    def inverts(self, has_metric: bool) -> bool:
+        """Tells if scores have an inverse of X'X in them; by "auto" not if features are in a metric."""
+        return not has_metric if self.lambda_reg is None else self.lambda_reg < math.inf
+
+    def require_invertible(self, store_dtype: str, has_metric: bool) -> None:
+        """Checks that features may have their X'X inverted, where scores have an inverse in them.
+
+        Raises:
+            ValueError: They are signs, whose noise the inverse would amplify.
+        """
+        if store_dtype == "1bit" and self.inverts(has_metric):
+            raise ValueError(
+                'store_dtype must be "int8", "float16" or "float32" where X\'X is inverted, not "1bit"; '
+                "lambda_reg=math.inf inverts nothing"
+            )
+
 
 def ridge_setting(lambda_reg: float | str | None) -> float | None:
     """Checks `lambda_reg`, and returns it with None for "auto".
@@ -105,20 +121,7 @@ class Estimator:
     @property
     def inverts(self) -> bool:
         """True where scores have an inverse of X'X in them; else they are inner products of features."""
-        lambda_reg = self.settings.lambda_reg
-        return not self._has_metric if lambda_reg is None else lambda_reg < math.inf
-
-    def require_invertible(self) -> None:
-        """Checks that features may have their X'X inverted, where scores have an inverse in them.
-
-        Raises:
-            ValueError: They are signs, whose noise the inverse would amplify.
-        """
-        if self.inverts and self.store.store_dtype == "1bit":
-            raise ValueError(
-                'store_dtype must be "int8", "float16" or "float32" where X\'X is inverted, not "1bit"; '
-                "lambda_reg=math.inf inverts nothing"
-            )
+        return self.settings.inverts(self._has_metric)
 
     @property
     def _chooses(self) -> bool:
@@ -194,7 +197,7 @@ class Estimator:
             gram = self.store.gram(model_id)
             squares = gram.item() if gram.size == 1 else sum_of_squares(features)  # or finalized for another ridge
             return InnerProducts(features, squares, self.device, self.settings.normalize)
-        self.require_invertible()
+        self.settings.require_invertible(self.store.store_dtype, self._has_metric)
         curvature = self.curvature(train.weights)
         weights = None if curvature is None else curvature_weights(curvature)
         if weights is not None and self._chosen is not None:
