@@ -42,7 +42,7 @@ def draw_methods(problems: dict[str, Any]) -> plt.Figure:
     names = [f"{name}\n(held out)" if problem["held out"] else name for name, problem in problems.items()]
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_ylabel("LDS, one checkpoint")
-    axes.legend(fontsize=7, ncol=2)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
 
