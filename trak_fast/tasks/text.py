@@ -149,37 +149,6 @@ class LanguageModelling(_Texts, BatchTask):
         losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)  # 0 where a sequence has no predicted tokens
         return -losses - torch.log(-torch.expm1(-losses))
 
-    def _drawn(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        named: Mapping[str, Tensor],
-        uniform: Tensor,
-    ) -> Tensor:
-        """Draws a token from the model's distribution at each position that predicts one, else IGNORED, (B, T)."""
-        labels = self.labels(named)
-        self._refuse_other_kinds(model)
-        with torch.no_grad():
-            output = bind(model, weights, buffers)(**{name: named[name] for name in self.inputs})
-            sums = _checked_logits(output, labels.shape).float().softmax(2).cumsum(2)
-        numbers = uniform[:, : labels.shape[1]].to(sums).unsqueeze(2)
-        drawn = torch.searchsorted(sums, numbers * sums[:, :, -1:]).squeeze(2).clamp(max=sums.shape[2] - 1)
-        return torch.where(labels == IGNORED, IGNORED, drawn)
-
-    def _checked_drawn(self, batch: list[Tensor], drawn: Tensor) -> list[Tensor]:
-        """Returns a batch with drawn labels, once `labels` is known to give them.
-
-        Raises:
-            ValueError: It gives others, in a class that has its own.
-        """
-        if not torch.equal(self.labels(self._at_front(by_name(batch, self))), drawn):
-            raise ValueError(
-                f"{type(self).__name__}.labels must give the labels of a batch for a metric, which needs drawn ones; "
-                "metric=None does without"
-            )
-        return batch
-
     def get_weightings(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
         """Computes Q = 1 − p = σ(−f) of each sequence, (B,); 0 for one without predicted tokens, whose f is largest.
 
@@ -197,14 +166,53 @@ class LanguageModelling(_Texts, BatchTask):
         return torch.where(outputs < largest * (1 - 1e-6), torch.sigmoid(-outputs), 0)
 
 
-class CausalLM(LanguageModelling):
+class _LabelsAside(LanguageModelling):
+    """Base class for language modelling whose labels the model does not see, so that it can draw others."""
+
+    fields = ("input_ids", "attention_mask", "labels")
+
+    def draw_labels(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Sequence[Tensor],
+        uniform: Tensor,
+    ) -> list[Tensor]:
+        """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`).
+
+        Raises:
+            ValueError: `labels`, in a class that has its own, does not give those of the batch.
+        """
+        named = self._at_front(by_name(batch, self))
+        labels = self.labels(named)
+        self._refuse_other_kinds(model)
+        with torch.no_grad():
+            output = bind(model, weights, buffers)(**{name: named[name] for name in self.inputs})
+            sums = _checked_logits(output, labels.shape).float().softmax(2).cumsum(2)
+        numbers = uniform[:, : labels.shape[1]].to(sums).unsqueeze(2)
+        drawn = torch.searchsorted(sums, numbers * sums[:, :, -1:]).squeeze(2).clamp(max=sums.shape[2] - 1)
+        drawn = torch.where(labels == IGNORED, IGNORED, drawn)
+        result = [named["input_ids"], named["attention_mask"], self._labels_of(drawn)]
+        if not torch.equal(self.labels(self._at_front(by_name(result, self))), drawn):
+            raise ValueError(
+                f"{type(self).__name__}.labels must give the labels of a batch for a metric, which needs drawn ones; "
+                "metric=None does without"
+            )
+        return result
+
+    def _labels_of(self, drawn: Tensor) -> Tensor:
+        """Returns the labels of a batch (B, T) by which the logits at each position are to predict these tokens."""
+        return drawn
+
+
+class CausalLM(_LabelsAside):
     """Causal language modelling: batches are (input_ids, attention_mask), or (input_ids, attention_mask, labels).
 
     Each token but the first is predicted from those before it. With labels (B, T), those that are not −100 are, as in
     Hugging Face's models: the logits at t − 1 predict the label at t. Padding is not predicted, whatever its label is.
     """
 
-    fields = ("input_ids", "attention_mask", "labels")
     optional_fields = ("labels",)
 
     def labels(self, named: Mapping[str, Tensor]) -> Tensor:
@@ -213,44 +221,18 @@ class CausalLM(LanguageModelling):
         following = torch.where(mask[:, 1:] & mask[:, :-1], tokens[:, 1:], IGNORED)
         return F.pad(following, (0, 1), value=IGNORED)
 
-    def draw_labels(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        batch: Sequence[Tensor],
-        uniform: Tensor,
-    ) -> list[Tensor]:
-        """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`)."""
-        named = self._at_front(by_name(batch, self))
-        drawn = self._drawn(model, weights, buffers, named, uniform)
-        batch = [named["input_ids"], named["attention_mask"], F.pad(drawn[:, :-1], (1, 0), value=IGNORED)]
-        return self._checked_drawn(batch, drawn)
+    def _labels_of(self, drawn: Tensor) -> Tensor:
+        return F.pad(drawn[:, :-1], (1, 0), value=IGNORED)
 
 
-class MaskedLM(LanguageModelling):
+class MaskedLM(_LabelsAside):
     """Masked language modelling: batches are (input_ids, attention_mask, labels).
 
     The labels are the tokens that were masked, and −100 elsewhere.
     """
 
-    fields = ("input_ids", "attention_mask", "labels")
-
     def labels(self, named: Mapping[str, Tensor]) -> Tensor:
         return _checked_labels(named)
-
-    def draw_labels(
-        self,
-        model: nn.Module,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        batch: Sequence[Tensor],
-        uniform: Tensor,
-    ) -> list[Tensor]:
-        """Returns a batch with labels that the model draws for each token that is predicted (`DrawnLabels`)."""
-        named = self._at_front(by_name(batch, self))
-        drawn = self._drawn(model, weights, buffers, named, uniform)
-        return self._checked_drawn([named["input_ids"], named["attention_mask"], drawn], drawn)
 
 
 class Seq2SeqLM(LanguageModelling):
