@@ -61,7 +61,7 @@ class CheckpointMetrics:
         path = self._store.metric_file(model_id)
         if not path.exists():
             self._require_no_rows(model_id)
-            if len(batch[0]) < FEW_SAMPLES:
+            if len(batch[0]) < min(FEW_SAMPLES, self._store.num_rows):
                 logger.warning(
                     "the metric of model_id %d is made of %d samples, and is the better the more there are, up to some "
                     "hundreds: give a larger first batch to featurize, or some to fit_metric before",
