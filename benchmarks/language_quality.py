@@ -11,7 +11,7 @@ calls it first. For each problem it reports, for one checkpoint (the mean over f
 - the recall of planted twins and facts among the ten best documents;
 - the share of documents that score lower than the one that contradicts a fact (0: it is the most harmful of all);
 
-of `trak_fast` at its defaults, the same features in float32, its defaults before it had a metric, EK-FAC (kronfluence)
+of `trak_fast` at its defaults, with a metric of more documents, the same features in float32, its defaults before it had a metric, EK-FAC (kronfluence)
 with the output layer at the best damping of a grid, two-sided sketches by layer with the inverse of their X'X (as
 LoGra), the cosine of gradients, that of hidden states, and BM25; methods that need no five checkpoints have one.
 Of some problems `sizes` has LDS and recall by kind of projection, size and bits, and `rerank` the recall of the 20
@@ -178,7 +178,7 @@ class Subject:
 
 
 def traker_scores(
-    subject: Subject, checkpoints: int, **arguments: Any
+    subject: Subject, checkpoints: int, metric_documents: int = 0, **arguments: Any
 ) -> tuple[list[Scores], Scores | None, dict[str, float]]:
     """Attributes by TRAKer; returns the scores of each checkpoint and of all, and cost and size."""
     with tempfile.TemporaryDirectory() as folder:
@@ -189,6 +189,10 @@ def traker_scores(
         )
         for model_id in range(checkpoints):
             traker.load_checkpoint(subject.state(model_id), model_id)
+            if metric_documents:
+                traker.fit_metric(
+                    [x[:metric_documents] for x in (subject.documents.train, subject.documents.train_mask)]
+                )
             for batch in subject.train_batches():
                 traker.featurize(batch, num_samples=len(batch[0]))
         traker.finalize_features()
@@ -369,6 +373,7 @@ def judge(name: str, site: Site, halves: int, processes: int) -> dict[str, Any]:
     before: dict[str, Any] = {"metric": None, "grad_wrt": ["*"]}
     attributed: dict[str, dict[str, Any]] = {
         "trak_fast": {"checkpoints": CHECKPOINTS},
+        "trak_fast, metric of 256 documents": {"checkpoints": CHECKPOINTS, "metric_documents": 256},
         "trak_fast, float32": {"checkpoints": 1, "store_dtype": "float32"},
         "trak_fast without metric": {**before, "checkpoints": CHECKPOINTS, "proj_dim": 2048},
         "two-sided by layer, inverse": {
