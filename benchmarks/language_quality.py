@@ -11,9 +11,10 @@ calls it first. For each problem it reports, for one checkpoint (the mean over f
 - the recall of planted twins and facts among the ten best documents;
 - the share of documents that score lower than the one that contradicts a fact (0: it is the most harmful of all);
 
-of `trak_fast` at its defaults, with a metric of more documents, the same features in float32, its defaults before it had a metric, EK-FAC (kronfluence)
-with the output layer at the best damping of a grid, two-sided sketches by layer with the inverse of their X'X (as
-LoGra), the cosine of gradients, that of hidden states, and BM25; methods that need no five checkpoints have one.
+of `trak_fast` at its defaults, with a metric of more documents, the same features in float32, its defaults before it
+had a metric, EK-FAC (kronfluence) with the output layer at the best damping of a grid, two-sided sketches by layer with
+the inverse of their X'X (as LoGra), the cosine of gradients, that of hidden states, and BM25; methods that need no five
+checkpoints have one.
 Of some problems `sizes` has LDS and recall by kind of projection, size and bits, and `rerank` the recall of the 20
 best documents by gradients that are not projected, before and after reranking.
 
