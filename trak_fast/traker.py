@@ -724,21 +724,17 @@ class TRAKer:
             )
         if self._optimizer_states.describe():
             raise ValueError("optimizer_state must be None for token_scores: a step of Adam is no sum over tokens")
-        self._require_loaded_weights()
-        if self._loaded is None:
-            raise RuntimeError("call load_checkpoint or start_scoring_checkpoint before token_scores")
+        model_id = self._require_loaded("token_scores")
         batch = batch_tensors(batch, self.task)
         rows, _ = row_numbers(batch, inds, None, 0, self.train_set_size)
         with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
-            if self._loaded not in used:
-                raise RuntimeError(f"model_id {self._loaded}, which is loaded, must be one of model_ids {list(used)}")
-            target = integer("target", target, 0, len(used[self._loaded].done) - 1)
-            self._recorder.require_samples(self.store.train(self._loaded), batch, rows)
-            direction = self._estimator.direction(used, self._loaded, target)
+            target = self._require_target(used, model_id, target)
+            self._recorder.require_samples(self.store.train(model_id), batch, rows)
+            direction = self._estimator.direction(used, model_id, target)
             if self._rotation is not None:
                 direction = self._rotation.revert(direction.unsqueeze(0))[0]
-            factors = self._estimator.factors(used, self._loaded, rows) * computer.projector.dense_scale
-        products = computer.token_products(batch, direction, self._loaded)
+            factors = self._estimator.factors(used, model_id, rows) * computer.projector.dense_scale
+        products = computer.token_products(batch, direction, model_id)
         return (products.cpu() * factors.unsqueeze(1)).numpy()
 
     def rerank(
@@ -783,28 +779,45 @@ class TRAKer:
                 "gradient_computer, projector and optimizer_state must be left out, and task have get_outputs, for "
                 "rerank"
             )
-        self._require_loaded_weights()
-        if self._loaded is None:
-            raise RuntimeError("call load_checkpoint or start_scoring_checkpoint before rerank")
+        model_id = self._require_loaded("rerank")
         self._estimator.require_exact_scores()
         batch = batch_tensors(batch, self.task)
         target_batch = batch_tensors(target_batch, self.task)
         rows, _ = row_numbers(batch, inds, None, 0, self.train_set_size)
         with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
-            if self._loaded not in used:
-                raise RuntimeError(f"model_id {self._loaded}, which is loaded, must be one of model_ids {list(used)}")
-            target = integer("target", target, 0, len(used[self._loaded].done) - 1)
+            target = self._require_target(used, model_id, target)
             if len(target_batch[0]) != 1:
                 raise ValueError(f"target_batch must be one sample, of tensors (1, ...), not {len(target_batch[0])}")
-            self._recorder.require_samples(self.store.train(self._loaded), batch, rows)
-            if not self._recorder.are_samples(used[self._loaded], target_batch, np.array([target])):
+            self._recorder.require_samples(self.store.train(model_id), batch, rows)
+            if not self._recorder.are_samples(used[model_id], target_batch, np.array([target])):
                 raise ValueError(
                     f"target_batch must be the sample that target {target} of exp_name {exp_name!r} was scored with"
                 )
+            factors = self._estimator.product_factors(used, model_id, rows)
         products = streaming.exact_products(target_batch, batch).cpu()
-        scale = 1 if streaming.is_unprojected else self.proj_dim
-        with plain_arithmetic(), self._all_targets(exp_name, model_ids, allow_skip=False) as used:
-            return self._estimator.exact_scores(used, self._loaded, rows, products * scale).numpy()
+        return (products * factors * (1 if streaming.is_unprojected else self.proj_dim)).numpy()
+
+    def _require_loaded(self, caller: str) -> int:
+        """Returns the number of the checkpoint whose weights the model has.
+
+        Raises:
+            RuntimeError: It has those of none.
+        """
+        self._require_loaded_weights()
+        if self._loaded is None:
+            raise RuntimeError(f"call load_checkpoint or start_scoring_checkpoint before {caller}")
+        return self._loaded
+
+    def _require_target(self, used: Mapping[int, Rows], model_id: int, target: int) -> int:
+        """Returns a target's number, once it is one of those of the loaded checkpoint, and this is among those used.
+
+        Raises:
+            RuntimeError: The checkpoint is not among them.
+            ValueError: There is no such target.
+        """
+        if model_id not in used:
+            raise RuntimeError(f"model_id {model_id}, which is loaded, must be one of model_ids {list(used)}")
+        return integer("target", target, 0, len(used[model_id].done) - 1)
 
     @contextmanager
     def _score_matrix(self, exp_name: str, model_ids: Iterable[int] | None, allow_skip: bool) -> Iterator[ScoreMatrix]:

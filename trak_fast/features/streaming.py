@@ -153,14 +153,12 @@ class GradientProjector(CheckedStream):
         self._moments: AdamMoments | None = None
         self._has_metric = metric is not None and choice("metric", metric, ("kfac",)) == "kfac"
         if self._has_metric:
-            self._require_metric(optimizer_state)
+            self._require_metric()
         self.precondition(optimizer_state)
         self._model_id = 0
 
-    def _require_metric(self, optimizer_state: OptimizerState | None) -> None:
+    def _require_metric(self) -> None:
         """Refuses a metric where there can be none."""
-        if optimizer_state is not None:
-            raise ValueError("metric must be None with optimizer_state, whose steps have a metric of their own")
         if not hasattr(self.task, "draw_labels"):
             raise ValueError(
                 f'metric must be None for a task without draw_labels such as {type(self.task).__name__}, not "kfac"'
@@ -387,13 +385,14 @@ class GradientProjector(CheckedStream):
         if len(batch_tensors(target, self.task)[0]) != 1:
             raise ValueError("target must be one sample, of tensors (1, ...)")
         gradient: Gradient = {}
-        try:
-            self._collected = gradient
-            self._compute_rows(target, 0, torch.float32)
-            self._collected, self._multiplied = None, gradient
-            return self._compute_rows(batch, 0, torch.float64)[:, 0]
-        finally:
-            self._collected = self._multiplied = None
+        with lock_of(self.model):
+            try:
+                self._collected = gradient
+                self._compute_rows(target, 0, torch.float32)
+                self._collected, self._multiplied = None, gradient
+                return self._compute_rows(batch, 0, torch.float64)[:, 0]
+            finally:
+                self._collected = self._multiplied = None
 
     def _require_batches(self, user: str) -> None:
         if not hasattr(self.task, "get_outputs"):

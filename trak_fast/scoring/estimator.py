@@ -288,23 +288,17 @@ class Estimator:
         solver = self.solver(model_id, len(targets), self.disagreement(targets))
         return solver.coefficients(targets[model_id].features[target : target + 1])[:, 0].cpu()
 
-    def exact_scores(
-        self, targets: Mapping[int, Rows], model_id: int, rows: NDArray[np.intp], products: Tensor
-    ) -> Tensor:
-        """Computes a checkpoint's share of scores that are inner products, from those of whole gradients.
+    def product_factors(self, model_ids: Collection[int], model_id: int, rows: NDArray[np.intp]) -> Tensor:
+        """Computes what inner products of features are multiplied by, where scores are such, (len(rows),) float64.
 
         Args:
-            targets: The target rows of each checkpoint, by model_id.
-            model_id: The checkpoint.
+            model_ids: All checkpoints that scores are averaged over.
+            model_id: The checkpoint whose features they are.
             rows: Training samples.
-            products: (len(rows),) float64, inner products of their gradients with a target's, times k.
-
-        Returns:
-            (len(rows),) float64.
         """
-        solver = self.solver(model_id, len(targets), self.disagreement(targets))
+        solver = self.solver(model_id, len(model_ids), rho=0.0)
         assert isinstance(solver, InnerProducts)
-        return self._score_weights(targets)[torch.from_numpy(rows)] * products / solver.mean_square
+        return self._score_weights(model_ids)[torch.from_numpy(rows)] / solver.mean_square
 
     def require_exact_scores(self) -> None:
         """Checks that scores are inner products, which can be computed without projection.
@@ -328,8 +322,8 @@ class Estimator:
         factors = self._score_weights(model_ids)[torch.from_numpy(rows)]
         if self.settings.normalize:
             features = self.store.train(model_id).features
-            if hasattr(features, "squared_norms"):
-                norms = torch.from_numpy(features.squared_norms[rows]).sqrt()
+            if hasattr(features, "squared_norms_of"):
+                norms = torch.from_numpy(features.squared_norms_of(rows)).sqrt()
             else:
                 norms = torch.from_numpy(np.array(features[rows], np.float64)).norm(dim=1)
             factors = factors / norms.clamp(min=torch.finfo(torch.float64).tiny)

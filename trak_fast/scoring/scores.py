@@ -151,8 +151,8 @@ class ScoreMatrix:
         if not checkpoint.solver.primal:
             return None
         features = checkpoint.train.read("features", rows)
-        if checkpoint.solver.normalize and hasattr(checkpoint.train.features, "squared_norms"):
-            norms = torch.from_numpy(checkpoint.train.features.squared_norms[rows]).sqrt()
+        if checkpoint.solver.normalize and hasattr(checkpoint.train.features, "squared_norms_of"):
+            norms = torch.from_numpy(checkpoint.train.features.squared_norms_of(rows)).sqrt()
             features = features.double().div(norms.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)).float()
         elif checkpoint.solver.normalize:
             features = normalized(features).float()

@@ -12,7 +12,7 @@ Features may be of any floating dtype, memory-mapped or not: blocks are converte
 from __future__ import annotations
 
 import logging
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +100,22 @@ def _norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
     return size
 
 
-class InnerProducts:
+class _Direct(ABC):
+    """Base class of solvers whose scores are always products of features with one vector a target."""
+
+    primal = True
+
+    def solve(self, targets: Features) -> Scaled:
+        """Returns the vectors whose products with features are scores, (k, m) float32 with a power of two a column."""
+        scaled = split(self.coefficients(targets), 0, 2.0**-50, 2.0**32)
+        return Scaled(scaled.mantissas.float(), scaled.exponents)
+
+    @abstractmethod
+    def coefficients(self, targets: Features) -> Tensor:
+        """Returns the vectors whose products with features are scores, (k, m) float64."""
+
+
+class InnerProducts(_Direct):
     """Scores of one checkpoint that are inner products of features, divided by their mean square.
 
     They are what φ (X'X + λI)⁻¹ φ' tends to for a large ridge λ, with λ divided out. It has the methods of `Solver`.
@@ -108,9 +123,6 @@ class InnerProducts:
     Attributes:
         mean_square: The mean squared norm of the training samples' features; 1 if all are 0 or divided by their norms.
     """
-
-    primal = True
-    ridge = math.inf
 
     def __init__(self, features: Features, squares: float, device: torch.device, normalize: bool = False) -> None:
         """Takes the features.
@@ -126,11 +138,6 @@ class InnerProducts:
         self.normalize = normalize
         self.mean_square = 1.0 if normalize or not squares else squares / len(features)
 
-    def solve(self, targets: Features) -> Scaled:
-        """Returns the vectors whose products with features are scores, (k, m) float32 with a power of two a column."""
-        scaled = split(self.coefficients(targets), 0, 2.0**-50, 2.0**32)
-        return Scaled(scaled.mantissas.float(), scaled.exponents)
-
     def coefficients(self, targets: Features) -> Tensor:
         """Returns the vectors whose products with features are scores, (k, m) float64."""
         return load_block(targets, torch.float64, self.device, self.normalize).mT / self.mean_square
@@ -138,8 +145,8 @@ class InnerProducts:
     def self_influence(self, rows: slice) -> Tensor:
         """Computes the squared norms of training samples [start, stop) on the scale of scores, float64 on the CPU."""
         squares = torch.empty(rows.stop - rows.start, dtype=torch.float64)
-        if hasattr(self.features, "squared_norms"):  # those before they were encoded
-            squares = torch.from_numpy(self.features.squared_norms[rows])
+        if hasattr(self.features, "squared_norms_of"):  # those before they were encoded
+            squares = torch.from_numpy(self.features.squared_norms_of(rows))
         else:
             for part in blocks(len(squares), self.features.shape[1]):
                 own = slice(rows.start + part.start, rows.start + part.stop)
@@ -147,14 +154,12 @@ class InnerProducts:
         return (squares > 0).double() if self.normalize else squares / self.mean_square
 
 
-class SubsetSolver:
+class SubsetSolver(_Direct):
     """Scores of one checkpoint with the curvature of some of its training samples, X_s (s, k).
 
     (n/s X_s'RX_s + λI)⁻¹ φ = (φ − X_s'R½ (R½X_sX_s'R½ + λ s/n I)⁻¹ R½X_s φ)/λ (Woodbury), so that systems of s
     equations stand for those of n or k. It has the methods of `Solver`.
     """
-
-    primal = True
 
     def __init__(
         self,
@@ -192,11 +197,6 @@ class SubsetSolver:
         regularized = gram.clone()
         regularized.diagonal().add_(ridge * len(chosen) / len(features))
         self.inverse = factorize(regularized, float(torch.finfo(torch.float32).eps) ** 2, jitter=True)
-
-    def solve(self, targets: Features) -> Scaled:
-        """Returns the vectors whose products with features are scores, (k, m) float32 with a power of two a column."""
-        scaled = split(self.coefficients(targets), 0, 2.0**-50, 2.0**32)
-        return Scaled(scaled.mantissas.float(), scaled.exponents)
 
     def coefficients(self, targets: Features) -> Tensor:
         """Returns the vectors whose products with features are scores, (k, m) float64."""

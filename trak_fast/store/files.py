@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,25 @@ def sync_folder(path: Path) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields the name of a temporary file, which becomes `path` at the end of the block unless something was raised."""
+    with _published(path, lambda temporary: temporary.replace(path)) as temporary:
+        yield temporary
+
+
+@contextmanager
+def first_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a temporary file as `atomic_file`; it is dropped if there is a `path` by the end."""
+
+    def link(temporary: Path) -> None:
+        with suppress(FileExistsError):
+            path.hardlink_to(temporary)
+
+    with _published(path, link) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _published(path: Path, publish: Callable[[Path], object]) -> Iterator[Path]:
+    """Yields the name of a temporary file, and publishes it as `path` once it is on the disk."""
     remove_leftovers(path)
     temporary = temporary_name(path)
     try:
@@ -146,23 +165,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def first_file(path: Path) -> Iterator[Path]:
-    """Yields the name of a temporary file, which becomes `path` unless another process has made that meanwhile."""
-    temporary = temporary_name(path)
-    try:
-        with advising_on_full_disk(path):
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            with suppress(FileExistsError):
-                os.link(temporary, path)
+            publish(temporary)
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

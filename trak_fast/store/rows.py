@@ -160,7 +160,11 @@ class CodedMatrix:
     @property
     def squared_norms(self) -> NDArray[np.float64]:
         """The squared norms of the rows before they were encoded, (rows,)."""
-        return np.ldexp(np.asarray(self.scales[:, 1], np.float64), 2 * np.asarray(self.exponents, np.int32))
+        return self.squared_norms_of(slice(None))
+
+    def squared_norms_of(self, rows: Any) -> NDArray[np.float64]:
+        """Returns the squared norms of some rows before they were encoded, and reads no others."""
+        return np.ldexp(np.asarray(self.scales[rows, 1], np.float64), 2 * np.asarray(self.exponents[rows], np.int32))
 
     @property
     def T(self) -> CodedMatrix:
