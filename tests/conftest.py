@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.register_assert_rewrite("attribution", "emulated", "interrupted", "projections")
+pytest.register_assert_rewrite("attribution", "emulated", "interrupted", "model_folders", "projections")
 
 from projections import ISAS  # noqa: E402 (its assertions explain themselves when they fail)
 

@@ -5,6 +5,8 @@ Such a page needs no other file and reads well in light and dark.
 
 from __future__ import annotations
 
+import hashlib
+from base64 import b64encode
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -36,25 +38,33 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
 """
 
 
-def document(title: str, body: str, style: str) -> str:
-    """Puts the frame of a page around its body.
+def document(title: str, body: str, style: str, script: str = "") -> str:
+    """Puts the frame of a page around its body. A browser refuses such a page to load anything or to run other scripts.
 
     Args:
         title: Title of the browser's window, as text.
         body: HTML.
         style: CSS that only this page needs.
+        script: JavaScript that runs once the body is there.
     """
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    ending = ""
+    if script:
+        policy += f"; script-src 'sha256-{b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        ending = f"<script>{script}</script>\n"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
 <title>{escape(title)}</title>
 <style>{one_line(STYLE + style)}</style>
 </head>
 <body>
 {body}
-</body>
+{ending}</body>
 </html>
 """
 

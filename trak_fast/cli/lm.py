@@ -1,0 +1,365 @@
+"""The command `trak-fast lm`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .failure import INTERRUPTED, Failure, checking_arguments
+from .numbers import number
+from .terminal import say
+
+if TYPE_CHECKING:
+    from ..lm.documents import Documents, Fields
+    from ..lm.results import Ranking
+    from ..lm.run import Run, Targets
+
+EPILOG = """
+The same command goes on where a killed run stopped. Later, --out alone opens the run again: with --query or --ask it
+answers other questions, and --train with more documents after the old ones adds these.
+"""
+
+SETTINGS = (
+    "models", "train", "base", "tokenizer", "text", "prompt", "completion", "id", "label", "by_file", "task", "params",
+    "method", "proj_dim", "sketch", "max_tokens", "long", "maskings", "dtype", "attention", "seed",
+)  # fmt: skip
+"""Flags that features depend on."""
+
+GIGABYTE = 1e9
+"""Bytes in the unit of --memory."""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command and its flags."""
+    text = "say which training documents made a language model answer as it does, and write a page"
+    parser = commands.add_parser("lm", help=text, description=text, epilog=EPILOG)
+    parser.set_defaults(run=run)
+    flag = parser.add_argument
+    flag("models", nargs="*", metavar="MODEL", help="folders of save_pretrained or of adapters; several are averaged")
+    files = parser.add_argument_group("files (.jsonl, .json, .csv, .parquet, .txt, folders of these, save_to_disk)")
+    add_training(files)
+    flag = files.add_argument
+    flag("--query", nargs="+", metavar="FILE", help="questions: the same kinds of files")
+    flag("--ask", nargs="+", metavar="TEXT", help="one question: a prompt and its completion, or one text")
+    flag(
+        "--against", nargs="+", metavar="FILE", help="questions whose mean score is subtracted from that of each query"
+    )
+    flag("--group", metavar="FIELD", help="questions with the same value of this field are scored as one")
+    out = parser.add_argument_group("results")
+    flag = out.add_argument
+    flag("--out", default="trak-fast-lm", metavar="DIR", help="folder to write to (trak-fast-lm)")
+    flag("--name", metavar="NAME", help="folder in it for the results of these questions")
+    flag("--top", type=number, default=20, metavar="N", help="best documents of each query (20)")
+    flag("--worst", type=number, default=5, metavar="N", help="most harmful documents of each query (5)")
+    flag("--tokens", type=number, default=3, metavar="N", help="documents of each query whose tokens are coloured (3)")
+    flag("--scores", action="store_true", help="write all scores too, scores.npy: documents × queries")
+    flag("--select", metavar="SHARE", help="write the documents with the highest scores, 5%% or a number, to train on")
+    flag("--clean", action="store_true", help="rank training documents by self-influence: wrong ones come first")
+    flag("--overwrite", action="store_true", help="delete the run in --out first")
+    flag("--dry-run", action="store_true", help="predict time, memory and disk, and show one example; store nothing")
+    flag("--json", action="store_true", help="print the results as JSON")
+    add_way(parser)
+    machine = parser.add_argument_group("machine (changes no scores)")
+    add_machine(machine)
+
+
+def add_training(files: argparse._ArgumentGroup) -> None:
+    """Adds the flags of training documents and their fields."""
+    flag = files.add_argument
+    flag("--train", nargs="+", metavar="FILE", help="training documents")
+    flag("--text", metavar="FIELD", help="field of a text; found by itself, as the next four are")
+    flag("--prompt", metavar="FIELD", help="field of a prompt, which is not scored")
+    flag("--completion", metavar="FIELD", help="field of a completion, which is scored")
+    flag("--id", metavar="FIELD", help="field of a document's name")
+    flag("--label", metavar="FIELD", help="field of a class, for classification")
+    flag("--by-file", action="store_true", default=None, help="a .txt file is one document, not one a line")
+    flag("--limit", type=number, metavar="N", help="take the first N training documents")
+
+
+def add_way(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the way to features."""
+    from ..lm.settings import DTYPES, LONG, METHODS, SKETCHES, TASKS
+
+    flag = parser.add_argument_group("features (fixed once a run has begun)").add_argument
+    flag("--method", metavar="NAME", help=f"{', '.join(METHODS)} (trak)")
+    flag("--task", metavar="NAME", help=f"{', '.join(TASKS)}; default: as the architecture says")
+    flag("--params", nargs="+", metavar="NAME", help="all, linear, trainable, or patterns of parameters' names")
+    flag("--proj-dim", type=number, metavar="K", help="numbers of a feature")
+    flag("--sketch", metavar="NAME", help=f"{', '.join(SKETCHES)}: the way to make gradients small (auto)")
+    flag("--max-tokens", type=number, metavar="T", help="tokens of a document at most; default: what the model takes")
+    flag("--long", metavar="NAME", help=f"{' or '.join(LONG)} longer documents (cut)")
+    flag("--maskings", type=number, metavar="N", help="maskings of a document, for masked language models (4)")
+    flag("--base", metavar="DIR", help="the model that adapters belong to")
+    flag("--tokenizer", metavar="DIR", help="the tokenizer, if the model's folder has none")
+    flag("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; default: the checkpoint's")
+    flag("--attention", metavar="NAME", help="eager, sdpa or another; default: the model's")
+    flag("--seed", type=number, metavar="N", help="seed of the projection and of maskings (0)")
+
+
+def add_machine(machine: argparse._ArgumentGroup) -> None:
+    """Adds the flags of the machine."""
+    flag = machine.add_argument
+    flag("--device", metavar="DEVICE", help="cpu or cuda; default: a CUDA device if there is one")
+    flag("--batch-tokens", type=number, metavar="T", help="tokens of a batch (16384 on CUDA devices, else 4096)")
+    flag("--memory", type=number, metavar="GB", help="memory for computing a batch; default: a part of what is free")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+        Failure: An argument or a file is refused, a package is missing, or a folder cannot be written.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with _told_failures(), _told_warnings():
+        _run(arguments)
+
+
+@contextmanager
+def _told_failures() -> Iterator[None]:
+    """Turns what goes wrong in the block into a sentence for the user.
+
+    Raises:
+        Failure: A package is missing, an argument is refused, or a file cannot be read or written.
+    """
+    try:
+        with checking_arguments():
+            yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        if name not in ("transformers", "peft", "tokenizers", "safetensors", "pyarrow", "datasets"):
+            raise
+        raise Failure(f"trak-fast lm needs {name}, which is not installed: pip install {name}") from error
+    except OSError as error:
+        raise Failure(str(error)) from error
+
+
+@contextmanager
+def _told_warnings() -> Iterator[None]:
+    """Shows the package's warnings as the command's, in the first process alone."""
+    logger = logging.getLogger("trak_fast")
+    handler: logging.Handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("trak-fast: warning: %(message)s"))
+    if not _is_first():
+        handler = logging.NullHandler()
+    logger.addHandler(handler)
+    propagates, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+def _is_first() -> bool:
+    """Tells if this process is the first of those that share the work."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Opens the run, computes what is missing, and writes and prints results."""
+    from ..arguments import integer
+    from ..lm import report
+    from ..lm.run import Machine, open_run
+
+    for name in ("top", "worst", "tokens"):
+        setattr(arguments, name, integer(f"--{name}", getattr(arguments, name), 0 if name != "top" else 1, 10**6))
+    if arguments.ask is not None and (arguments.query is not None or len(arguments.ask) > 2):
+        fix = "leave out --query" if arguments.query is not None else "put each in quotation marks"
+        raise ValueError(f"--ask must be one question, of a prompt and a completion or of one text; {fix}")
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        if _is_first() and not arguments.json:
+            say(line)
+
+    memory = None if arguments.memory is None else int(float(arguments.memory) * GIGABYTE)
+    machine = Machine(device=arguments.device, batch_tokens=arguments.batch_tokens, memory=memory)
+    given = {name: getattr(arguments, name) for name in SETTINGS} | {"models": arguments.models or None}
+    found = open_run(
+        arguments.out, given, machine, overwrite=arguments.overwrite, limit=arguments.limit
+    )  # fmt: skip
+    questions, control = _questions(arguments, found)
+    tell(report.model_line(found))
+    stored = found.num_featurized() if found.folder.num_stored() is not None else 0
+    if stored < len(found.documents.documents) or arguments.dry_run:
+        tell(report.documents_line(found, "train", found.documents, found.encoded))
+    name = arguments.name or ("ask" if arguments.ask is not None else None)
+    sets: list[Targets] = []
+    for documents, set_name in ((questions, name or "queries"), (control, f"{name or 'queries'}.against")):
+        if documents is None:
+            continue
+        targets = found.targets(documents, set_name)
+        if targets.left_out:
+            logging.getLogger("trak_fast").warning(report.left_out_warning(targets))
+        if not targets.documents:
+            raise ValueError("--query must have a question with a scored token, and none of them has one")
+        tell(
+            report.documents_line(
+                found, "query" if not sets else "against", documents, found.encode(documents.documents)
+            )
+        )
+        sets.append(targets)
+    if arguments.dry_run:
+        _dry_run(found, sets, tell)
+        return
+    tell(report.gradients_line(found))
+    if 0 < stored < len(found.documents.documents):
+        tell(report.label("train", f"{stored:,} of {len(found.documents.documents):,} documents are there"))
+    try:
+        found.compute(sets)
+    except KeyboardInterrupt as error:
+        if _is_first():
+            stored = found.num_featurized()
+            print(
+                f"trak-fast: stopped; {stored:,} documents are stored. The same command goes on from here.",
+                file=sys.stderr,
+            )
+        raise Failure("", INTERRUPTED) from error
+    if sets:
+        _answer(arguments, found, sets, name, lines, tell)
+    if arguments.clean:
+        _clean(arguments, found, tell)
+    if not sets and not arguments.clean:
+        tell(report.label("features", f"all stored; --out {arguments.out} with --query, --ask or --clean goes on"))
+
+
+def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | None, Documents | None]:
+    """Reads the questions, and those of the control set."""
+    from ..lm.documents import Document, Documents, Fields
+
+    settings = found.settings
+    fields = Fields(
+        text=settings.text,
+        prompt=settings.prompt,
+        completion=settings.completion,
+        id=settings.id,
+        label=settings.label,
+        group=arguments.group,
+    )
+    control = None if arguments.against is None else _read_questions(arguments.against, fields, settings.by_file)
+    if arguments.ask is not None:
+        texts = {"text": arguments.ask[0]}
+        if len(arguments.ask) == 2:
+            texts = {"prompt": arguments.ask[0], "completion": arguments.ask[1]}
+        return Documents((Document(file="--ask", place=1, row=0, **texts),), tuple(texts)), control
+    if arguments.query is None:
+        if control is not None or arguments.select is not None:
+            raise ValueError("--query or --ask must be given with --against and --select")
+        return None, None
+    return _read_questions(arguments.query, fields, settings.by_file), control
+
+
+def _read_questions(paths: Sequence[str], fields: Fields, by_file: bool) -> Documents:
+    """Reads questions; where they have other fields than the training documents, these are found."""
+    import dataclasses
+
+    from ..lm.documents import read_documents
+
+    files = [Path(path) for path in paths]
+    try:
+        return read_documents(files, fields, by_file=by_file)
+    except ValueError:
+        own = dataclasses.replace(fields, text=None, prompt=None, completion=None)
+        if own == fields:
+            raise
+        return read_documents(files, own, by_file=by_file)
+
+
+def _dry_run(found: Run, sets: Sequence[Targets], tell: Any) -> None:
+    """Predicts what the run needs."""
+    from ..lm import forecast
+
+    for line in forecast.lines(found, sets):
+        tell(line)
+
+
+def _answer(
+    arguments: argparse.Namespace,
+    found: Run,
+    sets: Sequence[Targets],
+    name: str | None,
+    lines: Sequence[str],
+    tell: Any,
+) -> None:
+    """Writes and prints the scores of the questions."""
+    import numpy as np
+
+    from ..lm import report, results, view
+    from ..lm.page import render
+    from ..store.files import atomic_file
+
+    targets = sets[0]
+    folder = found.folder.results(name)
+    path = folder / "scores.npy"
+    results.write_scores(found, targets, path, control=sets[1] if len(sets) > 1 else None)
+    scores = np.load(path, mmap_mode="r")
+    queries = results.queries_of(targets)
+    rankings = list(results.rank(scores, queries, top=arguments.top, worst=arguments.worst))
+    parts = view.token_parts(found, targets, rankings, arguments.tokens)
+    if not _is_first():
+        return
+    tell(report.label("scores", report.scores_text(found)))
+    if arguments.ask is not None:
+        for line in report.document_lines(rankings[0], found):
+            tell(line)
+    else:
+        for ranking in rankings[: report.SHOWN_QUERIES]:
+            tell(report.ranking_line(ranking, found))
+        if len(rankings) > report.SHOWN_QUERIES:
+            tell(" " * report.LABEL + f"({report.SHOWN_QUERIES} of {len(rankings)} shown)")
+    documents = found.documents.documents
+    entries = [results.line_of(ranking, documents) for ranking in rankings]
+    results.write_lines(folder / "top.jsonl", entries)
+    results.write_table(folder / "top.csv", entries)
+    shown = _shown(arguments, folder)
+    if arguments.select is not None:
+        count = results.number_to_select(arguments.select, len(documents))
+        results.write_lines(folder / "selected.jsonl", results.select(scores, queries, documents, count))
+        tell(report.label("selected", f"{count:,} of {len(documents):,} documents: {shown}/selected.jsonl"))
+    facts = report.made_facts(found, lines)
+    html = render(view.page_content(found, rankings, parts, facts, title=f"trak-fast lm: {arguments.out}"))
+    with atomic_file(folder / "index.html") as temporary:
+        temporary.write_text(html, encoding="utf-8", errors="replace")
+    more = f"      all scores: {shown}/scores.npy" if arguments.scores else ""
+    del scores
+    if not arguments.scores:
+        path.unlink(missing_ok=True)
+    tell(
+        report.label(
+            "page",
+            f"{shown}/index.html      top {arguments.top} of each: {shown}/top.jsonl, {shown}/top.csv      "
+            f"settings: {arguments.out.rstrip('/')}/run.json{more}",
+        )
+    )
+    if arguments.json:
+        say(json.dumps({"page": f"{shown}/index.html", "queries": entries}, ensure_ascii=False, indent=1))
+
+
+def _shown(arguments: argparse.Namespace, folder: Path) -> str:
+    """Returns the folder of results as the user would write it."""
+    out: str = arguments.out.rstrip("/")
+    return f"{out}/{folder.name}" if folder.resolve() != Path(out).expanduser().resolve() else out
+
+
+def _clean(arguments: argparse.Namespace, found: Run, tell: Any) -> None:
+    """Ranks the training documents by self-influence."""
+    from ..lm import report, results
+
+    entries = results.self_influence_lines(found)
+    if not _is_first():
+        return
+    results.write_lines(found.folder.path / "clean.jsonl", entries)
+    for entry in entries[: arguments.top if arguments.top < 10 else 10]:
+        name = report.name_of(found, entry["row"])
+        text = report.shorten(found.documents.documents[entry["row"]].shown)
+        tell(" " * report.LABEL + f"{entry['rank']:>3}  {entry['score']:.4g}  {name}  {text}")
+    tell(report.label("clean", f"all {len(entries):,} documents by self-influence: {arguments.out}/clean.jsonl"))

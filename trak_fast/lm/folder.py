@@ -1,0 +1,170 @@
+"""The folder of a run.
+
+out/run.json          settings, and facts about the run for people
+out/documents.npz     a digest of each training document, and the pieces that it was cut into
+out/features/         the folder of TRAKer
+out/top.jsonl, top.csv, index.html, ...      results for the queries of --query
+out/<name>/...        results for other queries (--name, --ask)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..store.files import advising_on_denied, atomic_file, read_json, write_json
+from .documents import Document
+
+FORMAT = 1
+"""The number of the format of run.json."""
+
+RESULTS = ("top.jsonl", "top.csv", "scores.npy", "index.html", "clean.jsonl", "clean.csv", "selected.jsonl")
+"""Files of results."""
+
+
+def digest_of(document: Document) -> int:
+    """Returns 64 bits that tell the content of a document from others; its place and name do not count."""
+    content = [document.text, document.prompt, document.completion, document.messages, document.label]
+    text = json.dumps(content, ensure_ascii=True, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def digests_of(documents: Sequence[Document]) -> NDArray[np.uint64]:
+    """Returns the digests of documents, (n,)."""
+    return np.array([digest_of(document) for document in documents], np.uint64)
+
+
+class RunFolder:
+    """What a run has on disk.
+
+    Attributes:
+        path: The folder.
+        name: The folder as the user wrote it, for messages.
+    """
+
+    def __init__(self, out: str | os.PathLike[str]) -> None:
+        """Takes the path; nothing is read or written."""
+        self.name = os.fspath(out).rstrip("/") or "/"
+        self.path = Path(out).expanduser().resolve()
+
+    @property
+    def features(self) -> Path:
+        """The folder of the features."""
+        return self.path / "features"
+
+    def _content(self) -> dict[str, Any] | None:
+        """Reads run.json; None if there is none.
+
+        Raises:
+            ValueError: It is corrupt or of another version.
+        """
+        file = self.path / "run.json"
+        if not file.exists():
+            return None
+        content = read_json(file)
+        if content.get("format") != FORMAT or not isinstance(content.get("settings"), dict):
+            raise ValueError(f"{self.name}/run.json was written by another version; another --out, or --overwrite")
+        return content
+
+    def settings(self) -> Mapping[str, Any] | None:
+        """Reads the settings of the run; None if there is no run.
+
+        Raises:
+            ValueError: run.json is corrupt or of another version.
+        """
+        content = self._content()
+        return None if content is None else content["settings"]
+
+    def facts(self) -> Mapping[str, Any]:
+        """Reads the facts about the run; none if there is no run.
+
+        Raises:
+            ValueError: run.json is corrupt or of another version.
+        """
+        content = self._content()
+        return {} if content is None else content.get("facts", {})
+
+    def save(self, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Writes run.json."""
+        with advising_on_denied(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "run.json", {"format": FORMAT, "settings": settings, "facts": facts})
+
+    def documents(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]] | None:
+        """Reads the digests of the documents and the numbers of their pieces, (n,) each; None if there are none.
+
+        Raises:
+            ValueError: The file is corrupt.
+        """
+        file = self.path / "documents.npz"
+        if not file.exists():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                return content["digests"], content["pieces"]
+        except Exception as error:  # of zipfile, zlib or NumPy
+            raise ValueError(f"{self.name}/documents.npz is corrupt; another --out, or --overwrite") from error
+
+    def save_documents(self, digests: NDArray[np.uint64], pieces: NDArray[np.int64]) -> None:
+        """Writes the digests of the documents and the numbers of their pieces."""
+        path = self.path / "documents.npz"
+        with advising_on_denied(self.path), atomic_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, digests=digests, pieces=pieces)
+
+    def num_stored(self) -> int | None:
+        """Returns the number of pieces that the features have rows for; None if there are no features."""
+        file = self.features / "manifest.json"
+        return int(read_json(file)["train_set_size"]) if file.exists() else None
+
+    def results(self, name: str | None) -> Path:
+        """Returns the folder of the results of queries, and makes it."""
+        path = self.path if name is None else self.path / name
+        with advising_on_denied(self.path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def delete(self) -> None:
+        """Deletes a run, for --overwrite; other files in its folder stay.
+
+        Raises:
+            ValueError: The folder has files, but no run.
+        """
+        if not self.path.exists():
+            return
+        if not (self.path / "run.json").exists() and any(self.path.iterdir()):
+            raise ValueError(f"--overwrite must be given with a run's folder, and {self.name} has no run.json")
+        shutil.rmtree(self.features, ignore_errors=True)
+        for name in (*RESULTS, "documents.npz", "run.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def check_is_prefix(
+    folder: RunFolder, stored: NDArray[np.uint64], documents: Sequence[Document], found: NDArray[np.uint64]
+) -> None:
+    """Checks that the documents of a run are there unchanged; more of them may follow.
+
+    Raises:
+        ValueError: A row has changed, or some are missing.
+    """
+    common = min(len(stored), len(found))
+    changed = np.flatnonzero(stored[:common] != found[:common])
+    if len(changed):
+        document = documents[changed[0]]
+        raise ValueError(
+            f"{document.file} has changed since {folder.name}/ was made (row {document.place}"
+            f"{f', and {len(changed) - 1:,} more' if len(changed) > 1 else ''}); --overwrite, or the old file"
+        )
+    if len(found) < len(stored):
+        file = documents[-1].file if documents else "--train"
+        raise ValueError(
+            f"{file} ends after {len(found):,} documents, and {folder.name}/ was made of {len(stored):,}; "
+            "--overwrite, or the old file"
+        )

@@ -1,0 +1,145 @@
+"""The lines that the command prints: the model, the documents, the way to features, the best documents."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from .documents import Documents
+from .encoding import Encoded
+from .results import Query, Ranking
+from .run import Run, Targets
+
+LABEL = 10
+"""Letters of the label at the start of a line."""
+
+SHOWN_QUERIES = 3
+"""Queries whose best documents are printed."""
+
+SHOWN_DOCUMENTS = 3
+"""Documents of each of them."""
+
+SHORT = 60
+"""Letters of a text in a line."""
+
+
+def label(name: str, text: str) -> str:
+    """Puts the label of a line before it."""
+    return f"{name:<{LABEL}}{text}"
+
+
+def model_line(run: Run) -> str:
+    """Describes the model."""
+    folders = run.models.folders
+    count = sum(parameter.numel() for parameter in run.model.parameters())
+    first = next(run.model.parameters())
+    dtype = str(first.dtype).removeprefix("torch.")
+    more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+    adapter = f", adapter of {folders[0].base}" if folders[0].is_adapter else ""
+    return label(
+        "model",
+        f"{folders[0].path}{more}: {folders[0].architecture}{adapter}, {count:,} parameters, {dtype} on "
+        f"{first.device}; task {run.models.task}",
+    )
+
+
+def documents_line(run: Run, name: str, documents: Documents, encoded: Encoded, note: str = "") -> str:
+    """Describes documents and their tokens."""
+    files = list(dict.fromkeys(document.file for document in documents.documents))
+    shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    fields = ", ".join(f'"{field}"' for field in documents.fields)
+    parts = [f"{shown} ({fields}): {len(documents.documents):,} documents, {encoded.tokens:,} tokens"]
+    if encoded.cut:
+        parts.append(f"{encoded.cut:,} cut at {run.max_tokens:,} (--max-tokens; --long split takes all)")
+    if len(encoded.pieces) > len(documents.documents):
+        parts.append(f"{len(encoded.pieces):,} {'maskings' if run.averages_pieces else 'windows'}")
+    if encoded.empty:
+        parts.append(f"{len(encoded.empty):,} without a scored token")
+    return label(name, "; ".join(parts) + note)
+
+
+def gradients_line(run: Run) -> str:
+    """Describes the way from gradients to features."""
+    traker = run.traker
+    numbers = {"1bit": "1 bit each", "int8": "8 bits each"}.get(traker.store.store_dtype, traker.store.store_dtype)
+    bits = {"1bit": 1, "int8": 8, "float16": 16}.get(traker.store.store_dtype, 32)
+    size = bits * traker.proj_dim / 8
+    count = sum(parameter.numel() for parameter in run.model.parameters())
+    adam = "; Adam's steps" if run.settings.method == "less" else ""
+    return label(
+        "gradients",
+        f"{traker.grad_dim:,} of {count:,} parameters{adam}; "
+        f"{run.choice.text} to k = {traker.proj_dim:,}, {numbers}: {size / 1024:,.3g} KB a document",
+    )
+
+
+def scores_text(run: Run) -> str:
+    """Says which numbers the scores are."""
+    traker = run.traker
+    several = f", averaged over {len(run.models.folders)} checkpoints" if len(run.models.folders) > 1 else ""
+    if traker._estimator.inverts:
+        return f"cosines after X'X + λI is inverted, the ridge λ chosen{several}"
+    kinds = {
+        "trak": "cosines in K-FAC's metric, times 1 − p of the document",
+        "cosine": "cosines of gradients",
+        "dot": "products of gradients, over their mean square",
+        "less": "cosines of Adam's steps and gradients",
+    }
+    if run.settings.method == "less" and several:
+        several = f", weighed by the learning rates of {len(run.models.folders)} checkpoints"
+    tie = f"; ±{run.tie:.2g} by projection" if run.tie else ""
+    return kinds[run.settings.method] + several + tie
+
+
+def ranking_line(ranking: Ranking, run: Run) -> str:
+    """Tells a query's best documents in one line."""
+    found = [
+        f"{score:+.3f} {name_of(run, row)}"
+        for row, score in zip(ranking.top[:SHOWN_DOCUMENTS], ranking.top_scores, strict=False)
+    ]
+    return " " * LABEL + f"Q{ranking.query.number} {quoted(query_text(ranking.query))}  " + "  ".join(found)
+
+
+def document_lines(ranking: Ranking, run: Run) -> list[str]:
+    """Lists a query's best documents, one a line."""
+    lines = []
+    for place, (row, score) in enumerate(zip(ranking.top, ranking.top_scores, strict=True), 1):
+        text = shorten(run.documents.documents[row].shown)
+        lines.append(" " * LABEL + f"{place:>3}  {score:+.4f}  {name_of(run, row)}  {text}")
+    return lines
+
+
+def name_of(run: Run, row: int) -> str:
+    """Returns the id of a training document, or its place."""
+    document = run.documents.documents[row]
+    return document.id if document.id is not None else document.where
+
+
+def query_text(query: Query) -> str:
+    """Returns the text by which a query is known in a line."""
+    return query.group if query.group is not None else query.documents[0].shown
+
+
+def quoted(text: str) -> str:
+    """Shortens a text to a line's length, in quotation marks."""
+    return f'"{shorten(text)}"'
+
+
+def shorten(text: str, most: int = SHORT) -> str:
+    """Shortens a text to one line."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else textwrap.shorten(words, most, placeholder=" …") or words[:most] + "…"
+
+
+def left_out_warning(targets: Targets) -> str:
+    """Names the questions that are left out."""
+    numbers = list(targets.left_out)
+    shown = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
+    verb = "queries have" if len(numbers) > 1 else "query has"
+    pronoun = "they are" if len(numbers) > 1 else "it is"
+    return f"{len(numbers)} {verb} no scored token (empty completion): {shown}; {pronoun} left out"
+
+
+def made_facts(run: Run, lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Splits printed lines into labels and texts, for the foot of the page."""
+    return tuple((line[:LABEL].strip(), line[LABEL:]) for line in lines)

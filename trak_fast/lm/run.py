@@ -1,0 +1,505 @@
+"""A run of `trak-fast lm`: opens what there is, computes what is missing, and says what it found.
+
+run = open_run(folder, given, machine)       settings, documents and model; refuses what does not fit
+targets = run.targets(documents, "queries")  encoded questions
+run.compute([targets])                       features of what is not stored yet, checkpoint by checkpoint
+run.scores(targets)                          one score for each document and query (results.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..arguments import integer
+from ..distributed import Ranks
+from ..traker import TRAKer
+from .documents import Document, Documents, Fields, read_documents
+from .encoding import Encoded, Piece, collate, encode, make_batches
+from .folder import RunFolder, check_is_prefix, digests_of
+from .models import Models, find_models
+from .projection import Choice, choose_projection
+from .settings import Settings, merged, settings_of
+from .tasks import task_of
+
+BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
+"""Tokens of a batch by default; TRAKer computes fewer at a time where they do not fit into memory."""
+
+METRIC_DOCUMENTS = (64, 256)
+"""Documents that a metric is made of, at least and at most."""
+
+METRIC_SHARE = 1 / 8
+"""Share of all tokens that a metric may be made of, where that is enough documents."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The means to compute with, which change no scores.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:1"; None: a CUDA device if there is one.
+        batch_tokens: Tokens of a batch, with its padding; None: by the device.
+        memory: Bytes for computing a batch; None: a part of what is free.
+    """
+
+    device: str | None = None
+    batch_tokens: int | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ValueError: A value is out of its range, or there is no such device.
+            TypeError: A value is no number.
+        """
+        if self.batch_tokens is not None:
+            integer("--batch-tokens", self.batch_tokens, 1, 2**40)
+        if self.memory is not None:
+            integer("--memory", self.memory, 1, 2**62)
+        try:
+            kind = self.chosen_device.type
+        except RuntimeError:
+            raise ValueError(f"--device must be cpu, cuda or cuda:1, for example, not {self.device!r}") from None
+        if kind not in BATCH_TOKENS:
+            raise ValueError(f"--device must be cpu or cuda, not {self.device!r}")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device must be cpu where torch finds no CUDA device, not {self.device!r}")
+
+    @property
+    def chosen_device(self) -> torch.device:
+        """The device; under torchrun each process of a machine has its own."""
+        if self.device not in (None, "cuda"):
+            return torch.device(self.device or "cpu")
+        if self.device is None and not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a batch."""
+        return self.batch_tokens or BATCH_TOKENS[self.chosen_device.type]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Questions, encoded.
+
+    Attributes:
+        name: Name of the set, part of folders' names.
+        documents: The questions that are scored.
+        left_out: Numbers of those without a scored token, which are not.
+        pieces: Their pieces.
+        owners: The place in `documents` that each piece belongs to.
+    """
+
+    name: str
+    documents: tuple[Document, ...]
+    left_out: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    owners: NDArray[np.int64]
+
+    @cached_property
+    def exp_name(self) -> str:
+        """The name of TRAKer's experiment, which tells these questions from others of the same name."""
+        digest = hashlib.blake2b(digest_size=8)
+        for piece in self.pieces:
+            digest.update(len(piece.input_ids).to_bytes(8, "little"))
+            digest.update(
+                np.ascontiguousarray(piece.input_ids).tobytes() + np.ascontiguousarray(piece.labels).tobytes()
+            )
+        return f"{self.name}-{digest.hexdigest()}"
+
+
+class Run:
+    """A run whose settings are known, and whose documents and model are read."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        settings: Settings,
+        machine: Machine,
+        models: Models,
+        documents: Documents,
+        *,
+        ranks: Ranks,
+    ) -> None:
+        """Takes the parts; `open_run` reads them.
+
+        Args:
+            folder: The folder of the run.
+            settings: The settings.
+            machine: The means to compute with.
+            models: The checkpoints.
+            documents: The training documents.
+            ranks: The processes that share the work.
+        """
+        self.folder = folder
+        self.settings = settings
+        self.machine = machine
+        self.models = models
+        self.documents = documents
+        self.ranks = ranks
+        self._loaded: int | None = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.models.tokenizer()
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a document at most.
+
+        Raises:
+            ValueError: --max-tokens is more than the model takes, or must be given.
+        """
+        own = self.models.max_tokens
+        wanted = self.settings.max_tokens
+        if wanted is None and own is None:
+            raise ValueError("--max-tokens must be given: the model's config does not say how many tokens it takes")
+        if own is not None and wanted is not None and wanted > own:
+            raise ValueError(f"--max-tokens must be at most {own:,}, which the model takes, not {wanted:,}")
+        return wanted or own or 0
+
+    def encode(self, documents: Sequence[Document]) -> Encoded:
+        """Turns documents into tokens, as the settings say."""
+        return encode(
+            documents,
+            self.tokenizer,
+            task=self.models.task,
+            max_tokens=self.max_tokens,
+            long=self.settings.long,
+            vocab_size=self.models.vocab_size,
+            label_ids=self.models.label_ids,
+            maskings=self.settings.maskings if self.averages_pieces else 1,
+            seed=self.settings.seed,
+        )
+
+    def batch(self, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+        """Makes a batch of pieces."""
+        return collate(pieces, self.models.task, pad_id=getattr(self.model.config, "pad_token_id", None) or 0)
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """The training documents as tokens."""
+        return self.encode(self.documents.documents)
+
+    @cached_property
+    def pieces_of_documents(self) -> NDArray[np.int64]:
+        """The number of pieces of each training document, (n,)."""
+        stored = self.folder.documents()
+        if stored is not None and len(stored[1]) == len(self.documents.documents):
+            return stored[1]
+        owners = [piece.document for piece in self.encoded.pieces]
+        return np.bincount(owners, minlength=len(self.documents.documents))
+
+    @cached_property
+    def owners(self) -> NDArray[np.int64]:
+        """The training document that each piece belongs to."""
+        return np.repeat(np.arange(len(self.pieces_of_documents)), self.pieces_of_documents)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model, with the weights of the first checkpoint."""
+        model = self.models.build(
+            device=self.machine.chosen_device, dtype=self.settings.dtype, attention=self.settings.attention
+        )
+        if hasattr(model.config, "use_cache"):
+            model.config.use_cache = False  # keys of past tokens would only take memory
+        if self.models.task == "text_classification" and model.config.pad_token_id is None:
+            token = self.tokenizer.pad_token_id  # by which some classifiers find the last token
+            model.config.pad_token_id = self.tokenizer.eos_token_id if token is None else token
+        return model.eval()
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The way from gradients to features."""
+        task = task_of(self.models.task, self.settings.method)
+        return choose_projection(self.settings, self.model, task, self.mean_tokens, self.machine.chosen_device.type)
+
+    @cached_property
+    def mean_tokens(self) -> float:
+        """Tokens of a piece on average, at the time when the way from gradients to features was chosen."""
+        facts = self.folder.facts()
+        return float(facts.get("mean_tokens") or self.encoded.tokens / max(1, len(self.encoded.pieces)))
+
+    @property
+    def averages_pieces(self) -> bool:
+        """True where the pieces of a document are maskings of it, whose scores are averaged; else they are added up."""
+        return self.models.task == "masked_lm"
+
+    @cached_property
+    def traker(self) -> TRAKer:
+        """The features, with a row for each piece."""
+        return self._open_features()
+
+    def _open_features(self) -> TRAKer:
+        """Opens the features, makes them, or has them grow to the pieces that there are."""
+        stored = self.folder.num_stored()
+        wanted = int(self.pieces_of_documents.sum())
+        traker = TRAKer(
+            self.model,
+            task_of(self.models.task, self.settings.method),
+            wanted if stored is None else stored,
+            self.folder.features,
+            optimizer_state=self._optimizer_states(),
+            memory_budget=self.machine.memory,
+            logging_level=30,
+            **self.choice.arguments,
+        )
+        if self.ranks.rank == 0:
+            stored_digests = self.folder.documents()
+            if stored_digests is None or len(stored_digests[0]) != len(self.documents.documents):
+                self.folder.save_documents(digests_of(self.documents.documents), self.pieces_of_documents)
+            self.folder.save(self.settings.stored(), self.facts(traker))
+        if wanted > traker.train_set_size:
+            traker.extend(wanted)
+        return traker
+
+    def _optimizer_states(self) -> dict[int, str] | None:
+        """Returns the files with Adam's moments of each checkpoint, for the method that needs them.
+
+        Raises:
+            ValueError: One is missing.
+        """
+        if self.settings.method != "less":
+            return None
+        for folder in self.models.folders:
+            if folder.optimizer is None:
+                raise ValueError(
+                    f"--method less needs Adam's moments: {folder.path}/optimizer.pt is missing; --method cosine"
+                )
+        return {i: str(folder.optimizer) for i, folder in enumerate(self.models.folders)}
+
+    def facts(self, traker: TRAKer) -> dict[str, Any]:
+        """Collects what run.json tells people beside the settings."""
+        return {
+            "documents": len(self.documents.documents),
+            "pieces": int(self.pieces_of_documents.sum()),
+            "mean_tokens": self.mean_tokens,
+            "task": self.models.task,
+            "parameters": traker.grad_dim,
+            "proj_dim": traker.proj_dim,
+            "store_dtype": traker.store.store_dtype,
+            "way": self.choice.text,
+        }
+
+    def targets(self, documents: Documents, name: str) -> Targets:
+        """Encodes questions; those without a scored token are left out."""
+        encoded = self.encode(documents.documents)
+        left_out = set(encoded.empty)
+        scored = [i for i in range(len(documents.documents)) if i not in left_out]
+        places = {document: place for place, document in enumerate(scored)}
+        pieces = [piece for piece in encoded.pieces if piece.document in places]
+        return Targets(
+            name=name,
+            documents=tuple(documents.documents[i] for i in scored),
+            left_out=tuple(encoded.empty),
+            pieces=tuple(pieces),
+            owners=np.array([places[piece.document] for piece in pieces], np.int64),
+        )
+
+    def num_featurized(self) -> int:
+        """Counts the documents whose features are stored for all checkpoints."""
+        done = np.ones(len(self.owners), bool)
+        for i in range(len(self.models.folders)):
+            done &= self._done(i)
+        missing = np.unique(self.owners[~done])
+        return len(self.documents.documents) - len(missing)
+
+    def _done(self, model_id: int) -> NDArray[np.bool_]:
+        """Tells which pieces a checkpoint has features of, (n,)."""
+        if model_id not in self.traker.store.model_ids():
+            return np.zeros(len(self.owners), bool)
+        return np.array(self.traker.store.train(model_id).done, bool)
+
+    def _has_targets(self, model_id: int, targets: Targets) -> bool:
+        """Tells if a checkpoint has the features of all questions."""
+        store = self.traker.store
+        if targets.exp_name not in store.experiments_of(model_id):
+            return False
+        return bool(np.array(store.targets(model_id, targets.exp_name).done).all())
+
+    def compute(self, sets: Sequence[Targets]) -> None:
+        """Computes the features of documents and questions that are missing, one checkpoint after the other.
+
+        Raises:
+            ValueError: A checkpoint has other weights than its features were made with, or gradients are not finite.
+            OSError: The disk is full, for example.
+        """
+        traker = self.traker
+        work: list[tuple[int, NDArray[np.intp], list[Targets]]] = []
+        tokens = 0
+        for model_id in range(len(self.models.folders)):
+            missing = np.flatnonzero(~self._done(model_id))
+            share = traker.rows(len(self.owners))
+            missing = missing[(missing >= share.start) & (missing < share.stop)]
+            finalized = model_id in traker.store.model_ids() and traker.store.is_finalized(model_id)
+            wanted = [targets for targets in sets if targets.pieces and not self._has_targets(model_id, targets)]
+            needs = self.ranks.gather(bool(len(missing)) or not finalized or bool(wanted))
+            if any(needs):
+                work.append((model_id, missing, wanted))
+                tokens += sum(len(self.encoded.pieces[i].input_ids) for i in missing)
+                tokens += sum(len(piece.input_ids) for targets in wanted for piece in targets.pieces)
+        if not work:
+            return
+        with self._bar(tokens) as bar:
+            for model_id, missing, wanted in work:
+                self._compute_checkpoint(model_id, missing, wanted, bar)
+
+    def _compute_checkpoint(
+        self, model_id: int, missing: NDArray[np.intp], wanted: Sequence[Targets], bar: tqdm[Any]
+    ) -> None:
+        """Computes what is missing of one checkpoint."""
+        traker = self.traker
+        state = self.models.state(model_id, self.model)
+        with self._naming_weights(model_id):
+            traker.load_checkpoint(state, model_id)
+        self._loaded = model_id
+        if any(self.ranks.gather(bool(len(missing)))):
+            bar.set_description_str("train    ")
+            if self.choice.arguments["metric"] is not None:
+                traker.fit_metric(self.batch(self._metric_pieces()))
+            lengths = [len(self.encoded.pieces[i].input_ids) for i in missing]
+            for batch in make_batches(lengths, self.machine.tokens):
+                rows = missing[batch]
+                pieces = [self.encoded.pieces[i] for i in rows]
+                traker.featurize(self.batch(pieces), inds=rows)
+                _advance(bar, pieces)
+        traker.finalize_features([model_id])
+        for targets in wanted:
+            bar.set_description_str("query    ")
+            self._delete_older(targets)
+            traker.start_scoring_checkpoint(targets.exp_name, state, model_id, len(targets.pieces))
+            lengths = [len(piece.input_ids) for piece in targets.pieces]
+            for batch in make_batches(lengths, self.machine.tokens):
+                pieces = [targets.pieces[i] for i in batch]
+                traker.score(self.batch(pieces), inds=batch)
+                _advance(bar, pieces)
+
+    def _delete_older(self, targets: Targets) -> None:
+        """Deletes the features of earlier questions of the same name."""
+        prefix = targets.exp_name.rpartition("-")[0]
+        for name in self.ranks.gather(self.traker.store.experiments())[0]:
+            if name != targets.exp_name and name.rpartition("-")[0] == prefix:
+                self.traker.delete_experiment(name)
+
+    @contextmanager
+    def _naming_weights(self, model_id: int) -> Iterator[None]:
+        """Says in the command's words that features belong to other weights."""
+        try:
+            yield
+        except ValueError as error:
+            if "belong to other weights" not in str(error):
+                raise
+            raise ValueError(
+                f"{self.models.folders[model_id].path} has other weights, or another optimizer.pt, than "
+                f"{self.folder.name}/ was made with; give these, another --out, or --overwrite"
+            ) from error
+
+    def _metric_pieces(self) -> list[Piece]:
+        """Chooses the documents that a metric is made of: at random, the longest first."""
+        pieces = self.encoded.pieces
+        scored = np.array([i for i, piece in enumerate(pieces) if (piece.labels != -100).any()])
+        order = np.random.default_rng(self.settings.seed).permutation(scored)[: METRIC_DOCUMENTS[1]]
+        sums = np.cumsum([len(pieces[i].input_ids) for i in order])
+        count = max(METRIC_DOCUMENTS[0], int(np.searchsorted(sums, METRIC_SHARE * self.encoded.tokens)))
+        return sorted((pieces[i] for i in order[:count]), key=lambda piece: -len(piece.input_ids))
+
+    def _bar(self, tokens: int) -> tqdm[Any]:
+        """Makes the bar of all checkpoints."""
+        return tqdm(
+            total=tokens,
+            unit=" tokens",
+            unit_scale=True,
+            disable=None if self.ranks.rank == 0 else True,
+            bar_format="{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} tokens · {rate_fmt} · {remaining} left",
+        )
+
+    @property
+    def tie(self) -> float | None:
+        """The standard deviation of a score by projection and rounding; None where scores have an inverse in them."""
+        traker = self.traker
+        if traker._estimator.inverts or not traker.normalize:
+            return None
+        rounding = math.pi / 2 if traker.store.store_dtype == "1bit" else 1.0
+        ids = range(len(self.models.folders))
+        weight = float(np.mean([np.array(traker.store.train(i).weights).mean() for i in ids]))
+        return weight * math.sqrt(rounding / (traker.proj_dim * len(ids)))
+
+    def forget_scores(self, targets: Targets) -> None:
+        """Deletes the file of the scores of pieces, which results are made from."""
+        self.ranks.first(self.traker.store.scores_file(targets.exp_name).unlink, missing_ok=True)
+
+    def load(self, model_id: int) -> None:
+        """Has the model's weights be those of a checkpoint."""
+        if self._loaded != model_id:
+            self.traker.load_checkpoint(self.models.state(model_id, self.model), model_id)
+            self._loaded = model_id
+
+
+def _advance(bar: tqdm[Any], pieces: Sequence[Piece]) -> None:
+    """Moves a bar by the tokens of pieces."""
+    bar.update(sum(len(piece.input_ids) for piece in pieces))
+
+
+def open_run(
+    out: str | os.PathLike[str],
+    given: Mapping[str, Any],
+    machine: Machine,
+    *,
+    overwrite: bool = False,
+    limit: int | None = None,
+) -> Run:
+    """Opens a run, or begins one; nothing is computed, and a new one leaves nothing on disk yet.
+
+    Args:
+        out: The folder.
+        given: Settings by name; None for those that were not given, which are those of the run, or the defaults.
+        machine: The means to compute with.
+        overwrite: Deletes the run that is there.
+        limit: Training documents at most.
+
+    Raises:
+        ValueError: Settings, documents or models do not fit each other, or the run that is there.
+        OSError: A file cannot be read.
+    """
+    ranks = Ranks()
+    folder = RunFolder(out)
+    if overwrite:
+        ranks.first(folder.delete)
+    stored = folder.settings()
+    settings = settings_of(given) if stored is None else merged(stored, given, folder.name)
+    models = find_models(
+        [Path(path) for path in settings.models], base=_path(settings.base), tokenizer=_path(settings.tokenizer),
+        task=settings.task,
+    )  # fmt: skip
+    fields = Fields(
+        text=settings.text, prompt=settings.prompt, completion=settings.completion, id=settings.id, label=settings.label
+    )
+    documents = read_documents([Path(path) for path in settings.train], fields, by_file=settings.by_file, limit=limit)
+    known = folder.documents() if stored is not None else None
+    if known is not None:
+        if given.get("train") is None:  # questions for the run as it is
+            documents = Documents(documents.documents[: len(known[0])], documents.fields)
+        found = digests_of(documents.documents)
+        check_is_prefix(folder, known[0], documents.documents, found)
+    return Run(folder, settings, machine, models, documents, ranks=ranks)
+
+
+def _path(path: str | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -1,0 +1,186 @@
+"""The settings of a run that its features depend on: from flags, from run.json, and the differences of the two."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..arguments import choice, integer
+
+METHODS = ("trak", "cosine", "dot", "less")
+"""Names of the ways to scores."""
+
+SKETCHES = ("auto", "dense", "sjlt", "two_sided")
+"""Names of the ways in which gradients are made small."""
+
+LONG = ("cut", "split")
+"""Names of the ways to take documents that are longer than the model takes."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that a model may be run in."""
+
+TASKS = ("causal_lm", "masked_lm", "text_classification")
+"""Names of the tasks that texts are attributed for."""
+
+FOUND_BY_CONTENT = ("models", "train", "base", "tokenizer")
+"""Settings that may change as long as the weights and documents stay: paths."""
+
+MOST_TOKENS = 2**31
+"""Tokens of a document at most."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the features of a run depend on.
+
+    Attributes:
+        models: Folders of the checkpoints.
+        train: Files and folders of the training documents.
+        base: Folder of the model that adapters belong to; None: as the adapters say.
+        tokenizer: Folder of the tokenizer; None: the model's.
+        text: Field of a text, like the next four; None: found.
+        prompt: Field of a prompt.
+        completion: Field of a completion.
+        id: Field of a document's name.
+        label: Field of a class.
+        by_file: Takes a .txt file as one document, not as one a line.
+        task: One of `TASKS`; None: as the architecture says.
+        params: "all", "linear", "trainable", or patterns of parameters' names; None: as the method likes them.
+        method: One of `METHODS`.
+        proj_dim: Numbers of a feature, k; None: as the method likes them.
+        sketch: One of `SKETCHES`.
+        max_tokens: Tokens of a document at most; None: as many as the model takes.
+        long: One of `LONG`.
+        maskings: Maskings of a document whose scores are averaged, for masked language models.
+        dtype: One of `DTYPES`; None: the checkpoint's.
+        attention: Name of an implementation of attention; None: the model's.
+        seed: Determines the projection, maskings, and the documents that a metric is made of.
+    """
+
+    models: tuple[str, ...]
+    train: tuple[str, ...]
+    base: str | None = None
+    tokenizer: str | None = None
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    id: str | None = None
+    label: str | None = None
+    by_file: bool = False
+    task: str | None = None
+    params: tuple[str, ...] | None = None
+    method: str = "trak"
+    proj_dim: int | None = None
+    sketch: str = "auto"
+    max_tokens: int | None = None
+    long: str = "cut"
+    maskings: int = 4
+    dtype: str | None = None
+    attention: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ValueError: A value is not among those allowed.
+            TypeError: A value is no number.
+        """
+        choice("--method", self.method, METHODS)
+        choice("--sketch", self.sketch, SKETCHES)
+        choice("--long", self.long, LONG)
+        integer("--maskings", self.maskings, 1, 1000)
+        integer("--seed", self.seed, 0, 2**63 - 1)
+        if self.task is not None:
+            choice("--task", self.task, TASKS)
+        if self.dtype is not None:
+            choice("--dtype", self.dtype, DTYPES)
+        if self.proj_dim is not None:
+            integer("--proj-dim", self.proj_dim, 1, 2**24)
+        if self.max_tokens is not None:
+            integer("--max-tokens", self.max_tokens, 2, MOST_TOKENS)
+        if self.sketch == "two_sided" and self.method == "less":
+            raise ValueError(
+                "--sketch must be auto, dense or sjlt with --method less, not two_sided: a step of Adam has no factors"
+            )
+
+    def stored(self) -> dict[str, Any]:
+        """Returns what run.json has of the settings; paths are whole, so that the run can be opened from elsewhere."""
+        content = dataclasses.asdict(self)
+        for name in ("models", "train"):
+            content[name] = [str(Path(path).expanduser().resolve()) for path in content[name]]
+        for name in ("base", "tokenizer"):
+            if content[name] is not None:
+                content[name] = str(Path(content[name]).expanduser().resolve())
+        return content
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Makes the settings of a new run of those that were given; the others are None.
+
+    Raises:
+        ValueError: There is no model or no training file, or a value is not among those allowed.
+        TypeError: A value is no number.
+    """
+    known = {name: value for name, value in given.items() if value is not None}
+    if not known.get("models"):
+        raise ValueError("MODEL must be given for a new run: a folder of save_pretrained, or several")
+    if not known.get("train"):
+        raise ValueError("--train must be given for a new run: a file of training documents, or several")
+    return Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
+
+
+def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Settings:
+    """Takes the settings of a run that is there, once those that are given agree with them.
+
+    Args:
+        stored: Those of run.json.
+        given: Those that were given; the others are None.
+        out: The run's folder, for the message.
+
+    Raises:
+        ValueError: Some differ, or run.json is no longer understood.
+    """
+    names = {field.name for field in dataclasses.fields(Settings)}
+    if set(stored) != names:
+        raise ValueError(f"{out}/run.json was written by another version; give another --out, or --overwrite")
+    own = Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
+    new = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
+    different = [
+        name for name, value in new.items() if name not in FOUND_BY_CONTENT and value != getattr(own, name)
+    ]  # fmt: skip
+    if different:
+        raise ValueError(
+            f"{out}/ was made {_told(own, different)}; give {'these' if len(different) > 1 else 'this'}, another "
+            "--out, or --overwrite"
+        )
+    if "models" in new and len(new["models"]) != len(own.models):
+        raise ValueError(
+            f"{out}/ was made with {len(own.models)} checkpoints, not {len(new['models'])}; give these, another --out, "
+            "or --overwrite"
+        )
+    return dataclasses.replace(own, **{name: value for name, value in new.items() if name in FOUND_BY_CONTENT})
+
+
+def flag_of(name: str) -> str:
+    """Returns the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def _told(settings: Settings, names: Sequence[str]) -> str:
+    """Says which values settings have: "with --proj-dim 2048, without --base"."""
+    parts = {"with": [], "without": []}  # type: dict[str, list[str]]
+    for name in names:
+        value = getattr(settings, name)
+        if value is None or value is False:
+            parts["without"].append(flag_of(name))
+        elif value is True:
+            parts["with"].append(flag_of(name))
+        else:
+            words = value if isinstance(value, tuple) else (str(value),)
+            parts["with"].append(f"{flag_of(name)} {shlex.join(words)}")
+    return " and ".join(f"{word} {', '.join(flags)}" for word, flags in parts.items() if flags)
