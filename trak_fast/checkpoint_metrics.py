@@ -46,12 +46,13 @@ class CheckpointMetrics:
         """True where features are to have a metric that was not made yet."""
         return self._streaming is not None and self._streaming.metric is None
 
-    def fit(self, batch: Sequence[Tensor], model_id: int) -> None:
+    def fit(self, batch: Sequence[Tensor], model_id: int, chunk_size: int | None = None) -> None:
         """Makes and keeps the metric of a checkpoint, unless there is one, which may be another process's.
 
         Args:
             batch: Some training samples' tensors, (B, ...) each.
             model_id: The checkpoint, whose weights the model has.
+            chunk_size: Samples at a time; by default as many as fit into memory.
 
         Raises:
             ValueError: Features have no metric, gradients are not finite, or the metric of stored features is missing.
@@ -68,7 +69,7 @@ class CheckpointMetrics:
                     model_id,
                     len(batch[0]),
                 )
-            self._streaming.fit_metric(batch, self._featurizer.count_at_a_time(batch))
+            self._streaming.fit_metric(batch, chunk_size or self._featurizer.count_at_a_time(batch))
             assert self._streaming.metric is not None
             with advising_on_denied(self._store.path), first_file(path) as temporary:
                 content = {"checkpoint": self._mark(model_id), "roots": self._streaming.metric.state_dict()}

@@ -480,7 +480,7 @@ class TRAKer:
         """
         self._record(self._recorder.record_training, batch, inds, num_samples)
 
-    def fit_metric(self, batch: Batch) -> None:
+    def fit_metric(self, batch: Batch, chunk_size: int | None = None) -> None:
         """Makes the metric of the loaded checkpoint, unless it is stored; `featurize` makes it of its first batch.
 
         The metric is made of few samples, a hundred texts for example, and belongs to the checkpoint's features. Where
@@ -488,6 +488,7 @@ class TRAKer:
 
         Args:
             batch: Some training samples' tensors, as for `featurize`.
+            chunk_size: Samples to differentiate at a time; by default as many as fit into memory.
 
         Raises:
             ValueError: Features have no metric, or gradients are not finite.
@@ -498,7 +499,9 @@ class TRAKer:
         self._require_loaded_weights()
         if self._loaded is None:
             raise RuntimeError("call load_checkpoint before fit_metric")
-        self._metrics.fit(batch_tensors(batch, self.task), self._loaded)
+        if chunk_size is not None:
+            chunk_size = integer("chunk_size", chunk_size, 1, 2**48)
+        self._metrics.fit(batch_tensors(batch, self.task), self._loaded, chunk_size)
 
     @plain_arithmetic()
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:

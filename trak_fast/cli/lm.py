@@ -18,7 +18,6 @@ from .terminal import say
 
 if TYPE_CHECKING:
     from ..lm.documents import Documents, Fields
-    from ..lm.results import Ranking
     from ..lm.run import Run, Targets
 
 EPILOG = """
@@ -209,7 +208,7 @@ def _run(arguments: argparse.Namespace) -> None:
         )
         sets.append(targets)
     if arguments.dry_run:
-        _dry_run(found, sets, tell)
+        _dry_run(found, sets, arguments.tokens, tell)
         return
     tell(report.gradients_line(found))
     if 0 < stored < len(found.documents.documents):
@@ -247,9 +246,9 @@ def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | N
     )
     control = None if arguments.against is None else _read_questions(arguments.against, fields, settings.by_file)
     if arguments.ask is not None:
-        texts = {"text": arguments.ask[0]}
+        texts: dict[str, str] = {"text": arguments.ask[0]}
         if len(arguments.ask) == 2:
-            texts = {"prompt": arguments.ask[0], "completion": arguments.ask[1]}
+            texts: dict[str, str] = {"prompt": arguments.ask[0], "completion": arguments.ask[1]}
         return Documents((Document(file="--ask", place=1, row=0, **texts),), tuple(texts)), control
     if arguments.query is None:
         if control is not None or arguments.select is not None:
@@ -274,11 +273,15 @@ def _read_questions(paths: Sequence[str], fields: Fields, by_file: bool) -> Docu
         return read_documents(files, own, by_file=by_file)
 
 
-def _dry_run(found: Run, sets: Sequence[Targets], tell: Any) -> None:
-    """Predicts what the run needs."""
+def _dry_run(found: Run, sets: Sequence[Targets], tokens: int, tell: Any) -> None:
+    """Shows an example, and predicts what the run needs."""
     from ..lm import forecast
 
-    for line in forecast.lines(found, sets):
+    pieces = sets[0].pieces if sets else found.encoded.pieces
+    for line in forecast.example_lines(pieces[0], found):
+        tell(line)
+    predicted = forecast.forecast(found, sets, tokens=tokens)
+    for line in forecast.lines(found, predicted):
         tell(line)
 
 

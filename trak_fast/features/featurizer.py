@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -183,12 +184,26 @@ class Featurizer:
     def count_at_a_time(self, batch: Sequence[Tensor]) -> int:
         """Counts the samples of a batch (B, ...) that are computed at a time."""
         shapes = tuple(x.shape[1:] for x in batch)
+        if shapes not in self._samples_at_a_time and (count := self._count_of_larger(shapes)) >= len(batch[0]):
+            self._samples_at_a_time[shapes] = count
         if shapes not in self._samples_at_a_time:
             # not even one pass may be made without the other processes of a sharded model
             self._samples_at_a_time[shapes] = self.chunk_size or (
                 2**48 if self.computer.is_sharded else self._fitting_samples([x[0] for x in batch])
             )
         return self._samples_at_a_time[shapes]
+
+    def _count_of_larger(self, shapes: tuple[torch.Size, ...]) -> int:
+        """Counts the samples of these shapes that fit where as many elements of larger ones do; 0 where none are known.
+
+        Batches of texts, the longest first, need no trial of each length so.
+        """
+        counts = [
+            count * max(1, math.prod(larger[0])) // max(1, math.prod(shapes[0]))
+            for larger, count in self._samples_at_a_time.items()
+            if shapes and _are_larger(larger, shapes)
+        ]
+        return max(counts, default=0)
 
     def evaluate(self, batch: Sequence[Tensor]) -> Evaluation:
         """Computes f and Q of samples, (P, ...) each, by the task alone and without gradients."""
@@ -243,6 +258,13 @@ class Featurizer:
         if weights is not None:
             weights = _checked("weights", weights, rows, (), _LARGEST_FLOAT, "the loss").float()
         return Part(rows=rows, features=features, weights=weights)
+
+
+def _are_larger(larger: Sequence[torch.Size], shapes: Sequence[torch.Size]) -> bool:
+    """Tells if shapes have the dimensions of others, none of which is smaller."""
+    if [len(x) for x in larger] != [len(x) for x in shapes]:
+        return False
+    return all(b >= a for x, y in zip(larger, shapes, strict=True) for b, a in zip(x, y, strict=True))
 
 
 def _flattened(values: Sequence[Tensor]) -> Tensor:

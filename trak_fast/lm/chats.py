@@ -6,8 +6,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .documents import Document, tell
-from .tokens import Tokens, knows_spans, silent
+from .tokens import Tokens, knows_spans, silent, tokens_of
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Begins what the assistant said in a template that marks it."""
@@ -20,7 +23,7 @@ class Chat(NamedTuple):
     """Tokens of a chat, with spans into `Document.shown`, and whether the assistant said each."""
 
     tokens: Tokens
-    said: list[bool]
+    said: NDArray[np.bool_]
 
 
 class ChatTemplate:
@@ -35,7 +38,8 @@ class ChatTemplate:
     def encode(self, document: Document) -> Chat:
         """Encodes a chat: its ids are those of `tokenizer.apply_chat_template(messages, tokenize=True)`.
 
-        The assistant's turns are those that the template marks ({% generation %}), by the mask that transformers makes.
+        The assistant's turns are those that the template marks ({% generation %}), by the mask that transformers makes,
+        and all tokens of their last character.
         In a template without marks a turn is what its message adds to the messages before it and the prompt that asks
         for it (`add_generation_prompt`); a token counts where any of its characters do.
 
@@ -64,16 +68,20 @@ class ChatTemplate:
         ids: list[int] = encoding["input_ids"]
         if not self.spans:
             turns = self._turns(messages, where, ids, lambda part, asks: self._ids(part, where, asks))
-            return Chat(Tokens(ids, None), [any(a <= t < b for a, b in turns) for t in range(len(ids))])
+            return Chat(
+                tokens_of(ids, None), np.array([any(a <= t < b for a, b in turns) for t in range(len(ids))], bool)
+            )
         places: list[Span] = encoding["offset_mapping"]
         rendered = self._text(messages, where)
         if self.marked:
             said = [bool(x) for x in encoding["assistant_masks"]]
+            for t in range(1, len(ids)):  # the mask ends at the first of a last character's tokens
+                said[t] |= said[t - 1] and places[t][0] < places[t - 1][1]
         else:
             turns = self._turns(messages, where, rendered, lambda part, asks: self._text(part, where, asks))
             said = [any(max(a, start) < min(b, end) for a, b in turns) for start, end in places]
         contents = self._contents(messages, where, rendered)
-        return Chat(Tokens(ids, [_moved(place, contents) for place in places]), said)
+        return Chat(tokens_of(ids, [_moved(place, contents) for place in places]), np.array(said, bool))
 
     def _apply(self, messages: Messages, where: str, options: Mapping[str, Any]) -> Any:
         try:

@@ -151,9 +151,11 @@ class _Reader:
         self.has_input = self.alpaca and any("input" in row.values for row in rows)
 
     def shown_fields(self) -> tuple[str, ...]:
+        """Names the fields that are read, for people."""
         return ("instruction", "input", "output") if self.has_input else self.names
 
     def document(self, number: int, row: Row) -> Document:
+        """Makes the document of a row."""
         content: dict[str, Any] = {}
         if self.chat:
             content["messages"] = _messages(row, self.names[0])
@@ -203,7 +205,10 @@ class _Reader:
             _refuse_half_characters(value, row, name)
         right = isinstance(value, str | int) and not isinstance(value, bool)
         if given and name not in row.values:
-            raise ValueError(_lacks(row, name, flag, self.names))
+            others = f", only {_list(row.values)}" if row.values else ""
+            raise ValueError(
+                f'{row.file}:{row.place} has no field "{name}"{others}; --{flag} takes a field that every row has'
+            )
         if given and not right:
             raise ValueError(
                 f'{row.file}:{row.place} has {kind_of(value)} in "{name}", which must be a string or a whole number'

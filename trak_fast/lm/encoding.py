@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..tasks.tokens import IGNORED
@@ -69,7 +71,7 @@ def encode(
     A document without tokens becomes one token that is not scored.
 
     Args:
-        documents: What `read_documents` returns.
+        documents: Those that `read_documents` returns, or some of them.
         tokenizer: A tokenizer of transformers.
         task: One of the above.
         max_tokens: Tokens that the model takes, 2 or more.
@@ -173,7 +175,7 @@ class _Sequence(NamedTuple):
     """Tokens of a document, which of them are scored, and how many at the front are special and how many a prompt."""
 
     tokens: Tokens
-    scored: list[bool]
+    scored: NDArray[np.bool_]
     special: int = 0
     prompt: int = 0
 
@@ -189,6 +191,7 @@ class _Causal:
         self.before: list[int] | None = None
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Made]:
+        """Encodes documents in order."""
         texts = iter(tokenized(self.tokenizer, [x.text for x in documents if x.text is not None]))
         asked = [x for x in documents if x.text is None and x.messages is None]
         prompts = iter(tokenized(self.tokenizer, [x.prompt or "" for x in asked], special=False))
@@ -198,32 +201,30 @@ class _Causal:
         for document in documents:
             if document.text is not None:
                 tokens = next(texts)
-                sequence = _Sequence(tokens, [True] * len(tokens.ids))
+                sequence = _Sequence(tokens, np.ones(len(tokens.ids), bool))
             elif document.messages is not None:
                 sequence = _Sequence(*self.template.encode(document))
             else:
                 sequence = self._answered(document, next(prompts), next(completions))
             self.limits.check(sequence.tokens.ids, document)
-            yield (
-                self._made(document, sequence)
-                if sequence.tokens.ids
-                else self.limits.stand_in(self.tokenizer, document)
-            )
+            if len(sequence.tokens.ids):
+                yield self._made(document, sequence)
+            else:
+                yield self.limits.stand_in(self.tokenizer, document)
 
     def _answered(self, document: Document, prompt: Tokens, completion: Tokens) -> _Sequence:
         before = self.before or []
         ends = document.ends_with_eos if self.ends_with_eos is None else self.ends_with_eos
         end = [self.tokenizer.eos_token_id] if ends and self.tokenizer.eos_token_id is not None else []
+        ids = np.concatenate([np.array(before, np.int32), prompt.ids, completion.ids, np.array(end, np.int32)])
         spans = None
         if prompt.spans is not None and completion.spans is not None:
-            start = len(document.prompt or "")
-            last = len(document.shown)
-            moved = [(a + start, b + start) for a, b in completion.spans]
-            spans = [*((0, 0) for _ in before), *prompt.spans, *moved, *((last, last) for _ in end)]
+            start = np.zeros((len(before), 2), np.int32)
+            last = np.full((len(end), 2), len(document.shown), np.int32)
+            moved = completion.spans + np.int32(len(document.prompt or ""))
+            spans = np.concatenate([start, prompt.spans, moved, last])
         count = len(before) + len(prompt.ids)
-        answer = [*completion.ids, *end]
-        tokens = Tokens([*before, *prompt.ids, *answer], spans)
-        return _Sequence(tokens, [False] * count + [True] * len(answer), len(before), count)
+        return _Sequence(Tokens(ids, spans), np.arange(len(ids)) >= count, len(before), count)
 
     def _made(self, document: Document, sequence: _Sequence) -> Made:
         size = self.limits.max_tokens
@@ -231,28 +232,28 @@ class _Causal:
         if count <= size or not self.limits.split:
             pieces = [self._window(document, sequence, self._kept(sequence))]
         else:
-            windows = [range(start, min(start + size, count)) for start in range(0, count - 1, size - 1)]
+            windows = [slice(start, start + size) for start in range(0, count - 1, size - 1)]
             pieces = [self._window(document, sequence, window) for window in windows]
             pieces = [piece for piece in pieces if (piece.labels != IGNORED).any()] or pieces[:1]
         scored = any((piece.labels != IGNORED).any() for piece in pieces)
         return Made(pieces, count > size and not self.limits.split, scored)
 
-    def _kept(self, sequence: _Sequence) -> Sequence[int]:
+    def _kept(self, sequence: _Sequence) -> slice | NDArray[np.int64]:
         """Chooses the tokens that a cut leaves: special ones, the prompt's last ones, the completion's first ones."""
         count = len(sequence.tokens.ids)
         size = self.limits.max_tokens
         if count <= size or not sequence.prompt:
-            return range(min(count, size))
+            return slice(size)
         # One token of context at least, as it predicts the completion's first
         context = max(sequence.special, 1, min(sequence.prompt, size - (count - sequence.prompt)))
         context = min(context, size)
         special = min(sequence.special, context)
         begin = sequence.prompt - (context - special)
-        return [*range(special), *range(begin, begin + size - special)]
+        place = np.arange(count)
+        return np.concatenate([place[:special], place[begin : begin + size - special]])
 
-    def _window(self, document: Document, sequence: _Sequence, kept: Sequence[int]) -> Piece:
-        ids = [sequence.tokens.ids[t] for t in kept]
-        labels = [sequence.tokens.ids[t] if sequence.scored[t] else IGNORED for t in kept]
+    def _window(self, document: Document, sequence: _Sequence, kept: slice | NDArray[np.int64]) -> Piece:
+        tokens = sequence.tokens.chosen(kept)
+        labels = np.where(sequence.scored[kept], tokens.ids, np.int32(IGNORED))
         labels[0] = IGNORED  # nothing before it predicts it
-        spans = None if sequence.tokens.spans is None else [sequence.tokens.spans[t] for t in kept]
-        return piece_of(document, Tokens(ids, spans), labels)
+        return piece_of(document, tokens, labels)

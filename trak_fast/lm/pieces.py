@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..tasks.tokens import IGNORED
 from .documents import Document
-from .tokens import Tokens
+from .tokens import Tokens, tokens_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +42,22 @@ class Made(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a model takes, and what becomes of longer documents."""
+    """The limits of a model: its tokens, and True where longer documents are split instead of cut."""
 
     max_tokens: int
     split: bool
     vocab_size: int
 
-    def check(self, ids: Sequence[int], document: Document) -> None:
-        if ids and max(ids) >= self.vocab_size:
-            token = next(token for token in ids if token >= self.vocab_size)
+    def check(self, ids: NDArray[np.int32], document: Document) -> None:
+        """Refuses tokens that the model does not know.
+
+        Raises:
+            ValueError: There is one.
+        """
+        beyond = ids[ids >= self.vocab_size]
+        if len(beyond):
             raise ValueError(
-                f"token {token} of {document.where} is beyond the model's {self.vocab_size:,}: the tokenizer is "
+                f"token {beyond[0]} of {document.where} is beyond the model's {self.vocab_size:,}: the tokenizer is "
                 "another model's"
             )
 
@@ -61,11 +66,10 @@ class Limits(NamedTuple):
         names = ("eos_token_id", "bos_token_id", "pad_token_id")
         known = [getattr(tokenizer, name, None) for name in names]
         usable = [token for token in known if isinstance(token, int) and 0 <= token < self.vocab_size]
-        piece = piece_of(document, Tokens([usable[0] if usable else 0], [(0, 0)]), labels)
-        return Made([piece], cut=False, scored=False)
+        tokens = tokens_of([usable[0] if usable else 0], [(0, 0)])
+        return Made([piece_of(document, tokens, np.array(labels, np.int32))], cut=False, scored=False)
 
 
-def piece_of(document: Document, tokens: Tokens, labels: Sequence[int]) -> Piece:
-    """Makes a piece of a document of lists."""
-    spans = None if tokens.spans is None else np.array(tokens.spans, np.int32)
-    return Piece(document.row, np.array(tokens.ids, np.int32), np.array(labels, np.int32), spans)
+def piece_of(document: Document, tokens: Tokens, labels: NDArray[np.int32]) -> Piece:
+    """Makes a piece of a document."""
+    return Piece(document.row, tokens.ids, labels, tokens.spans)

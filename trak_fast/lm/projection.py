@@ -11,7 +11,6 @@ Of a sample of T tokens, with N parameters of the model, D of them attributed, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +43,7 @@ class Choice:
     """The way from gradients to features.
 
     Attributes:
-        arguments: Arguments of TRAKer.
+        arguments: Arguments of TRAKer, as run.json has them.
         text: The way, for people.
     """
 
@@ -89,9 +88,6 @@ def choose_projection(settings: Settings, model: nn.Module, task: Task, mean_tok
         free = settings.sketch in ("auto", "sjlt")
         metric = choose_metric("auto", model, task, parameters=parameters, gradients_are_free=free)
     arguments: dict[str, Any] = {"grad_wrt": grad_wrt, "metric": metric, "projector_seed": settings.seed}
-    arguments |= {"normalize": settings.method != "dot"}
-    if settings.method != "trak":
-        arguments["lambda_reg"] = math.inf
     if metric is not None:
         sparse = {} if settings.sketch == "auto" else {"proj_type": "sjlt"}
         text = "in K-FAC's metric, sparse projection (sjlt)"

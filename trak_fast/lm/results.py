@@ -6,9 +6,10 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -234,9 +235,14 @@ def _entries(
 ) -> list[dict[str, Any]]:
     """Describes documents with their ranks and scores."""
     return [
-        {"rank": rank, "score": rounded(score), "row": int(row), "file": documents[row].file, **content_of(documents[row])}
-        for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
-    ]  # fmt: skip
+        {"rank": rank, "score": rounded(score), **_place_of(row, documents), **content_of(documents[row])}
+        for rank, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True), 1)
+    ]
+
+
+def _place_of(row: int, documents: Sequence[Document]) -> dict[str, Any]:
+    """Returns the row of a document in the whole set, and its file."""
+    return {"row": row, "file": documents[row].file}
 
 
 def rounded(score: float) -> float:
@@ -246,10 +252,20 @@ def rounded(score: float) -> float:
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes a .jsonl file."""
-    with advising_on_denied(path.parent), atomic_file(path) as temporary:
-        with temporary.open("w", encoding="utf-8", errors="surrogatepass") as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with _writing(path) as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[TextIO]:
+    """Opens a text file that appears when it is whole."""
+    with (
+        advising_on_denied(path.parent),
+        atomic_file(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="replace", newline="") as file,
+    ):
+        yield file
 
 
 TABLE = ("query", "query_id", "rank", "score", "row", "id", "file", "text")
@@ -258,25 +274,22 @@ TABLE = ("query", "query_id", "rank", "score", "row", "id", "file", "text")
 
 def write_table(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes lines of top.jsonl as CSV, a row for each document of each query."""
-    with advising_on_denied(path.parent), atomic_file(path) as temporary:
-        with temporary.open("w", encoding="utf-8", errors="replace", newline="") as file:
-            writer = csv.DictWriter(file, TABLE, restval="", extrasaction="ignore")
-            writer.writeheader()
-            for line in lines:
-                name = line.get("group", line.get("id", ""))
-                for sign, key in ((1, "top"), (-1, "worst")):
-                    for entry in line[key]:
-                        text = entry.get("text") or entry.get("prompt", "") + entry.get("completion", "")
-                        text = text or json.dumps(entry.get("messages", ""), ensure_ascii=False)
-                        writer.writerow(
-                            {
-                                **entry,
-                                "query": line["query"],
-                                "query_id": name,
-                                "rank": sign * entry["rank"],
-                                "text": text,
-                            }
-                        )
+    with _writing(path) as file:
+        writer = csv.DictWriter(file, TABLE, restval="", extrasaction="ignore")
+        writer.writeheader()
+        for line in lines:
+            marks = {"query": line["query"], "query_id": line.get("group", line.get("id", ""))}
+            for sign, key in ((1, "top"), (-1, "worst")):
+                for entry in line[key]:
+                    place = {"rank": sign * entry["rank"], "text": _text_of(entry)}
+                    writer.writerow({**entry, **marks, **place})
+
+
+def _text_of(entry: Mapping[str, Any]) -> str:
+    """Returns the text of an entry in one column."""
+    if "messages" in entry:
+        return json.dumps(entry["messages"], ensure_ascii=False)
+    return str(entry.get("text", entry.get("prompt", "") + entry.get("completion", "")))
 
 
 def select(
@@ -305,7 +318,7 @@ def select(
     for rank, row in enumerate(_lowest(-best, count), 1):
         query = queries[columns[row]]
         mark = {"query": query.number} if query.group is None else {"group": query.group}
-        place = {"row": int(row), "file": documents[row].file}
+        place = _place_of(int(row), documents)
         lines.append({"rank": rank, "score": rounded(best[row]), **mark, **place, **content_of(documents[row])})
     return lines
 

@@ -9,6 +9,7 @@ run.scores(targets)                          one score for each document and que
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,9 @@ from .tasks import task_of
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
 """Tokens of a batch by default; TRAKer computes fewer at a time where they do not fit into memory."""
+
+BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} tokens · {rate_fmt} · {remaining} left"
+"""The form of a bar."""
 
 METRIC_DOCUMENTS = (64, 256)
 """Documents that a metric is made of, at least and at most."""
@@ -189,9 +193,15 @@ class Run:
             seed=self.settings.seed,
         )
 
+    @cached_property
+    def pad_id(self) -> int:
+        """The token that pads, by which some classifiers find the last token of a text."""
+        tokens = (self.models.folders[0].config.pad_token_id, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in tokens if isinstance(token, int)), 0)
+
     def batch(self, pieces: Sequence[Piece]) -> dict[str, Tensor]:
         """Makes a batch of pieces."""
-        return collate(pieces, self.models.task, pad_id=getattr(self.model.config, "pad_token_id", None) or 0)
+        return collate(pieces, self.models.task, pad_id=self.pad_id)
 
     @cached_property
     def encoded(self) -> Encoded:
@@ -218,24 +228,25 @@ class Run:
         model = self.models.build(
             device=self.machine.chosen_device, dtype=self.settings.dtype, attention=self.settings.attention
         )
-        if hasattr(model.config, "use_cache"):
-            model.config.use_cache = False  # keys of past tokens would only take memory
-        if self.models.task == "text_classification" and model.config.pad_token_id is None:
-            token = self.tokenizer.pad_token_id  # by which some classifiers find the last token
-            model.config.pad_token_id = self.tokenizer.eos_token_id if token is None else token
+        config: Any = model.config
+        config.use_cache = False  # keys of past tokens would only take memory
+        if self.models.task == "text_classification":
+            config.pad_token_id = self.pad_id
         return model.eval()
 
     @cached_property
     def choice(self) -> Choice:
-        """The way from gradients to features."""
+        """The way from gradients to features: that of the run, or one that is chosen."""
+        facts = self.folder.facts()
+        if "arguments" in facts:
+            return Choice(facts["arguments"], str(facts["way"]))
         task = task_of(self.models.task, self.settings.method)
         return choose_projection(self.settings, self.model, task, self.mean_tokens, self.machine.chosen_device.type)
 
     @cached_property
     def mean_tokens(self) -> float:
-        """Tokens of a piece on average, at the time when the way from gradients to features was chosen."""
-        facts = self.folder.facts()
-        return float(facts.get("mean_tokens") or self.encoded.tokens / max(1, len(self.encoded.pieces)))
+        """Tokens of a piece on average."""
+        return self.encoded.tokens / max(1, len(self.encoded.pieces))
 
     @property
     def averages_pieces(self) -> bool:
@@ -251,16 +262,7 @@ class Run:
         """Opens the features, makes them, or has them grow to the pieces that there are."""
         stored = self.folder.num_stored()
         wanted = int(self.pieces_of_documents.sum())
-        traker = TRAKer(
-            self.model,
-            task_of(self.models.task, self.settings.method),
-            wanted if stored is None else stored,
-            self.folder.features,
-            optimizer_state=self._optimizer_states(),
-            memory_budget=self.machine.memory,
-            logging_level=30,
-            **self.choice.arguments,
-        )
+        traker = self.make_traker(self.folder.features, wanted if stored is None else stored)
         if self.ranks.rank == 0:
             stored_digests = self.folder.documents()
             if stored_digests is None or len(stored_digests[0]) != len(self.documents.documents):
@@ -269,6 +271,22 @@ class Run:
         if wanted > traker.train_set_size:
             traker.extend(wanted)
         return traker
+
+    def make_traker(self, path: Path, num_rows: int) -> TRAKer:
+        """Opens or makes features in a folder, with the settings of the run."""
+        method = self.settings.method
+        return TRAKer(
+            self.model,
+            task_of(self.models.task, method),
+            num_rows,
+            path,
+            optimizer_state=self._optimizer_states(),
+            memory_budget=self.machine.memory,
+            lambda_reg="auto" if method == "trak" else math.inf,
+            normalize=method != "dot",
+            logging_level=logging.WARNING,
+            **self.choice.arguments,
+        )
 
     def _optimizer_states(self) -> dict[int, str] | None:
         """Returns the files with Adam's moments of each checkpoint, for the method that needs them.
@@ -290,12 +308,12 @@ class Run:
         return {
             "documents": len(self.documents.documents),
             "pieces": int(self.pieces_of_documents.sum()),
-            "mean_tokens": self.mean_tokens,
             "task": self.models.task,
             "parameters": traker.grad_dim,
             "proj_dim": traker.proj_dim,
             "store_dtype": traker.store.store_dtype,
             "way": self.choice.text,
+            "arguments": self.choice.arguments,
         }
 
     def targets(self, documents: Documents, name: str) -> Targets:
@@ -373,7 +391,7 @@ class Run:
         if any(self.ranks.gather(bool(len(missing)))):
             bar.set_description_str("train    ")
             if self.choice.arguments["metric"] is not None:
-                traker.fit_metric(self.batch(self._metric_pieces()))
+                self.fit_metric(traker, self.metric_pieces())
             lengths = [len(self.encoded.pieces[i].input_ids) for i in missing]
             for batch in make_batches(lengths, self.machine.tokens):
                 rows = missing[batch]
@@ -411,7 +429,12 @@ class Run:
                 f"{self.folder.name}/ was made with; give these, another --out, or --overwrite"
             ) from error
 
-    def _metric_pieces(self) -> list[Piece]:
+    def fit_metric(self, traker: TRAKer, pieces: Sequence[Piece]) -> None:
+        """Makes the metric of the loaded checkpoint, unless there is one, within the tokens of a batch at a time."""
+        at_a_time = max(1, self.machine.tokens // max(len(piece.input_ids) for piece in pieces))
+        traker.fit_metric(self.batch(pieces), chunk_size=at_a_time)
+
+    def metric_pieces(self) -> list[Piece]:
         """Chooses the documents that a metric is made of: at random, the longest first."""
         pieces = self.encoded.pieces
         scored = np.array([i for i, piece in enumerate(pieces) if (piece.labels != -100).any()])
@@ -427,7 +450,7 @@ class Run:
             unit=" tokens",
             unit_scale=True,
             disable=None if self.ranks.rank == 0 else True,
-            bar_format="{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} tokens · {rate_fmt} · {remaining} left",
+            bar_format=BAR,
         )
 
     @property

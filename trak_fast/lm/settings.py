@@ -131,7 +131,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         raise ValueError("MODEL must be given for a new run: a folder of save_pretrained, or several")
     if not known.get("train"):
         raise ValueError("--train must be given for a new run: a file of training documents, or several")
-    return Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in known.items()})
+    return _make(known)
 
 
 def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Settings:
@@ -148,7 +148,7 @@ def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Set
     names = {field.name for field in dataclasses.fields(Settings)}
     if set(stored) != names:
         raise ValueError(f"{out}/run.json was written by another version; give another --out, or --overwrite")
-    own = Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
+    own = _make(stored)
     new = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
     different = [
         name for name, value in new.items() if name not in FOUND_BY_CONTENT and value != getattr(own, name)
@@ -163,7 +163,12 @@ def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Set
             f"{out}/ was made with {len(own.models)} checkpoints, not {len(new['models'])}; give these, another --out, "
             "or --overwrite"
         )
-    return dataclasses.replace(own, **{name: value for name, value in new.items() if name in FOUND_BY_CONTENT})
+    return _make({**stored, **{name: value for name, value in new.items() if name in FOUND_BY_CONTENT}})
+
+
+def _make(values: Mapping[str, Any]) -> Settings:
+    """Makes settings of values as JSON has them."""
+    return Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
 
 def flag_of(name: str) -> str:

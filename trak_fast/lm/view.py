@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .pieces import Piece
 from .page import Card, Histogram, PageContent, QueryView
+from .pieces import Piece
 from .results import Ranking, averaging_of
 from .run import Run, Targets
 from .word_ranks import WordRanks

@@ -29,6 +29,11 @@ class WholeTexts(ABC):
         self.around: tuple[int, int] | None = None  # special tokens before and after a text
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Made]:
+        """Encodes documents in order.
+
+        Raises:
+            ValueError: A document has no text or no label that fits, or a token is beyond the model's.
+        """
         texts = [self._text(document) for document in documents]
         if self.around is None:
             before, after = find_special(self.tokenizer, texts)
@@ -40,7 +45,7 @@ class WholeTexts(ABC):
                 )
         for document, tokens in zip(documents, tokenized(self.tokenizer, texts), strict=True):
             self.limits.check(tokens.ids, document)
-            if tokens.ids:
+            if len(tokens.ids):
                 windows = self._windows(tokens)
                 cut = len(windows) > 1 and not self.limits.split
                 pieces = self.pieces(document, windows[:1] if cut else windows)
@@ -66,13 +71,10 @@ class WholeTexts(ABC):
         before, after = self.around or (0, 0)
         last = len(tokens.ids) - after
         size = self.limits.max_tokens - before - after
-        chosen = [
-            [*range(before), *range(start, min(start + size, last)), *range(last, last + after)]
-            for start in range(before, max(last, before + 1), size)
-        ]
+        place = np.arange(len(tokens.ids))
         return [
-            Tokens([tokens.ids[t] for t in kept], None if tokens.spans is None else [tokens.spans[t] for t in kept])
-            for kept in chosen
+            tokens.chosen(np.r_[place[:before], place[start : min(start + size, last)], place[last:]])
+            for start in range(before, max(last, before + 1), size)
         ]
 
 
@@ -85,7 +87,7 @@ class MaskedTexts(WholeTexts):
         super().__init__(tokenizer, limits)
         self.maskings = maskings
         self.seed = seed
-        self.special = set(tokenizer.all_special_ids)
+        self.special = np.array(tokenizer.all_special_ids, np.int32)
         if tokenizer.mask_token_id is None:
             raise ValueError(
                 "the tokenizer has no mask token, which masked_lm needs; --tokenizer DIR, or another --task"
@@ -98,16 +100,16 @@ class MaskedTexts(WholeTexts):
         return [IGNORED]
 
     def _masked(self, document: Document, tokens: Tokens, masking: int) -> Piece:
-        ids = np.array(tokens.ids, np.int32)
+        ids = tokens.ids.copy()
         labels = np.full_like(ids, IGNORED)
-        places = [t for t, token in enumerate(tokens.ids) if token not in self.special]
-        if places:
-            named = f"{self.seed} {masking} {tokens.ids}".encode()
+        places = np.flatnonzero(~np.isin(ids, self.special))
+        if len(places):
+            named = f"{self.seed} {masking} ".encode() + ids.astype("<i4").tobytes()
             draws = np.random.default_rng(int.from_bytes(hashlib.sha256(named).digest(), "big"))
             chosen = draws.choice(places, max(1, round(_MASKED * len(places))), replace=False)
             labels[chosen] = ids[chosen]
             ids[chosen] = self.tokenizer.mask_token_id
-        return piece_of(document, Tokens(ids.tolist(), tokens.spans), labels.tolist())
+        return piece_of(document, Tokens(ids, tokens.spans), labels)
 
 
 class LabelledTexts(WholeTexts):
@@ -120,7 +122,8 @@ class LabelledTexts(WholeTexts):
         self.label_ids = label_ids
 
     def pieces(self, document: Document, windows: Sequence[Tokens]) -> list[Piece]:
-        return [piece_of(document, window, self.empty_labels(document)) for window in windows]
+        label = np.array(self.empty_labels(document), np.int32)
+        return [piece_of(document, window, label) for window in windows]
 
     def empty_labels(self, document: Document) -> list[int]:
         label = document.label
