@@ -60,11 +60,7 @@ def lds(scores: ArrayLike, masks: ArrayLike, outputs: ArrayLike) -> LDS:
     _require_some(scores)
     if subsets < 2:
         raise ValueError(f"masks must have at least 2 subsets, not {subsets}")
-    predicted = _centered_ranks(masks.astype(np.float64) @ scores)
-    real = _centered_ranks(outputs)
-    norms = np.sqrt((predicted**2).sum(axis=0) * (real**2).sum(axis=0))
-    # Spearman's correlation is Pearson's of the ranks, ties sharing their mean rank; 0/0 where all are tied
-    per_target = np.divide((predicted * real).sum(axis=0), norms, out=np.zeros(len(norms)), where=norms > 0)
+    per_target = _rank_correlations(masks.astype(np.float64) @ scores, outputs)
     return LDS(float(per_target.mean()), per_target)
 
 
@@ -115,13 +111,13 @@ def lds_interval(
     real = np.asarray(outputs, np.float64)
     predicted = np.asarray(masks).astype(np.float64) @ np.asarray(scores, np.float64)
     subsets, m = real.shape
-    one_hot = np.eye(subsets, dtype=bool)  # as masks they pick rows of `predicted`, which are sums of scores already
     bootstrap, chance = [], []
     for _ in tqdm(range(resamples), desc="resampling", disable=None):
         rows = rng.integers(subsets, size=subsets)
         columns = rng.integers(m, size=m)
-        bootstrap.append(lds(predicted[:, columns], one_hot[rows], real[np.ix_(rows, columns)]).mean)
-        chance.append(lds(predicted, one_hot, real[rng.permutation(subsets)]).mean)
+        draw = np.ix_(rows, columns)
+        bootstrap.append(_rank_correlations(predicted[draw], real[draw]).mean())
+        chance.append(_rank_correlations(predicted, real[rng.permutation(subsets)]).mean())
     ends = [50 * (1 - confidence), 50 * (1 + confidence)]
     low, high = np.percentile(bootstrap, ends).tolist()
     chance_low, chance_high = np.percentile(chance, ends).tolist()
@@ -262,6 +258,18 @@ def _finite(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
     if not (finite := np.isfinite(array)).all():
         raise ValueError(f"{name} must be finite, not {array[~finite][0]}")
     return array
+
+
+def _rank_correlations(predicted: NDArray[np.float64], real: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Computes Spearman's correlation of each column of two arrays (S, m), which is 0 where all numbers are tied."""
+    # it is Pearson's of the ranks, ties sharing their mean rank
+    predicted = _centered_ranks(predicted)
+    real = _centered_ranks(real)
+    norms = np.sqrt((predicted**2).sum(axis=0) * (real**2).sum(axis=0))
+    correlations: NDArray[np.float64] = np.divide(
+        (predicted * real).sum(axis=0), norms, out=np.zeros(len(norms)), where=norms > 0
+    )
+    return correlations
 
 
 def _centered_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

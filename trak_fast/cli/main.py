@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import trak_fast
 
 from ..gradients.errors import is_out_of_memory
-from . import bench, demo, info, lm, plan, terminal
+from . import bench, demo, info, lds, lm, plan, terminal
 from .failure import INTERRUPTED, OUTSIDE_WORLD, Failure
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trak-fast", description="Fast random projections for data attribution.")
     parser.add_argument("--version", action="version", version=f"trak-fast {trak_fast.info()['version']}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for command in (lm, demo, bench, plan, info):
+    for command in (lm, demo, bench, plan, lds, info):
         command.add(commands)
     try:
         try:
