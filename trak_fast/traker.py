@@ -37,8 +37,9 @@ from .scoring.gram import plain_arithmetic
 from .scoring.saver import Saver
 from .scoring.scores import ScoreFile, ScoreMatrix, unsaved_scores
 from .scoring.top_scores import TopScores, merge_top_scores, top_scores
+from .scoring.vectors import write_vectors
 from .store.encodings import CODED, STORE_DTYPES
-from .store.files import DENIED, temporary_name
+from .store.files import DENIED, read_array, temporary_name
 from .store.folder import Store, check_name
 from .store.manifest import digest, manifest_of
 from .store.rows import Rows, require_same_samples
@@ -681,6 +682,35 @@ class TRAKer:
         """Warns, in the first process, that a file of scores is not written."""
         if self._ranks.rank == 0:
             self.logger.warning("%s may not be written: these scores are returned, but not saved", path)
+
+    @plain_arithmetic()
+    def export_vectors(
+        self, exp_name: str, folder: str | os.PathLike[str], model_ids: Iterable[int] | None = None
+    ) -> tuple[np.memmap, np.memmap]:
+        """Writes vectors whose inner products are the scores of an experiment, for a vector search or a table.
+
+        The ridge, the weights Q and the mean over checkpoints are in them. Features that are stored in few bits are
+        written as the numbers that scores are computed from, rotated on both sides.
+
+        Args:
+            exp_name: The experiment.
+            folder: Folder for train.npy and targets.npy; it is made if it is missing.
+            model_ids: Checkpoints that scores are averaged over, C of them; all by default.
+
+        Returns:
+            The vectors of the training samples (n, C·k) and those of the targets (m, C·k), float32, as read-only memory
+            maps of the files: `train @ targets.T` are the scores up to rounding.
+
+        Raises:
+            ValueError: A number of a vector is beyond float32, or as in `finalize_scores`.
+            RuntimeError: As in `finalize_scores`.
+            OSError: The disk has too little space, or the folder may not be written.
+        """
+        paths = [Path(folder).expanduser() / name for name in ("train.npy", "targets.npy")]
+        with self._score_matrix(exp_name, model_ids, allow_skip=False) as matrix:
+            self._ranks.first(write_vectors, matrix, *paths)
+        self._recorder.rewind()
+        return read_array(paths[0]), read_array(paths[1])
 
     def token_scores(
         self,

@@ -62,6 +62,20 @@ class Checkpoint:
     train: Rows
     targets: Features
 
+    def read_features(self, rows: slice) -> Tensor:
+        """Reads the features of training samples [start, stop), divided by their norms where scores are cosines.
+
+        Returns:
+            (rows, k), float32, or float64 if one is beyond 2^-64 to 2^64.
+        """
+        features = self.train.read("features", rows)
+        if not self.solver.normalize:
+            return features
+        if self.solver.primal and hasattr(self.train.features, "squared_norms_of"):  # those before they were encoded
+            norms = torch.from_numpy(self.train.features.squared_norms_of(rows)).sqrt()
+            return features.double().div(norms.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)).float()
+        return normalized(features).float()
+
 
 class ScoreMatrix:
     """The (n, m) scores of an experiment, which are computed when they are asked for.
@@ -150,12 +164,7 @@ class ScoreMatrix:
         checkpoint = self.checkpoints[index]
         if not checkpoint.solver.primal:
             return None
-        features = checkpoint.train.read("features", rows)
-        if checkpoint.solver.normalize and hasattr(checkpoint.train.features, "squared_norms_of"):
-            norms = torch.from_numpy(checkpoint.train.features.squared_norms_of(rows)).sqrt()
-            features = features.double().div(norms.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)).float()
-        elif checkpoint.solver.normalize:
-            features = normalized(features).float()
+        features = checkpoint.read_features(rows)
         if features.dtype == torch.float32:  # in [2^-64, 2^64], or 0
             return Scaled(features, np.zeros(len(features), np.int16))
         scaled = split(features, 1)
