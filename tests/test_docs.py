@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 def blocks(page: str) -> list[tuple[str, str]]:
     """Finds the languages and contents of a page's code blocks."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def script_of(found: list[tuple[str, str]]) -> str:
+    """Joins the Python blocks."""
+    return "\n".join(content for language, content in found if language == "python")
 
 
 def execute(command: list[str], folder: Path, python: str = sys.executable) -> str:
@@ -36,12 +42,34 @@ def test_pages_of_one_script(tmp_path: Path, page: str) -> None:
         needs("transformers")
     found = blocks(page)
     assert len(found) > 4
-    script = "\n".join(content for language, content in found if language == "python")
-    printed = execute([sys.executable, "-W", "error", "-c", script], tmp_path)
+    printed = execute([sys.executable, "-W", "error", "-c", script_of(found)], tmp_path)
     for language, content in found:
         assert language in ("python", "text")
         if language == "text":
             assert content in printed
+
+
+def test_the_page_about_evaluation(tmp_path: Path) -> None:
+    """The Python blocks are one script, whose files the commands read."""
+    found = blocks("evaluate.md")
+    execute([sys.executable, "-W", "error", "-c", script_of(found)], tmp_path)
+    commands = [shlex.split(content) for language, content in found if language == "bash"]
+    texts = [content for language, content in found if language == "text"]
+    assert len(commands) == 1
+    for (program, *words), text in zip(commands, texts, strict=True):
+        assert program == "trak-fast"
+        assert execute([sys.executable, "-m", "trak_fast", *words], tmp_path) == text
+
+
+@pytest.mark.parametrize("library", ["faiss", "pyarrow"])
+def test_the_page_about_export(tmp_path: Path, library: str) -> None:
+    """Each library's block needs the first one, not that of the other library."""
+    needs(library)
+    first, printed, *others = blocks("export.md")
+    start = next(i for i, (_, content) in enumerate(others) if f"import {library}" in content)
+    found = [first, printed, *others[start : start + 2]]
+    output = execute([sys.executable, "-W", "error", "-c", script_of(found)], tmp_path)
+    assert output == "".join(content for language, content in found if language == "text")
 
 
 def test_the_page_about_clusters(tmp_path: Path) -> None:
