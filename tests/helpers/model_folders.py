@@ -13,7 +13,7 @@ from libraries import needs
 from torch import Tensor
 from transformer_models import new_model
 
-from trak_fast.lm.models import find_models
+from trak_fast.lm.models.folders import find_models
 
 transformers = needs("transformers")
 peft = needs("peft")

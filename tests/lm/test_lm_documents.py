@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from libraries import needs
 
-from trak_fast.lm.documents import Document, Documents, Fields, read_documents
+from trak_fast.lm.texts.documents import Document, Documents, Fields, read_documents
 
 ROWS = [{"id": "a", "text": "one"}, {"id": "b", "text": ""}, {"id": "a", "text": "três\u2028\x85 lines"}]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from libraries import needs
 
-from trak_fast.lm.documents import Document
-from trak_fast.lm.encoding import Encoded, Piece, collate, encode, make_batches
+from trak_fast.lm.texts.documents import Document
+from trak_fast.lm.texts.encoding import Encoded, Piece, collate, encode, make_batches
 
 needs("transformers")
 needs("jinja2")

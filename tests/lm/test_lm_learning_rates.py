@@ -13,7 +13,7 @@ from libraries import needs
 from torch import nn
 from torch.utils.data import Dataset
 
-from trak_fast.lm.learning_rates import learning_rates
+from trak_fast.lm.models.learning_rates import learning_rates
 
 
 def write_log(folder: Path, step: int, rates: dict[int, float]) -> Path:

@@ -13,7 +13,7 @@ from libraries import needs
 from model_folders import assert_equal, drop_weight, edit, refusal, save, save_adapter, save_tokenizer
 from transformer_models import new_model
 
-from trak_fast.lm.models import find_models
+from trak_fast.lm.models.folders import find_models
 
 # peft asks transformers for it, while these tests build adapters
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

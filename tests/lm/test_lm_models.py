@@ -14,7 +14,7 @@ from model_folders import assert_equal, drop_weight, edit, refusal, save, save_a
 from torch import nn
 from transformer_models import new_model
 
-from trak_fast.lm.models import Models, find_models
+from trak_fast.lm.models.folders import Models, find_models
 
 transformers = needs("transformers")
 peft = needs("peft")

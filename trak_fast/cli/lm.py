@@ -7,18 +7,18 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .failure import INTERRUPTED, Failure, checking_arguments
 from .numbers import number
 from .terminal import say
 
 if TYPE_CHECKING:
-    from ..lm.documents import Documents, Fields
     from ..lm.run import Run, Targets
+    from ..lm.texts.documents import Documents, Fields
 
 EPILOG = """
 The same command goes on where a killed run stopped. Later, --out alone opens the run again: with --query or --ask it
@@ -166,7 +166,8 @@ def _run(arguments: argparse.Namespace) -> None:
     """Opens the run, computes what is missing, and writes and prints results."""
     from ..arguments import integer
     from ..lm import report
-    from ..lm.run import Machine, open_run
+    from ..lm.machine import Machine
+    from ..lm.run import open_run
 
     for name in ("top", "worst", "tokens"):
         setattr(arguments, name, integer(f"--{name}", getattr(arguments, name), 0 if name != "top" else 1, 10**6))
@@ -210,7 +211,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _dry_run(found, sets, arguments.tokens, tell)
         return
-    tell(report.gradients_line(found))
+    tell(report.gradients_line(found, found.traker))
     if 0 < stored < len(found.documents.documents):
         tell(report.label("train", f"{stored:,} of {len(found.documents.documents):,} documents are there"))
     try:
@@ -231,9 +232,26 @@ def _run(arguments: argparse.Namespace) -> None:
         tell(report.label("features", f"all stored; --out {arguments.out} with --query, --ask or --clean goes on"))
 
 
+def _targets(found: Run, documents: Documents, word: str, name: str, tell: Callable[[str], None]) -> Targets:
+    """Encodes questions, and tells of them.
+
+    Raises:
+        ValueError: None has a scored token.
+    """
+    from ..lm import report
+
+    targets = found.targets(documents, name)
+    if targets.left_out:
+        logging.getLogger("trak_fast").warning(report.left_out_warning(targets))
+    if not targets.documents:
+        raise ValueError(f"--{word} must have a question with a scored token, and none of them has one")
+    tell(report.documents_line(found, word, documents, found.encode(documents.documents)))
+    return targets
+
+
 def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | None, Documents | None]:
     """Reads the questions, and those of the control set."""
-    from ..lm.documents import Document, Documents, Fields
+    from ..lm.texts.documents import Document, Documents, Fields
 
     settings = found.settings
     fields = Fields(
@@ -246,10 +264,13 @@ def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | N
     )
     control = None if arguments.against is None else _read_questions(arguments.against, fields, settings.by_file)
     if arguments.ask is not None:
-        texts: dict[str, str] = {"text": arguments.ask[0]}
-        if len(arguments.ask) == 2:
-            texts: dict[str, str] = {"prompt": arguments.ask[0], "completion": arguments.ask[1]}
-        return Documents((Document(file="--ask", place=1, row=0, **texts),), tuple(texts)), control
+        if len(arguments.ask) == 1:
+            asked = Documents((Document(file="--ask", place=1, row=0, text=arguments.ask[0]),), ("text",))
+        else:
+            prompt, completion = arguments.ask
+            document = Document(file="--ask", place=1, row=0, prompt=prompt, completion=completion)
+            asked = Documents((document,), ("prompt", "completion"))
+        return asked, control
     if arguments.query is None:
         if control is not None or arguments.select is not None:
             raise ValueError("--query or --ask must be given with --against and --select")
@@ -261,7 +282,7 @@ def _read_questions(paths: Sequence[str], fields: Fields, by_file: bool) -> Docu
     """Reads questions; where they have other fields than the training documents, these are found."""
     import dataclasses
 
-    from ..lm.documents import read_documents
+    from ..lm.texts.documents import read_documents
 
     files = [Path(path) for path in paths]
     try:
@@ -273,7 +294,7 @@ def _read_questions(paths: Sequence[str], fields: Fields, by_file: bool) -> Docu
         return read_documents(files, own, by_file=by_file)
 
 
-def _dry_run(found: Run, sets: Sequence[Targets], tokens: int, tell: Any) -> None:
+def _dry_run(found: Run, sets: Sequence[Targets], tokens: int, tell: Callable[[str], None]) -> None:
     """Shows an example, and predicts what the run needs."""
     from ..lm import forecast
 
@@ -291,69 +312,52 @@ def _answer(
     sets: Sequence[Targets],
     name: str | None,
     lines: Sequence[str],
-    tell: Any,
+    tell: Callable[[str], None],
 ) -> None:
-    """Writes and prints the scores of the questions."""
-    import numpy as np
+    """Writes and prints the answer to the questions."""
+    from ..lm import report
+    from ..lm.answer import Wanted, answer
 
-    from ..lm import report, results, view
-    from ..lm.page import render
-    from ..store.files import atomic_file
-
-    targets = sets[0]
-    folder = found.folder.results(name)
-    path = folder / "scores.npy"
-    results.write_scores(found, targets, path, control=sets[1] if len(sets) > 1 else None)
-    scores = np.load(path, mmap_mode="r")
-    queries = results.queries_of(targets)
-    rankings = list(results.rank(scores, queries, top=arguments.top, worst=arguments.worst))
-    parts = view.token_parts(found, targets, rankings, arguments.tokens)
-    if not _is_first():
-        return
-    tell(report.label("scores", report.scores_text(found)))
+    result = answer(
+        found,
+        sets[0],
+        sets[1] if len(sets) > 1 else None,
+        Wanted(arguments.top, arguments.worst, arguments.tokens, arguments.scores, arguments.select),
+        name=name,
+        title=f"trak-fast lm: {arguments.out}",
+        facts=report.made_facts([*lines, report.scores_line(found)]),
+    )
+    shown = _shown(arguments.out, result.folder)
+    tell(report.scores_line(found))
     if arguments.ask is not None:
-        for line in report.document_lines(rankings[0], found):
+        for line in report.document_lines(result.rankings[0], found):
             tell(line)
     else:
-        for ranking in rankings[: report.SHOWN_QUERIES]:
-            tell(report.ranking_line(ranking, found))
-        if len(rankings) > report.SHOWN_QUERIES:
-            tell(" " * report.LABEL + f"({report.SHOWN_QUERIES} of {len(rankings)} shown)")
-    documents = found.documents.documents
-    entries = [results.line_of(ranking, documents) for ranking in rankings]
-    results.write_lines(folder / "top.jsonl", entries)
-    results.write_table(folder / "top.csv", entries)
-    shown = _shown(arguments, folder)
-    if arguments.select is not None:
-        count = results.number_to_select(arguments.select, len(documents))
-        results.write_lines(folder / "selected.jsonl", results.select(scores, queries, documents, count))
-        tell(report.label("selected", f"{count:,} of {len(documents):,} documents: {shown}/selected.jsonl"))
-    facts = report.made_facts(found, lines)
-    html = render(view.page_content(found, rankings, parts, facts, title=f"trak-fast lm: {arguments.out}"))
-    with atomic_file(folder / "index.html") as temporary:
-        temporary.write_text(html, encoding="utf-8", errors="replace")
-    more = f"      all scores: {shown}/scores.npy" if arguments.scores else ""
-    del scores
-    if not arguments.scores:
-        path.unlink(missing_ok=True)
-    tell(
-        report.label(
-            "page",
-            f"{shown}/index.html      top {arguments.top} of each: {shown}/top.jsonl, {shown}/top.csv      "
-            f"settings: {arguments.out.rstrip('/')}/run.json{more}",
+        for line in report.ranking_lines(result.rankings, found):
+            tell(line)
+    if result.selected:
+        tell(
+            report.label(
+                "selected",
+                f"{result.selected:,} of {len(found.documents.documents):,} documents: {shown}/selected.jsonl",
+            )
         )
-    )
-    if arguments.json:
-        say(json.dumps({"page": f"{shown}/index.html", "queries": entries}, ensure_ascii=False, indent=1))
+    files = f"{shown}/index.html      top {arguments.top} of each: {shown}/top.jsonl, {shown}/top.csv"
+    settings = f"      settings: {arguments.out.rstrip('/')}/run.json"
+    scores = f"      all scores: {shown}/scores.npy" if arguments.scores else ""
+    tell(report.label("page", files + settings + scores))
+    if arguments.json and _is_first():
+        content = {"page": f"{shown}/index.html", "queries": result.entries}
+        say(json.dumps(content, ensure_ascii=False, indent=1))
 
 
-def _shown(arguments: argparse.Namespace, folder: Path) -> str:
+def _shown(out: str, folder: Path) -> str:
     """Returns the folder of results as the user would write it."""
-    out: str = arguments.out.rstrip("/")
-    return f"{out}/{folder.name}" if folder.resolve() != Path(out).expanduser().resolve() else out
+    own = Path(out).expanduser().resolve()
+    return out.rstrip("/") if folder == own else f"{out.rstrip('/')}/{folder.name}"
 
 
-def _clean(arguments: argparse.Namespace, found: Run, tell: Any) -> None:
+def _clean(arguments: argparse.Namespace, found: Run, tell: Callable[[str], None]) -> None:
     """Ranks the training documents by self-influence."""
     from ..lm import report, results
 
@@ -361,8 +365,7 @@ def _clean(arguments: argparse.Namespace, found: Run, tell: Any) -> None:
     if not _is_first():
         return
     results.write_lines(found.folder.path / "clean.jsonl", entries)
-    for entry in entries[: arguments.top if arguments.top < 10 else 10]:
-        name = report.name_of(found, entry["row"])
-        text = report.shorten(found.documents.documents[entry["row"]].shown)
-        tell(" " * report.LABEL + f"{entry['rank']:>3}  {entry['score']:.4g}  {name}  {text}")
-    tell(report.label("clean", f"all {len(entries):,} documents by self-influence: {arguments.out}/clean.jsonl"))
+    for line in report.influence_lines(entries[: min(arguments.top, report.LISTED)], found):
+        tell(line)
+    shown = arguments.out.rstrip("/")
+    tell(report.label("clean", f"all {len(entries):,} documents by self-influence: {shown}/clean.jsonl"))

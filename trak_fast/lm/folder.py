@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..store.files import advising_on_denied, atomic_file, read_json, write_json
-from .documents import Document
+from .texts.documents import Document
 
 FORMAT = 1
 """The number of the format of run.json."""

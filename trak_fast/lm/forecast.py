@@ -7,10 +7,12 @@ small run, in which batches are as large.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +23,10 @@ from numpy.typing import NDArray
 from ..bench.units import bytes_text, seconds_text
 from ..store.files import temporary_folder
 from ..traker import TRAKer
-from .encoding import make_batches
-from .pieces import Piece
-from .report import label
+from .report import gradients_line, label
 from .run import Run, Targets
+from .texts.encoding import make_batches
+from .texts.pieces import Piece
 from .word_ranks import WordRanks
 
 SAMPLED_BATCHES = 4
@@ -48,11 +50,13 @@ class Forecast:
         seconds: Time by step.
         memory: Bytes of memory at the peak; on a CUDA device, of its own.
         disk: Bytes on disk.
+        gradients: The line that describes the way from gradients to features.
     """
 
     seconds: dict[str, float]
     memory: int
     disk: int
+    gradients: str
 
     @property
     def total(self) -> float:
@@ -74,8 +78,19 @@ def forecast(run: Run, sets: Sequence[Targets], *, tokens: int = COLOURED) -> Fo
     """
     opening = _seconds_of_process()
     run.folder.path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(run.folder.path) as folder:
+    with temporary_folder(run.folder.path) as folder, _without_warnings():
         return _Trial(run, sets, folder, tokens).forecast(opening)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Drops warnings, of metrics of few documents for example, which are of the small run."""
+    logger = logging.getLogger("trak_fast")
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 class _Trial:
@@ -97,7 +112,7 @@ class _Trial:
         """Makes the small run, and predicts the large one."""
         run = self.run
         seconds = {"opening": opening, "metric": self._metric_seconds()}
-        rows = np.concatenate(self.chosen)
+        rows = [i for batch in self.chosen for i in batch]
         traker = run.make_traker(self.folder / "features", len(rows))
         loading = _time(lambda: traker.load_checkpoint(self.state, 0))
         if run.choice.arguments["metric"] is not None:
@@ -119,7 +134,12 @@ class _Trial:
         seconds["loading"] = (2 if num_queries else 1) * loading * checkpoints
         scale = len(self.lengths) / len(rows) * checkpoints
         seconds["scores"] = finalizing * checkpoints + seconds.get("scores", 0.0) * scale
-        return Forecast(seconds=seconds, memory=self._memory(), disk=self._disk(traker, len(rows), num_queries))
+        return Forecast(
+            seconds=seconds,
+            memory=self._memory(),
+            disk=self._disk(traker, len(rows), num_queries),
+            gradients=gradients_line(run, traker),
+        )
 
     def _metric_seconds(self) -> float:
         """Predicts the time of making the metric, by two of fewer documents."""
@@ -183,12 +203,11 @@ class _Trial:
         scores = _time(lambda: traker.finalize_scores("trial"))
         seconds = {"scores": scores * max(1.0, num_queries / len(some))}
         if self.tokens and run.settings.method != "less":
-            rows = np.arange(len(np.concatenate(self.chosen)))
-            middle = rows[len(rows) // 2 :][: self.tokens]
-            numbers = np.concatenate(self.chosen)[middle]
-            tensors = run.batch([run.encoded.pieces[i] for i in numbers])
+            chosen = [i for batch in self.chosen for i in batch]
+            middle = range(len(chosen) // 2, len(chosen))[: self.tokens]
+            tensors = run.batch([run.encoded.pieces[chosen[i]] for i in middle])
             try:
-                seconds["tokens"] = num_queries * _time(lambda: traker.token_scores("trial", 0, tensors, middle))
+                seconds["tokens"] = num_queries * _time(lambda: traker.token_scores("trial", 0, tensors, list(middle)))
             except ValueError:  # parameters whose gradients are no sums over tokens: nothing is coloured
                 seconds["tokens"] = 0.0
         texts = [document.shown for document in run.documents.documents[:1000]]
@@ -223,7 +242,7 @@ def _time(call: Callable[[], object]) -> float:
     """Returns the seconds of a call."""
     started = time.perf_counter()
     call()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
@@ -243,6 +262,7 @@ def lines(run: Run, found: Forecast) -> list[str]:
     steps = sorted(found.seconds.items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in steps[:4] if seconds > 0.01 * found.total)
     return [
+        found.gradients,
         label(
             "batches",
             f"{len(make_batches(run.encoded.lengths, run.machine.tokens)):,} of up to {run.machine.tokens:,} tokens "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from .documents import Documents
-from .encoding import Encoded
+from ..traker import TRAKer
 from .results import Query, Ranking
 from .run import Run, Targets
+from .texts.documents import Documents
+from .texts.encoding import Encoded
 
 LABEL = 10
 """Letters of the label at the start of a line."""
@@ -18,6 +20,9 @@ SHOWN_QUERIES = 3
 
 SHOWN_DOCUMENTS = 3
 """Documents of each of them."""
+
+LISTED = 10
+"""Documents that are listed one a line."""
 
 SHORT = 60
 """Letters of a text in a line."""
@@ -48,7 +53,8 @@ def documents_line(run: Run, name: str, documents: Documents, encoded: Encoded, 
     files = list(dict.fromkeys(document.file for document in documents.documents))
     shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     fields = ", ".join(f'"{field}"' for field in documents.fields)
-    parts = [f"{shown} ({fields}): {len(documents.documents):,} documents, {encoded.tokens:,} tokens"]
+    count = len(documents.documents)
+    parts = [f"{shown} ({fields}): {count:,} document{'s' if count != 1 else ''}, {encoded.tokens:,} tokens"]
     if encoded.cut:
         parts.append(f"{encoded.cut:,} cut at {run.max_tokens:,} (--max-tokens; --long split takes all)")
     if len(encoded.pieces) > len(documents.documents):
@@ -58,9 +64,8 @@ def documents_line(run: Run, name: str, documents: Documents, encoded: Encoded, 
     return label(name, "; ".join(parts) + note)
 
 
-def gradients_line(run: Run) -> str:
+def gradients_line(run: Run, traker: TRAKer) -> str:
     """Describes the way from gradients to features."""
-    traker = run.traker
     numbers = {"1bit": "1 bit each", "int8": "8 bits each"}.get(traker.store.store_dtype, traker.store.store_dtype)
     bits = {"1bit": 1, "int8": 8, "float16": 16}.get(traker.store.store_dtype, 32)
     size = bits * traker.proj_dim / 8
@@ -73,8 +78,12 @@ def gradients_line(run: Run) -> str:
     )
 
 
-def scores_text(run: Run) -> str:
+def scores_line(run: Run) -> str:
     """Says which numbers the scores are."""
+    return label("scores", _scores_text(run))
+
+
+def _scores_text(run: Run) -> str:
     traker = run.traker
     several = f", averaged over {len(run.models.folders)} checkpoints" if len(run.models.folders) > 1 else ""
     if traker._estimator.inverts:
@@ -91,22 +100,32 @@ def scores_text(run: Run) -> str:
     return kinds[run.settings.method] + several + tie
 
 
-def ranking_line(ranking: Ranking, run: Run) -> str:
-    """Tells a query's best documents in one line."""
-    found = [
-        f"{score:+.3f} {name_of(run, row)}"
-        for row, score in zip(ranking.top[:SHOWN_DOCUMENTS], ranking.top_scores, strict=False)
-    ]
-    return " " * LABEL + f"Q{ranking.query.number} {quoted(query_text(ranking.query))}  " + "  ".join(found)
+def ranking_lines(rankings: Sequence[Ranking], run: Run) -> list[str]:
+    """Tells the best documents of the first queries, each in a line."""
+    lines = []
+    for ranking in rankings[:SHOWN_QUERIES]:
+        best = zip(ranking.top[:SHOWN_DOCUMENTS], ranking.top_scores, strict=False)
+        found = [f"{score:+.3f} {name_of(run, row)}" for row, score in best]
+        lines.append(label("", f"Q{ranking.query.number} {quoted(query_text(ranking.query))}  " + "  ".join(found)))
+    if len(rankings) > SHOWN_QUERIES:
+        lines.append(label("", f"({SHOWN_QUERIES} of {len(rankings):,} shown)"))
+    return lines
 
 
 def document_lines(ranking: Ranking, run: Run) -> list[str]:
     """Lists a query's best documents, one a line."""
-    lines = []
-    for place, (row, score) in enumerate(zip(ranking.top, ranking.top_scores, strict=True), 1):
-        text = shorten(run.documents.documents[row].shown)
-        lines.append(" " * LABEL + f"{place:>3}  {score:+.4f}  {name_of(run, row)}  {text}")
-    return lines
+    best = zip(ranking.top[:LISTED], ranking.top_scores, strict=False)
+    return [_listed(place, f"{score:+.4f}", row, run) for place, (row, score) in enumerate(best, 1)]
+
+
+def influence_lines(entries: Sequence[Mapping[str, Any]], run: Run) -> list[str]:
+    """Lists documents and their self-influence, one a line."""
+    return [_listed(entry["rank"], f"{entry['score']:.4g}", entry["row"], run) for entry in entries]
+
+
+def _listed(place: int, score: str, row: int, run: Run) -> str:
+    """Tells a document in one line."""
+    return label("", f"{place:>3}  {score}  {name_of(run, row)}  {shorten(run.documents.documents[row].shown)}")
 
 
 def name_of(run: Run, row: int) -> str:
@@ -140,6 +159,6 @@ def left_out_warning(targets: Targets) -> str:
     return f"{len(numbers)} {verb} no scored token (empty completion): {shown}; {pronoun} left out"
 
 
-def made_facts(run: Run, lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def made_facts(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Splits printed lines into labels and texts, for the foot of the page."""
     return tuple((line[:LABEL].strip(), line[LABEL:]) for line in lines)

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from ..store.files import advising_on_denied, atomic_file, temporary_folder
-from .documents import Document
+from ..store.files import advising_on_denied, atomic_file
 from .run import Run, Targets
+from .texts.documents import Document
 
 BLOCK_NUMBERS = 2**24
 """Scores that are in memory at a time."""
@@ -104,38 +104,49 @@ def write_scores(run: Run, targets: Targets, path: Path, control: Targets | None
         path: The file; it appears when it is whole.
         control: Questions whose mean score is subtracted.
     """
-    offsets = None
-    if control is not None and control.pieces:
-        with temporary_folder(path) as folder:
-            write_scores(run, control, folder / "control.npy")
-            offsets = _row_means(np.load(folder / "control.npy", mmap_mode="r"))
-    averaging = averaging_of(run, targets)
-    counts = run.pieces_of_documents
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    step = max(1, BLOCK_NUMBERS // max(1, sum(averaging.shape)))
-    weights = checkpoint_weights(run)
-    parts = [(None, 1.0)] if weights is None else [([i], weight) for i, weight in enumerate(weights)]
+    pieces = [_PieceScores(run, targets)]
+    if control is not None:
+        pieces.append(_PieceScores(run, control))
+    run.ranks.first(_write_documents, run, pieces, path)
+    for each in (targets, control):
+        if each is not None:
+            run.forget_scores(each)
+
+
+class _PieceScores:
+    """The scores of pieces of documents for pieces of questions, and the way from them to documents and queries."""
+
+    def __init__(self, run: Run, targets: Targets) -> None:
+        weights = checkpoint_weights(run)
+        parts = [(None, 1.0)] if weights is None else [([i], weight) for i, weight in enumerate(weights)]
+        # each matrix is a file of its own, which stays as long as it is mapped
+        self.matrices = [(run.traker.finalize_scores(targets.exp_name, ids), weight) for ids, weight in parts]
+        self.averaging = averaging_of(run, targets)
+        self.counts = run.pieces_of_documents
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self.is_mean = run.averages_pieces
+
+    def read(self, documents: slice) -> NDArray[np.float64]:
+        """Returns the scores of some documents for all queries."""
+        total = np.zeros((documents.stop - documents.start, self.averaging.shape[1]))
+        for matrix, weight in self.matrices:
+            block = np.asarray(matrix[self.starts[documents.start] : self.starts[documents.stop]], np.float64)
+            total += weight * _sums(block, self.counts[documents], is_mean=self.is_mean) @ self.averaging
+        return total
+
+
+def _write_documents(run: Run, pieces: Sequence[_PieceScores], path: Path) -> None:
+    """Writes the scores of documents, from which the mean of those of a control set is subtracted."""
+    shape = (len(run.pieces_of_documents), pieces[0].averaging.shape[1])
+    step = max(1, BLOCK_NUMBERS // max(1, *(sum(each.averaging.shape) for each in pieces)))
     with advising_on_denied(path.parent), atomic_file(path) as temporary:
-        total = open_memmap(temporary, "w+", np.float32, (len(counts), averaging.shape[1]))
-        for model_ids, weight in parts:
-            scores = run.traker.finalize_scores(targets.exp_name, model_ids)
-            for first in range(0, len(counts), step):
-                documents = slice(first, min(len(counts), first + step))
-                block = np.asarray(scores[starts[documents.start] : starts[documents.stop]], np.float64)
-                sums = _sums(block, counts[documents], is_mean=run.averages_pieces)
-                total[documents] += weight * sums @ averaging
-            del scores
-        if offsets is not None:
-            total -= offsets[:, None]
+        total = open_memmap(temporary, "w+", np.float32, shape)
+        for first in range(0, shape[0], step):
+            documents = slice(first, min(shape[0], first + step))
+            own, *controls = [each.read(documents) for each in pieces]
+            total[documents] = own - sum(control.mean(1, keepdims=True) for control in controls)
         total.flush()
         del total
-    run.forget_scores(targets)
-
-
-def _row_means(scores: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns the mean of each row, (n,)."""
-    step = max(1, BLOCK_NUMBERS // scores.shape[1])
-    return np.concatenate([scores[i : i + step].mean(1, dtype=np.float64) for i in range(0, len(scores), step)])
 
 
 def _sums(block: NDArray[np.float64], counts: NDArray[np.int64], *, is_mean: bool) -> NDArray[np.float64]:

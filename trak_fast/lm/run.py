@@ -20,24 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..arguments import integer
 from ..distributed import Ranks
 from ..traker import TRAKer
-from .documents import Document, Documents, Fields, read_documents
-from .encoding import Encoded, Piece, collate, encode, make_batches
 from .folder import RunFolder, check_is_prefix, digests_of
-from .models import Models, find_models
+from .machine import Machine
+from .models.folders import Models, find_models
 from .projection import Choice, choose_projection
 from .settings import Settings, merged, settings_of
 from .tasks import task_of
-
-BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}
-"""Tokens of a batch by default; TRAKer computes fewer at a time where they do not fit into memory."""
+from .texts.documents import Document, Documents, Fields, read_documents
+from .texts.encoding import Encoded, Piece, collate, encode, make_batches
 
 BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} tokens · {rate_fmt} · {remaining} left"
 """The form of a bar."""
@@ -47,55 +43,6 @@ METRIC_DOCUMENTS = (64, 256)
 
 METRIC_SHARE = 1 / 8
 """Share of all tokens that a metric may be made of, where that is enough documents."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The means to compute with, which change no scores.
-
-    Attributes:
-        device: "cpu", "cuda" or "cuda:1"; None: a CUDA device if there is one.
-        batch_tokens: Tokens of a batch, with its padding; None: by the device.
-        memory: Bytes for computing a batch; None: a part of what is free.
-    """
-
-    device: str | None = None
-    batch_tokens: int | None = None
-    memory: int | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ValueError: A value is out of its range, or there is no such device.
-            TypeError: A value is no number.
-        """
-        if self.batch_tokens is not None:
-            integer("--batch-tokens", self.batch_tokens, 1, 2**40)
-        if self.memory is not None:
-            integer("--memory", self.memory, 1, 2**62)
-        try:
-            kind = self.chosen_device.type
-        except RuntimeError:
-            raise ValueError(f"--device must be cpu, cuda or cuda:1, for example, not {self.device!r}") from None
-        if kind not in BATCH_TOKENS:
-            raise ValueError(f"--device must be cpu or cuda, not {self.device!r}")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device must be cpu where torch finds no CUDA device, not {self.device!r}")
-
-    @property
-    def chosen_device(self) -> torch.device:
-        """The device; under torchrun each process of a machine has its own."""
-        if self.device not in (None, "cuda"):
-            return torch.device(self.device or "cpu")
-        if self.device is None and not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a batch."""
-        return self.batch_tokens or BATCH_TOKENS[self.chosen_device.type]
 
 
 @dataclass(frozen=True)

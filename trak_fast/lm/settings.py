@@ -149,7 +149,7 @@ def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Set
     if set(stored) != names:
         raise ValueError(f"{out}/run.json was written by another version; give another --out, or --overwrite")
     own = _make(stored)
-    new = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
+    new: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
     different = [
         name for name, value in new.items() if name not in FOUND_BY_CONTENT and value != getattr(own, name)
     ]  # fmt: skip
@@ -168,7 +168,8 @@ def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Set
 
 def _make(values: Mapping[str, Any]) -> Settings:
     """Makes settings of values as JSON has them."""
-    return Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+    known: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    return Settings(**known)
 
 
 def flag_of(name: str) -> str:
@@ -178,7 +179,7 @@ def flag_of(name: str) -> str:
 
 def _told(settings: Settings, names: Sequence[str]) -> str:
     """Says which values settings have: "with --proj-dim 2048, without --base"."""
-    parts = {"with": [], "without": []}  # type: dict[str, list[str]]
+    parts: dict[str, list[str]] = {"with": [], "without": []}
     for name in names:
         value = getattr(settings, name)
         if value is None or value is False:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .page import Card, Histogram, PageContent, QueryView
-from .pieces import Piece
 from .results import Ranking, averaging_of
 from .run import Run, Targets
+from .texts.pieces import Piece
 from .word_ranks import WordRanks
 
 MOST_QUESTIONS = 16

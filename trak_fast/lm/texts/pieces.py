@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tasks.tokens import IGNORED
+from ...tasks.tokens import IGNORED
 from .documents import Document
 from .tokens import Tokens, tokens_of
 

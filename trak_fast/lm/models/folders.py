@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..gradients.adam import FILES as OPTIMIZERS
+from ...gradients.adam import FILES as OPTIMIZERS
 from . import loading
 from .architectures import MAPPINGS, TASKS, fit_to_adapter, longest_text, task_of
 from .ensembles import require_same_settings, short

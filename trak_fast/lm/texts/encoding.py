@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..tasks.tokens import IGNORED
+from ...tasks.tokens import IGNORED
 from .chats import ChatTemplate
 from .documents import Document
 from .pieces import Limits, Made, Piece, piece_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tasks.tokens import IGNORED
+from ...tasks.tokens import IGNORED
 from .documents import Document
 from .pieces import Limits, Made, Piece, piece_of
 from .tokens import Tokens, find_special, tokenized
