@@ -43,7 +43,7 @@ def digests_of(documents: Sequence[Document]) -> NDArray[np.uint64]:
 
 
 class RunFolder:
-    """What a run has on disk.
+    """The files of a run.
 
     Attributes:
         path: The folder.

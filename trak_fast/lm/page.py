@@ -33,8 +33,8 @@ class Card:
         id: Its name, or None.
         where: Its source, such as "wiki.jsonl:812".
         text: Its text.
-        tokens: The first character in `text`, the one after the last, and the part of the score of each token, or None. A
-            token without characters (start = end) is told of below the text.
+        tokens: The first character in `text`, the one after the last, and the part of the score of each token, or None.
+            A token without characters (start = end) is told of below the text.
         word_rank: Its rank by shared words among all documents, from 1, or None.
     """
 
