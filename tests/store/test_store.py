@@ -16,9 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trak_fast.store import files
+from trak_fast.store import columns, files
 from trak_fast.store import folder as store
-from trak_fast.store import rows as rows_module
 from trak_fast.store.files import atomic_file
 from trak_fast.store.folder import Store
 from trak_fast.store.manifest import digest, manifest_of
@@ -200,13 +199,13 @@ def test_of_two_processes_that_make_a_checkpoint_one_wins(opened: Store, monkeyp
 def test_too_little_disk_space_is_an_error_before_anything_is_made(
     opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = rows_module.shutil.disk_usage(opened.path)
+    usage = columns.shutil.disk_usage(opened.path)
     needed = 4 * N * K + 2 * N + 4 * N + 4 * N + N  # features, their powers of two, weights, digests, flags
-    monkeypatch.setattr(rows_module.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    monkeypatch.setattr(columns.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(OSError, match="free"):
         opened.register(1, WEIGHTS)
     assert opened.model_ids() == [0]
-    monkeypatch.setattr(rows_module.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    monkeypatch.setattr(columns.shutil, "disk_usage", lambda _: usage._replace(free=needed))
     opened.register(1, WEIGHTS)
 
 

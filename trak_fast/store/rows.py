@@ -7,14 +7,12 @@ reported, while in a map it kills the process; and only the pages that were writ
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..scales import exponents_of
-from .encodings import CODED, code_width, decode, encode, item_type
+from .columns import EXPONENTS, FEATURES, SCALES, require_space, stored_arrays
+from .encodings import CODED, decode, encode
 from .files import advising_on_denied, advising_on_full_disk, create_array, open_array, sync, write_at
 from .locks import WHOLE, LockFile, lock_file
 from .samples import first_of
@@ -32,14 +31,6 @@ LOCK_FILE = "writers.lock"
 
 MAX_ROWS = 2**48
 """Rows of a folder at most: later bytes of its lock file stand for something else."""
-
-FEATURES = "features"
-EXPONENTS = "features_exponent"
-"""The column whose rows may have any scale, and the file of their powers of two."""
-
-SCALES = "features_scale"
-"""The file of factors and squared norms of rows that are stored in few bits (encodings.py)."""
-
 
 MAX_CLAIMS = 1024
 """Separate ranges of rows that a process may keep locked: a kernel searches its list of locks from end to end."""
@@ -242,7 +233,7 @@ class Rows:
         self.store_dtype = store_dtype
         self.files = {
             name: open_array(path / f"{name}.npy", array.shape, array.dtype)
-            for name, array in _stored_arrays(num_rows, shapes, store_dtype).items()
+            for name, array in stored_arrays(num_rows, shapes, store_dtype).items()
         }
         self.done = self.files["done"]
         self.digests = self.files["digests"]
@@ -281,11 +272,8 @@ class Rows:
             OSError: The disk has too little space.
         """
         path.mkdir(exist_ok=True)
-        arrays = _stored_arrays(num_rows, shapes, store_dtype)
-        needed = sum(np.dtype(array.dtype).itemsize * int(np.prod(array.shape)) for array in arrays.values())
-        if (free := shutil.disk_usage(path).free) < needed:
-            raise OSError(errno.ENOSPC, f"features need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free", str(path))
-        for name, array in arrays.items():
+        require_space(path, num_rows, shapes, store_dtype)
+        for name, array in stored_arrays(num_rows, shapes, store_dtype).items():
             file = path / f"{name}.npy"
             with advising_on_full_disk(file):
                 create_array(file, array.shape, array.dtype)
@@ -522,7 +510,7 @@ def require_same_samples(rows: Mapping[int, Rows], things: str) -> None:
 
 @contextmanager
 def claimed_for_deletion(path: Path) -> Iterator[None]:
-    """Keeps other processes from using any row of the folder `path` during the block, in which it may be deleted.
+    """Keeps other processes from using any row of `path` during the block, in which it may be deleted.
 
     Raises:
         RuntimeError: Another process that is alive reads or has claimed rows of it.
@@ -566,24 +554,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
-
-
-class _StoredArray(NamedTuple):
-    """The contents of a file."""
-
-    shape: tuple[int, ...]
-    dtype: type[np.generic]
-
-
-def _stored_arrays(num_rows: int, shapes: Mapping[str, tuple[int, ...]], store_dtype: str) -> dict[str, _StoredArray]:
-    """Lists the files of a folder of rows, by their names without .npy."""
-    arrays = {name: _StoredArray((num_rows, *shape), np.float32) for name, shape in shapes.items()}
-    if FEATURES in shapes:
-        items = code_width(store_dtype, shapes[FEATURES][0])
-        arrays[FEATURES] = _StoredArray((num_rows, items), item_type(store_dtype))
-        arrays[EXPONENTS] = _StoredArray((num_rows,), np.int16)
-        if store_dtype in CODED:
-            arrays[SCALES] = _StoredArray((num_rows, 2), np.float32)
-    arrays["digests"] = _StoredArray((num_rows,), np.uint32)
-    arrays["done"] = _StoredArray((num_rows,), np.bool_)
-    return arrays
