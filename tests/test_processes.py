@@ -116,7 +116,9 @@ def test_a_deleted_checkpoint_is_not_written_by_whoever_had_it_open(tmp_path: Pa
     traker.featurize([x[:5] for x in TRAIN], num_samples=5)
     again = build(tmp_path, load_from_save_dir=False)
     again.load_checkpoint(CHECKPOINTS[1], 0)
-    with pytest.raises(RuntimeError, match="checkpoint_0/train was deleted since it was opened; load the checkpoint"):
+    with pytest.raises(
+        RuntimeError, match="checkpoint_0/train was deleted, or has grown, since it was opened; load the"
+    ):
         traker.featurize([x[5:] for x in TRAIN], num_samples=7)
     again.featurize(TRAIN, num_samples=N)
     traker.load_checkpoint(CHECKPOINTS[0], 1)  # must not save its sum into the new checkpoint

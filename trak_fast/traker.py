@@ -361,6 +361,8 @@ class TRAKer:
         )
         with self._ranks.together():
             self.store = Store(save_dir, contents, self.train_set_size, self.proj_dim)
+        if any(self._ranks.gather(self.store.is_growing)):  # a process was killed in `extend`
+            self._ranks.first(self.store.grow, self.train_set_size)
         self._estimator = Estimator(
             self.store,
             settings,
@@ -427,6 +429,35 @@ class TRAKer:
         """
         share = self._ranks.rows(self.train_set_size if total is None else total)
         return range(share.start, share.stop)
+
+    def extend(self, train_set_size: int) -> None:
+        """Makes room in `save_dir` for training samples that are added to the others, whose features stay.
+
+        The new ones have the numbers from the former `train_set_size` on. Go on by `load_checkpoint` and `featurize` at
+        each checkpoint, `finalize_features` and `finalize_scores`; targets need not be scored again. X'X and scores of
+        the former samples are deleted. From then on the folder is opened with the new `train_set_size`. If the process
+        is killed meanwhile, the folder has the former size or the new one, and opening it with that finishes the call.
+
+        Under torchrun all processes call it.
+
+        Args:
+            train_set_size: All training samples, n, the former ones included.
+
+        Raises:
+            ValueError: It is less than before, or a file is missing, truncated or corrupt.
+            TypeError: It is no integer.
+            RuntimeError: Another process writes features or computes with them.
+            PermissionError: `save_dir` may be read but not written.
+            OSError: The disk has too little space.
+        """
+        train_set_size = integer("train_set_size", train_set_size, self.train_set_size, 2**48)
+        with self._ranks.together():
+            self._recorder.close()
+            self.store.let_go(self.store.model_ids())
+        self._ranks.first(self.store.grow, train_set_size)
+        self.store.num_rows = train_set_size
+        super().__setattr__("train_set_size", train_set_size)
+        self.scores = None  # of fewer samples
 
     def load_checkpoint(
         self, checkpoint: Mapping[str, Tensor], model_id: int, _allow_featurizing_already_registered: bool = False

@@ -53,6 +53,7 @@ try:
     for name in ("test", "other"):
         refusals.append(refusal(lambda name=name: traker.start_scoring_checkpoint(name, CHECKPOINTS[0], 0, M)))
     refusals.append(refusal(lambda: traker.delete_experiment("test")))
+    refusals.append(refusal(lambda: traker.extend(N + 1)))
     refusals.append(refusal(lambda: traker.load_checkpoint(CHECKPOINTS[0], 0, True)))
     refusals.append(refusal(lambda: build(folder / "new")))
     after = sorted(str(path) for path in folder.rglob("*"))

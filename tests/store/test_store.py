@@ -193,7 +193,8 @@ def test_of_two_processes_that_make_a_checkpoint_one_wins(opened: Store, monkeyp
     monkeypatch.setattr(Rows, "create", staticmethod(overtaken))
     opened.register(1, WEIGHTS)
     assert opened.train(1).done.tolist() == [False, False, True, False, False, False]
-    assert sorted(p.name for p in opened.path.iterdir()) == ["checkpoint_0", "checkpoint_1", "manifest.json", "scores"]
+    names = ["checkpoint_0", "checkpoint_1", "manifest.json", "scores", "writers.lock"]
+    assert sorted(p.name for p in opened.path.iterdir()) == names
 
 
 def test_too_little_disk_space_is_an_error_before_anything_is_made(

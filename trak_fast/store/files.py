@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -26,6 +27,9 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 LEFTOVER_SECONDS = 86_400.0
 """Seconds without a change after which a temporary file or folder of another machine is taken for a leftover."""
+
+_MAGIC = b"\x93NUMPY\x01\x00"
+_START = len(_MAGIC) + 2  # bytes of a .npy file before the text of its header: the last two have its length
 
 _TEMPORARY = re.compile(r"(?P<place>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}")
 
@@ -229,10 +233,45 @@ def read_json(path: Path) -> dict[str, Any]:
 def create_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
     """Makes a .npy file of zeros that take no space yet."""
     with path.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(_header(shape, dtype))
         file.truncate(file.tell() + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64)))
         file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(shape: tuple[int, ...], dtype: type[np.generic]) -> bytes:
+    """Returns what a .npy file begins with."""
+    buffer = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
+
+
+def grow_array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    """Gives a file of `create_array` more rows, of zeros that take no space yet; those that it has stay where they are.
+
+    The header is padded, so that a larger shape fits in its place. Nothing of the old one is read but its length, which
+    stays: the call can be repeated after a kill at any moment, also one that has cut the header in two.
+
+    Args:
+        path: The file.
+        shape: The new shape.
+        dtype: Its dtype, the same as before.
+
+    Raises:
+        ValueError: The file has no header of this kind, or too short a one.
+    """
+    with path.open("r+b", buffering=0) as file:
+        start = file.read(_START)
+        text = _header(shape, dtype)[_START:].rstrip()
+        room = int.from_bytes(start[-2:], "little")
+        if len(start) < _START or start[:-2] != _MAGIC or len(text) >= room:
+            raise ValueError(f"{path} must be a .npy file with room for {len(text)} bytes in its header")
+        size = _START + room + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+        if path.stat().st_size < size:
+            os.ftruncate(file.fileno(), size)
+            os.fsync(file.fileno())  # before the header says that the rows are there
+        write_at(file.fileno(), memoryview(start + text.ljust(room - 1) + b"\n"), 0)
         os.fsync(file.fileno())
 
 

@@ -1,6 +1,8 @@
 """The folder of features.
 
     save_dir/manifest.json                           all that the features depend on; written once
+    save_dir/growth.json                             the number of training samples, once it is another (growth.py)
+    save_dir/writers.lock                            shared by who makes a checkpoint, locked by who extends the folder
     save_dir/checkpoint_<model_id>/checkpoint.json   digest of the checkpoint's weights
                                    gram.npy          X'X (and X'CX) or XX'; a checkpoint that has it is finalized
                                    gram/             parts of X'X until then (scoring/partial_grams.py)
@@ -38,6 +40,7 @@ from .files import (
     temporary_name,
     write_json,
 )
+from .growth import Growth, grow_folder, size_kept
 from .locks import let_go
 from .manifest import differences, digest
 from .rows import LOCK_FILE, Rows, claimed_for_deletion
@@ -87,8 +90,15 @@ class Store:
         if not (scores := self.path / "scores").is_dir():
             with suppress(PermissionError), advising_on_denied(scores):  # features may be read nevertheless
                 scores.mkdir(exist_ok=True)
-        if lines := differences(read_json(file), manifest):
+        stored = read_json(file)
+        if (growth := Growth.load(self.path)) is not None:
+            stored["train_set_size"] = growth.train_set_size
+        if lines := differences(stored, manifest):
+            if len(lines) == 1 and growth is not None and growth.train_set_size > num_rows:
+                self._require_size()
             more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
+            if isinstance(size := stored.get("train_set_size"), int) and size < num_rows:
+                more.append(f"(TRAKer(..., train_set_size={size}).extend({num_rows}) adds rows to the folder)")
             if any(line.startswith("task_settings") for line in lines):
                 more.append("(names of what changes as a task runs should begin with an underscore)")
             if self._is_unused():
@@ -97,6 +107,50 @@ class Store:
                 f"{self.path} holds features made in another way, use another save_dir:\n  "
                 + "\n  ".join(lines[:8] + more)
             )
+
+    def _require_size(self) -> None:
+        """Checks that the folder has as many training samples as when it was opened.
+
+        Raises:
+            ValueError: Another process has extended it since.
+            RuntimeError: It is being extended, or a process was killed while it did that.
+        """
+        growth = Growth.load(self.path) or Growth(self.num_rows)
+        if growth.train_set_size != self.num_rows:
+            size = growth.train_set_size
+            raise ValueError(f"train_set_size must be {size}, not {self.num_rows}; the folder has grown ({self.path})")
+        if not growth.is_finished:
+            raise RuntimeError(f"{self.path} is half extended; TRAKer(...) finishes it")
+
+    @property
+    def is_growing(self) -> bool:
+        """True while the folder is extended, and where that was interrupted: `grow` finishes it."""
+        growth = Growth.load(self.path)
+        return growth is not None and not growth.is_finished
+
+    def grow(self, num_rows: int) -> None:
+        """Makes room for more training samples; finishes what a killed process has begun of that.
+
+        Stored rows and targets stay. Gram matrices, their unfinished sums and all scores are deleted. Objects that have
+        the folder open, this one too, must have their `num_rows` set to go on.
+
+        Args:
+            num_rows: Training samples, n.
+
+        Raises:
+            ValueError: The folder has more, or a file is missing, truncated or corrupt.
+            RuntimeError: Another process that is alive writes rows, or computes with them.
+            PermissionError: The folder may be read but not written.
+            OSError: The disk has too little space.
+        """
+        with ExitStack() as locks:
+            locks.enter_context(claimed_for_deletion(self.path))  # no checkpoint is added from here on
+            checkpoints = [self.checkpoint(i) for i in self.model_ids()]
+            for path in [path for i in self.model_ids() for path in self._rows_of(i)]:
+                locks.enter_context(claimed_for_deletion(path))
+            scores = [path for path in self.path.glob("scores/[!.]*") if path.name.endswith(SCORE_ENDINGS)]
+            before = Growth.load(self.path) or Growth(self.num_rows)
+            grow_folder(self.path, before, num_rows, checkpoints, scores, self._train_shapes, self.store_dtype)
 
     def _is_unused(self) -> bool:
         """Tells if no row of a training sample is stored."""
@@ -127,9 +181,11 @@ class Store:
         """
         path = self.checkpoint(model_id)
         if not path.exists():
-            with advising_on_denied(self.path), atomic_folder(path) as folder:
-                Rows.create(folder / "train", self.num_rows, self._train_shapes, self.store_dtype)
-                write_json(folder / "checkpoint.json", self._marks(weights))
+            with size_kept(self.path), advising_on_denied(self.path):
+                self._require_size()
+                with atomic_folder(path) as folder:
+                    Rows.create(folder / "train", self.num_rows, self._train_shapes, self.store_dtype)
+                    write_json(folder / "checkpoint.json", self._marks(weights))
             self._warn_of_same_weights(model_id)
         train = self.train(model_id)  # before the check: others may replace the folder until rows are claimed
         self.check_weights(model_id, weights)
@@ -255,7 +311,13 @@ class Store:
         return {"features": (self.width,), "weights": ()}
 
     def train(self, model_id: int) -> Rows:
-        """Opens the training rows of a registered checkpoint: `features` (n, k) and `weights` (n,), the task's Q."""
+        """Opens the training rows of a registered checkpoint: `features` (n, k) and `weights` (n,), the task's Q.
+
+        Raises:
+            ValueError: A file is missing, truncated or corrupt, or another process has extended the folder.
+            RuntimeError: The folder is being extended.
+        """
+        self._require_size()
         path = self.checkpoint(model_id)
         return Rows(path / "train", self.num_rows, self._train_shapes, self.store_dtype)
 

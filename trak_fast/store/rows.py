@@ -464,7 +464,8 @@ class Rows:
         """Checks that the opened files still have their names, under which others look for them."""
         if _identity(self.path) != self._identity:
             raise RuntimeError(
-                f"{self.path} was deleted since it was opened; load the checkpoint, or start scoring it, again"
+                f"{self.path} was deleted, or has grown, since it was opened; load the checkpoint, or start scoring "
+                "it, again"
             )
 
     def release(self) -> None:
@@ -510,7 +511,7 @@ def require_same_samples(rows: Mapping[int, Rows], things: str) -> None:
 
 @contextmanager
 def claimed_for_deletion(path: Path) -> Iterator[None]:
-    """Keeps other processes from using any row of `path` during the block, in which it may be deleted.
+    """Keeps other processes from using any row of `path` during the block, in which it may be deleted, or grow.
 
     Raises:
         RuntimeError: Another process that is alive reads or has claimed rows of it.
