@@ -169,8 +169,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..lm.machine import Machine
     from ..lm.run import open_run
 
-    for name in ("top", "worst", "tokens"):
-        setattr(arguments, name, integer(f"--{name}", getattr(arguments, name), 0 if name != "top" else 1, 10**6))
+    for flag, least in {"top": 1, "worst": 0, "tokens": 0}.items():
+        setattr(arguments, flag, integer(f"--{flag}", getattr(arguments, flag), least, 10**6))
     if arguments.ask is not None and (arguments.query is not None or len(arguments.ask) > 2):
         fix = "leave out --query" if arguments.query is not None else "put each in quotation marks"
         raise ValueError(f"--ask must be one question, of a prompt and a completion or of one text; {fix}")
@@ -188,6 +188,8 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.out, given, machine, overwrite=arguments.overwrite, limit=arguments.limit
     )  # fmt: skip
     questions, control = _questions(arguments, found)
+    if found.documents.skipped:
+        logging.getLogger("trak_fast").warning(report.skipped_warning(found.documents))
     tell(report.model_line(found))
     stored = found.num_featurized() if found.folder.num_stored() is not None else 0
     if stored < len(found.documents.documents) or arguments.dry_run:

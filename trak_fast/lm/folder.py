@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..store.files import advising_on_denied, atomic_file, read_json, write_json
+from ..store.growth import stored_size
 from .texts.documents import Document
 
 FORMAT = 1
@@ -121,8 +122,7 @@ class RunFolder:
 
     def num_stored(self) -> int | None:
         """Returns the number of pieces that the features have rows for; None if there are no features."""
-        file = self.features / "manifest.json"
-        return int(read_json(file)["train_set_size"]) if file.exists() else None
+        return stored_size(self.features)
 
     def results(self, name: str | None) -> Path:
         """Returns the folder of the results of queries, and makes it."""
@@ -141,9 +141,13 @@ class RunFolder:
             return
         if not (self.path / "run.json").exists() and any(self.path.iterdir()):
             raise ValueError(f"--overwrite must be given with a run's folder, and {self.name} has no run.json")
+        (self.path / "run.json").unlink(missing_ok=True)  # first, as the others are nothing without it
+        (self.path / "run.json").unlink(missing_ok=True)  # first, as the others are nothing without it
         shutil.rmtree(self.features, ignore_errors=True)
-        for name in (*RESULTS, "documents.npz", "run.json"):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / "documents.npz").unlink(missing_ok=True)
+        for folder in (self.path, *(file.parent for file in self.path.glob("*/top.jsonl"))):
+            for name in RESULTS:
+                (folder / name).unlink(missing_ok=True)
 
 
 def check_is_prefix(

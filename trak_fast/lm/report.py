@@ -159,6 +159,13 @@ def left_out_warning(targets: Targets) -> str:
     return f"{len(numbers)} {verb} no scored token (empty completion): {shown}; {pronoun} left out"
 
 
+def skipped_warning(documents: Documents) -> str:
+    """Names the files in folders that are of no kind that is read."""
+    names = list(documents.skipped)
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f"{len(names)} file{'s are' if len(names) > 1 else ' is'} of no kind that is read, and left out: {shown}"
+
+
 def made_facts(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Splits printed lines into labels and texts, for the foot of the page."""
     return tuple((line[:LABEL].strip(), line[LABEL:]) for line in lines)

@@ -454,14 +454,11 @@ def open_run(
         ranks.first(folder.delete)
     stored = folder.settings()
     settings = settings_of(given) if stored is None else merged(stored, given, folder.name)
-    models = find_models(
-        [Path(path) for path in settings.models], base=_path(settings.base), tokenizer=_path(settings.tokenizer),
-        task=settings.task,
-    )  # fmt: skip
+    models = find_models(_near(settings.models), base=settings.base, tokenizer=settings.tokenizer, task=settings.task)
     fields = Fields(
         text=settings.text, prompt=settings.prompt, completion=settings.completion, id=settings.id, label=settings.label
     )
-    documents = read_documents([Path(path) for path in settings.train], fields, by_file=settings.by_file, limit=limit)
+    documents = read_documents(_near(settings.train), fields, by_file=settings.by_file, limit=limit)
     known = folder.documents() if stored is not None else None
     if known is not None:
         if given.get("train") is None:  # questions for the run as it is
@@ -471,5 +468,7 @@ def open_run(
     return Run(folder, settings, machine, models, documents, ranks=ranks)
 
 
-def _path(path: str | None) -> Path | None:
-    return None if path is None else Path(path)
+def _near(paths: Sequence[str]) -> list[Path]:
+    """Returns paths as seen from the working directory, where they are below it."""
+    here = Path.cwd()
+    return [path.relative_to(here) if path.is_relative_to(here) else path for path in map(Path, paths)]

@@ -155,8 +155,7 @@ def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Set
     ]  # fmt: skip
     if different:
         raise ValueError(
-            f"{out}/ was made {_told(own, different)}; give {'these' if len(different) > 1 else 'this'}, another "
-            "--out, or --overwrite"
+            f"{out}/ was made {_told(own, different)}; {_mended(own, different)}, another --out, or --overwrite"
         )
     if "models" in new and len(new["models"]) != len(own.models):
         raise ValueError(
@@ -175,6 +174,15 @@ def _make(values: Mapping[str, Any]) -> Settings:
 def flag_of(name: str) -> str:
     """Returns the flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def _mended(settings: Settings, names: Sequence[str]) -> str:
+    """Says what to do about flags that differ."""
+    pronoun = "these" if len(names) > 1 else "this"
+    are_left_out = [not getattr(settings, name) for name in names]
+    if all(are_left_out):
+        return f"leave {pronoun} out"
+    return f"give {pronoun}" if not any(are_left_out) else "do so"
 
 
 def _told(settings: Settings, names: Sequence[str]) -> str:
