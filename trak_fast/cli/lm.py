@@ -166,6 +166,7 @@ def _run(arguments: argparse.Namespace) -> None:
     """Opens the run, computes what is missing, and writes and prints results."""
     from ..arguments import integer
     from ..lm import report
+    from ..lm.folder import require_name
     from ..lm.machine import Machine
     from ..lm.run import open_run
 
@@ -174,6 +175,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.ask is not None and (arguments.query is not None or len(arguments.ask) > 2):
         fix = "leave out --query" if arguments.query is not None else "put each in quotation marks"
         raise ValueError(f"--ask must be one question, of a prompt and a completion or of one text; {fix}")
+    require_name(arguments.name)
     lines: list[str] = []
 
     def tell(line: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,7 +126,12 @@ class RunFolder:
         return stored_size(self.features)
 
     def results(self, name: str | None) -> Path:
-        """Returns the folder of the results of queries, and makes it."""
+        """Returns the folder of the results of queries, and makes it.
+
+        Raises:
+            ValueError: The name can be none of a folder, or is that of another one.
+        """
+        require_name(name)
         path = self.path if name is None else self.path / name
         with advising_on_denied(self.path):
             path.mkdir(parents=True, exist_ok=True)
@@ -148,6 +154,16 @@ class RunFolder:
         for folder in (self.path, *(file.parent for file in self.path.glob("*/top.jsonl"))):
             for name in RESULTS:
                 (folder / name).unlink(missing_ok=True)
+
+
+def require_name(name: str | None) -> None:
+    """Checks the name of results.
+
+    Raises:
+        ValueError: It can be no folder's, or is that of the features.
+    """
+    if name is not None and (name == "features" or not re.fullmatch(r"\w[\w.-]{0,99}", name)):
+        raise ValueError(f"--name must be letters, digits, and - _ . after the first, and not 'features', not {name!r}")
 
 
 def check_is_prefix(

@@ -44,7 +44,7 @@ class Choice:
 
     Attributes:
         arguments: Arguments of TRAKer, as run.json has them.
-        text: The way, for people.
+        text: The reasons, for people.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -90,25 +90,22 @@ def choose_projection(settings: Settings, model: nn.Module, task: Task, mean_tok
     arguments: dict[str, Any] = {"grad_wrt": grad_wrt, "metric": metric, "projector_seed": settings.seed}
     if metric is not None:
         sparse = {} if settings.sketch == "auto" else {"proj_type": "sjlt"}
-        text = "in K-FAC's metric, sparse projection (sjlt)"
-        return Choice(arguments | sparse | {"proj_dim": settings.proj_dim}, text)
+        return Choice(arguments | sparse | {"proj_dim": settings.proj_dim}, "in K-FAC's metric")
     dense = settings.proj_dim or DENSE_NUMBERS[settings.method]
     own = 4 * sum(parameter.numel() for parameter in model.parameters()) * mean_tokens
-    sketch, reason = settings.sketch, "--sketch"
+    sketch, reason = settings.sketch, "as --sketch says"
     if sketch == "auto":
         sketch, reason = _cheapest(settings, parameters, model, own=own, dense=dense, tokens=mean_tokens, device=device)
     if sketch == "sjlt":
         inverts = settings.method == "trak"
         numbers = settings.proj_dim or (_power_of_two(dense) if inverts else SPARSE_NUMBERS)
         few_bits = {} if inverts or numbers < 16384 else {"store_dtype": "1bit"}
-        return Choice(
-            arguments | few_bits | {"proj_type": "sjlt", "proj_dim": numbers}, f"sparse projection (sjlt: {reason})"
-        )
+        return Choice(arguments | few_bits | {"proj_type": "sjlt", "proj_dim": numbers}, reason)
     arguments |= {"proj_type": "rademacher", "proj_dim": dense}
     if sketch == "two_sided":
         arguments |= {"sketch": "two_sided", "sketch_side": SIDE}
-        return Choice(arguments, f"linear layers two-sided {SIDE} × {SIDE}, then dense projection ({reason})")
-    return Choice(arguments, f"dense projection ({reason})")
+        return Choice(arguments, f"linear layers two-sided {SIDE} × {SIDE} first; {reason}")
+    return Choice(arguments, reason)
 
 
 def _cheapest(
@@ -124,14 +121,15 @@ def _cheapest(
     """Chooses among dense, sjlt and two-sided by their operations for one document, and gives the reason."""
     grad_dim = sum(parameter.numel() for parameter in parameters.values())
     if 2 * grad_dim * dense <= own:
-        return "dense", f"{2 * grad_dim * dense / own:.0%} of a forward and backward pass"
+        return "dense", f"in {2 * grad_dim * dense / own:.0%} of the operations of a forward and backward pass"
     sparse = 2 * grad_dim * tokens + 8 * grad_dim * OPERATIONS_OF_A_BYTE[device]
     sides = sum(sum(p.shape) for p in parameters.values() if p.ndim == 2)
     sketches = sum(min(SIDE, p.shape[0]) * min(SIDE, p.shape[1]) for p in parameters.values() if p.ndim == 2)
     two_sided = 2 * tokens * SIDE * sides + 2 * sketches * dense
     if settings.method != "less" and own + sparse > FASTER * (own + two_sided):
-        return "two_sided", f"a pass takes {(own + sparse) / (own + two_sided):.1f} times as long with sjlt"
-    return "sjlt", f"a dense one would take {2 * grad_dim * dense / own:.1f} times a forward and backward pass"
+        return "two_sided", f"{(own + sparse) / (own + two_sided):.1f} times as fast as sjlt"
+    times = 2 * grad_dim * dense / own
+    return "sjlt", f"a dense one would have {times:.1f} times the operations of a forward and backward pass"
 
 
 def _power_of_two(number: int) -> int:

@@ -12,6 +12,9 @@ from .run import Run, Targets
 from .texts.documents import Documents
 from .texts.encoding import Encoded
 
+KINDS = {"sjlt": "sparse", "rademacher": "dense", "normal": "dense"}
+"""Kinds of projection, in a word."""
+
 LABEL = 10
 """Letters of the label at the start of a line."""
 
@@ -66,15 +69,15 @@ def documents_line(run: Run, name: str, documents: Documents, encoded: Encoded, 
 
 def gradients_line(run: Run, traker: TRAKer) -> str:
     """Describes the way from gradients to features."""
-    numbers = {"1bit": "1 bit each", "int8": "8 bits each"}.get(traker.store.store_dtype, traker.store.store_dtype)
-    bits = {"1bit": 1, "int8": 8, "float16": 16}.get(traker.store.store_dtype, 32)
-    size = bits * traker.proj_dim / 8
+    store_dtype = traker.store.store_dtype
+    bits = {"1bit": 1, "int8": 8, "float16": 16}.get(store_dtype, 32)
+    kilobytes = bits * traker.proj_dim / 8 / 1024
     count = sum(parameter.numel() for parameter in run.model.parameters())
-    adam = "; Adam's steps" if run.settings.method == "less" else ""
+    adam = " as Adam's steps" if run.settings.method == "less" else ""
     return label(
         "gradients",
-        f"{traker.grad_dim:,} of {count:,} parameters{adam}; "
-        f"{run.choice.text} to k = {traker.proj_dim:,}, {numbers}: {size / 1024:,.3g} KB a document",
+        f"{traker.grad_dim:,} of {count:,} parameters{adam}, {KINDS[str(getattr(traker.projector, 'proj_type', 'normal'))]} projection to "
+        f"k = {traker.proj_dim:,} ({run.choice.text}); {kilobytes:,.3g} KB a document, {store_dtype}",
     )
 
 

@@ -30,7 +30,7 @@ from .folder import RunFolder, check_is_prefix, digests_of
 from .machine import Machine
 from .models.folders import Models, find_models
 from .projection import Choice, choose_projection
-from .settings import Settings, merged, settings_of
+from .settings import MASKINGS, Settings, merged, settings_of
 from .tasks import task_of
 from .texts.documents import Document, Documents, Fields, read_documents
 from .texts.encoding import Encoded, Piece, collate, encode, make_batches
@@ -136,7 +136,7 @@ class Run:
             long=self.settings.long,
             vocab_size=self.models.vocab_size,
             label_ids=self.models.label_ids,
-            maskings=self.settings.maskings if self.averages_pieces else 1,
+            maskings=(self.settings.maskings or MASKINGS) if self.averages_pieces else 1,
             seed=self.settings.seed,
         )
 
@@ -455,6 +455,7 @@ def open_run(
     stored = folder.settings()
     settings = settings_of(given) if stored is None else merged(stored, given, folder.name)
     models = find_models(_near(settings.models), base=settings.base, tokenizer=settings.tokenizer, task=settings.task)
+    settings.require_fit(models.task)
     fields = Fields(
         text=settings.text, prompt=settings.prompt, completion=settings.completion, id=settings.id, label=settings.label
     )

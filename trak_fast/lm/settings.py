@@ -29,6 +29,9 @@ TASKS = ("causal_lm", "masked_lm", "text_classification")
 FOUND_BY_CONTENT = ("models", "train", "base", "tokenizer")
 """Settings that may change as long as the weights and documents stay: paths."""
 
+MASKINGS = 4
+"""Maskings of a document by default."""
+
 MOST_TOKENS = 2**31
 """Tokens of a document at most."""
 
@@ -55,7 +58,7 @@ class Settings:
         sketch: One of `SKETCHES`.
         max_tokens: Tokens of a document at most; None: as many as the model takes.
         long: One of `LONG`.
-        maskings: Maskings of a document whose scores are averaged, for masked language models.
+        maskings: Maskings of a document whose scores are averaged, for masked language models; None: four.
         dtype: One of `DTYPES`; None: the checkpoint's.
         attention: Name of an implementation of attention; None: the model's.
         seed: Determines the projection, maskings, and the documents that a metric is made of.
@@ -78,7 +81,7 @@ class Settings:
     sketch: str = "auto"
     max_tokens: int | None = None
     long: str = "cut"
-    maskings: int = 4
+    maskings: int | None = None
     dtype: str | None = None
     attention: str | None = None
     seed: int = 0
@@ -93,8 +96,9 @@ class Settings:
         choice("--method", self.method, METHODS)
         choice("--sketch", self.sketch, SKETCHES)
         choice("--long", self.long, LONG)
-        integer("--maskings", self.maskings, 1, 1000)
         integer("--seed", self.seed, 0, 2**63 - 1)
+        if self.maskings is not None:
+            integer("--maskings", self.maskings, 1, 1000)
         if self.task is not None:
             choice("--task", self.task, TASKS)
         if self.dtype is not None:
@@ -107,6 +111,16 @@ class Settings:
             raise ValueError(
                 "--sketch must be auto, dense or sjlt with --method less, not two_sided: a step of Adam has no factors"
             )
+
+    def require_fit(self, task: str) -> None:
+        """Refuses settings that would have no influence on a task.
+
+        Raises:
+            ValueError: There are some.
+        """
+        for name, own in {"maskings": "masked_lm", "label": "text_classification"}.items():
+            if getattr(self, name) is not None and task != own:
+                raise ValueError(f"{flag_of(name)} must be left out for {task}: it is for {own}")
 
     def stored(self) -> dict[str, Any]:
         """Returns what run.json has of the settings; paths are whole, so that the run can be opened from elsewhere."""
@@ -179,7 +193,7 @@ def flag_of(name: str) -> str:
 def _mended(settings: Settings, names: Sequence[str]) -> str:
     """Says what to do about flags that differ."""
     pronoun = "these" if len(names) > 1 else "this"
-    are_left_out = [not getattr(settings, name) for name in names]
+    are_left_out = [getattr(settings, name) is None or getattr(settings, name) is False for name in names]
     if all(are_left_out):
         return f"leave {pronoun} out"
     return f"give {pronoun}" if not any(are_left_out) else "do so"
