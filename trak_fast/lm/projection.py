@@ -59,7 +59,9 @@ def patterns_of(settings: Settings, model: nn.Module) -> list[str] | None:
     if params == ("all",):
         return ["*"]
     if params == ("linear",):
-        return [f"{name}.weight" for name, module in model.named_modules() if _is_linear(module)]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        weights = [id(module.weight) for module in model.modules() if _is_linear(module)]
+        return list(dict.fromkeys(names[weight] for weight in weights if weight in names))  # tied ones have one name
     return list(params)
 
 
