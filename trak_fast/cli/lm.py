@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .failure import INTERRUPTED, Failure, checking_arguments
 from .numbers import number
@@ -145,6 +146,7 @@ def _told_warnings() -> Iterator[None]:
     """Shows the package's warnings as the command's, in the first process alone."""
     logger = logging.getLogger("trak_fast")
     handler: logging.Handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("trak-fast: warning: %(message)s"))
     if not _is_first():
         handler = logging.NullHandler()
@@ -164,18 +166,12 @@ def _is_first() -> bool:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Opens the run, computes what is missing, and writes and prints results."""
-    from ..arguments import integer
     from ..lm import report
-    from ..lm.folder import require_name
     from ..lm.machine import Machine
+    from ..lm.results import checkpoint_weights, number_to_select
     from ..lm.run import open_run
 
-    for flag, least in {"top": 1, "worst": 0, "tokens": 0}.items():
-        setattr(arguments, flag, integer(f"--{flag}", getattr(arguments, flag), least, 10**6))
-    if arguments.ask is not None and (arguments.query is not None or len(arguments.ask) > 2):
-        fix = "leave out --query" if arguments.query is not None else "put each in quotation marks"
-        raise ValueError(f"--ask must be one question, of a prompt and a completion or of one text; {fix}")
-    require_name(arguments.name)
+    _check_flags(arguments)
     lines: list[str] = []
 
     def tell(line: str) -> None:
@@ -183,38 +179,88 @@ def _run(arguments: argparse.Namespace) -> None:
         if _is_first() and not arguments.json:
             say(line)
 
-    memory = None if arguments.memory is None else int(float(arguments.memory) * GIGABYTE)
-    machine = Machine(device=arguments.device, batch_tokens=arguments.batch_tokens, memory=memory)
+    machine = Machine(device=arguments.device, batch_tokens=arguments.batch_tokens, memory=_bytes_of(arguments.memory))
     given = {name: getattr(arguments, name) for name in SETTINGS} | {"models": arguments.models or None}
-    found = open_run(
-        arguments.out, given, machine, overwrite=arguments.overwrite, limit=arguments.limit
-    )  # fmt: skip
+    found = open_run(arguments.out, given, machine, overwrite=arguments.overwrite, limit=arguments.limit)
     questions, control = _questions(arguments, found)
+    if arguments.select is not None:
+        number_to_select(arguments.select, len(found.documents.documents))
     if found.documents.skipped:
         logging.getLogger("trak_fast").warning(report.skipped_warning(found.documents))
     tell(report.model_line(found))
-    stored = found.num_featurized() if found.folder.num_stored() is not None else 0
+    begun = found.folder.num_stored() is not None and not arguments.dry_run
+    stored = found.num_featurized() if begun else 0
     if stored < len(found.documents.documents) or arguments.dry_run:
         tell(report.documents_line(found, "train", found.documents, found.encoded))
     name = arguments.name or ("ask" if arguments.ask is not None else None)
     sets: list[Targets] = []
-    for documents, set_name in ((questions, name or "queries"), (control, f"{name or 'queries'}.against")):
-        if documents is None:
-            continue
-        targets = found.targets(documents, set_name)
-        if targets.left_out:
-            logging.getLogger("trak_fast").warning(report.left_out_warning(targets))
-        if not targets.documents:
-            raise ValueError("--query must have a question with a scored token, and none of them has one")
-        tell(
-            report.documents_line(
-                found, "query" if not sets else "against", documents, found.encode(documents.documents)
-            )
-        )
-        sets.append(targets)
+    if questions is not None:
+        sets.append(_targets(found, questions, "query", name or "queries", tell))
+        checkpoint_weights(found)  # refuses before anything is computed
+    if control is not None:
+        sets.append(_targets(found, control, "against", f"{name or 'queries'}.against", tell))
+    content: dict[str, Any] = {}
     if arguments.dry_run:
-        _dry_run(found, sets, arguments.tokens, tell)
-        return
+        content |= _dry_run(found, sets, arguments.tokens, tell)
+    else:
+        _compute(found, sets, stored, tell)
+        content["documents"] = len(found.documents.documents)
+        if sets:
+            content |= _answer(arguments, found, sets, name, lines, tell)
+        if arguments.clean:
+            content["clean"] = _clean(arguments, found, tell)
+        if not sets and not arguments.clean:
+            tell(report.label("features", f"all stored; --out {arguments.out} with --query, --ask or --clean goes on"))
+    if arguments.json and _is_first():
+        say(json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Checks the flags of results.
+
+    Raises:
+        ValueError: One is out of its range, or would have no influence without another.
+        TypeError: One is no number.
+    """
+    from ..arguments import integer
+    from ..lm.folder import require_name
+
+    for flag, least in {"top": 1, "worst": 0, "tokens": 0}.items():
+        setattr(arguments, flag, integer(f"--{flag}", getattr(arguments, flag), least, 10**6))
+    if arguments.ask is not None and (arguments.query is not None or len(arguments.ask) > 2):
+        fix = "leave out --query" if arguments.query is not None else "put each in quotation marks"
+        raise ValueError(f"--ask must be one question, of a prompt and a completion or of one text; {fix}")
+    require_name(arguments.name)
+    if arguments.group is not None and arguments.query is None:
+        raise ValueError("--query must be given with --group, which is a field of its files")
+    if arguments.query is None and arguments.ask is None:
+        for flag in ("against", "select", "name", "scores"):
+            if getattr(arguments, flag):
+                raise ValueError(f"--query or --ask must be given with --{flag}")
+
+
+def _bytes_of(gigabytes: object) -> int | None:
+    """Reads --memory.
+
+    Raises:
+        ValueError: It is no number above 0.
+    """
+    if gigabytes is None:
+        return None
+    if not isinstance(gigabytes, int | float) or not 0 < gigabytes < math.inf:
+        raise ValueError(f"--memory must be a number of GB above 0, not {gigabytes!r}")
+    return max(1, int(gigabytes * GIGABYTE))
+
+
+def _compute(found: Run, sets: Sequence[Targets], stored: int, tell: Callable[[str], None]) -> None:
+    """Computes the features that are missing.
+
+    Raises:
+        Failure: The user interrupts it.
+    """
+    from ..lm import report
+
+    found.replace_older()
     tell(report.gradients_line(found, found.traker))
     if 0 < stored < len(found.documents.documents):
         tell(report.label("train", f"{stored:,} of {len(found.documents.documents):,} documents are there"))
@@ -228,12 +274,6 @@ def _run(arguments: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
         raise Failure("", INTERRUPTED) from error
-    if sets:
-        _answer(arguments, found, sets, name, lines, tell)
-    if arguments.clean:
-        _clean(arguments, found, tell)
-    if not sets and not arguments.clean:
-        tell(report.label("features", f"all stored; --out {arguments.out} with --query, --ask or --clean goes on"))
 
 
 def _targets(found: Run, documents: Documents, word: str, name: str, tell: Callable[[str], None]) -> Targets:
@@ -276,8 +316,6 @@ def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | N
             asked = Documents((document,), ("prompt", "completion"))
         return asked, control
     if arguments.query is None:
-        if control is not None or arguments.select is not None:
-            raise ValueError("--query or --ask must be given with --against and --select")
         return None, None
     return _read_questions(arguments.query, fields, settings.by_file), control
 
@@ -298,8 +336,8 @@ def _read_questions(paths: Sequence[str], fields: Fields, by_file: bool) -> Docu
         return read_documents(files, own, by_file=by_file)
 
 
-def _dry_run(found: Run, sets: Sequence[Targets], tokens: int, tell: Callable[[str], None]) -> None:
-    """Shows an example, and predicts what the run needs."""
+def _dry_run(found: Run, sets: Sequence[Targets], tokens: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Shows an example, predicts what the run needs, and returns it for --json."""
     from ..lm import forecast
 
     pieces = sets[0].pieces if sets else found.encoded.pieces
@@ -308,6 +346,7 @@ def _dry_run(found: Run, sets: Sequence[Targets], tokens: int, tell: Callable[[s
     predicted = forecast.forecast(found, sets, tokens=tokens)
     for line in forecast.lines(found, predicted):
         tell(line)
+    return {"seconds": predicted.total, "memory_bytes": predicted.memory, "disk_bytes": predicted.disk}
 
 
 def _answer(
@@ -317,8 +356,8 @@ def _answer(
     name: str | None,
     lines: Sequence[str],
     tell: Callable[[str], None],
-) -> None:
-    """Writes and prints the answer to the questions."""
+) -> dict[str, Any]:
+    """Writes and prints the answer to the questions, and returns it for --json."""
     from ..lm import report
     from ..lm.answer import Wanted, answer
 
@@ -350,9 +389,7 @@ def _answer(
     settings = f"      settings: {arguments.out.rstrip('/')}/run.json"
     scores = f"      all scores: {shown}/scores.npy" if arguments.scores else ""
     tell(report.label("page", files + settings + scores))
-    if arguments.json and _is_first():
-        content = {"page": f"{shown}/index.html", "queries": result.entries}
-        say(json.dumps(content, ensure_ascii=False, indent=1))
+    return {"page": f"{shown}/index.html", "queries": result.entries}
 
 
 def _shown(out: str, folder: Path) -> str:
@@ -361,15 +398,16 @@ def _shown(out: str, folder: Path) -> str:
     return out.rstrip("/") if folder == own else f"{out.rstrip('/')}/{folder.name}"
 
 
-def _clean(arguments: argparse.Namespace, found: Run, tell: Callable[[str], None]) -> None:
-    """Ranks the training documents by self-influence."""
+def _clean(arguments: argparse.Namespace, found: Run, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Ranks the training documents by self-influence, and returns their lines for --json."""
     from ..lm import report, results
 
     entries = results.self_influence_lines(found)
     if not _is_first():
-        return
+        return entries
     results.write_lines(found.folder.path / "clean.jsonl", entries)
     for line in report.influence_lines(entries[: min(arguments.top, report.LISTED)], found):
         tell(line)
     shown = arguments.out.rstrip("/")
     tell(report.label("clean", f"all {len(entries):,} documents by self-influence: {shown}/clean.jsonl"))
+    return entries

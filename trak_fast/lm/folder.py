@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..store.files import advising_on_denied, atomic_file, read_json, write_json
+from ..store.files import advising_on_denied, atomic_file, read_json
 from ..store.growth import stored_size
 from .texts.documents import Document
+from .texts.pieces import Piece
 
 FORMAT = 1
 """The number of the format of run.json."""
@@ -44,18 +45,42 @@ def digests_of(documents: Sequence[Document]) -> NDArray[np.uint64]:
     return np.array([digest_of(document) for document in documents], np.uint64)
 
 
+def digests_of_tokens(pieces: Sequence[Piece]) -> list[str]:
+    """Returns a digest of the tokens and labels of each document, in the order of their first pieces."""
+    hashes: dict[int, Any] = {}
+    for piece in pieces:
+        digest = hashes.setdefault(piece.document, hashlib.blake2b(digest_size=8))
+        for array in (piece.input_ids, piece.labels):
+            digest.update(len(array).to_bytes(8, "little") + array.astype("<i4").tobytes())
+    return [digest.hexdigest() for digest in hashes.values()]
+
+
 class RunFolder:
     """The files of a run.
 
     Attributes:
         path: The folder.
         name: The folder as the user wrote it, for messages.
+        is_outdated: True where a run that is there counts as none: it will be deleted.
     """
 
-    def __init__(self, out: str | os.PathLike[str]) -> None:
-        """Takes the path; nothing is read or written."""
+    def __init__(self, out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Takes the path; nothing is read or written.
+
+        Args:
+            out: The path.
+            overwrite: Has a run that is there count as none, and `delete_outdated` delete it.
+
+        Raises:
+            ValueError: The folder is to be overwritten, and has files, but no run.
+        """
         self.name = os.fspath(out).rstrip("/") or "/"
         self.path = Path(out).expanduser().resolve()
+        self.is_outdated = overwrite and self.path.exists()
+        if self.is_outdated and not ((self.path / "run.json").exists() or self.features.exists()):
+            if any(self.path.iterdir()):
+                raise ValueError(f"--overwrite must be given with a run's folder, and {self.name} has no run.json")
+            self.is_outdated = False
 
     @property
     def features(self) -> Path:
@@ -69,7 +94,7 @@ class RunFolder:
             ValueError: It is corrupt or of another version.
         """
         file = self.path / "run.json"
-        if not file.exists():
+        if self.is_outdated or not file.exists():
             return None
         content = read_json(file)
         if content.get("format") != FORMAT or not isinstance(content.get("settings"), dict):
@@ -95,10 +120,12 @@ class RunFolder:
         return {} if content is None else content.get("facts", {})
 
     def save(self, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Writes run.json."""
+        """Writes run.json, in place of the one that is there."""
+        content = {"format": FORMAT, "settings": settings, "facts": facts}
         with advising_on_denied(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "run.json", {"format": FORMAT, "settings": settings, "facts": facts})
+            with atomic_file(self.path / "run.json") as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def documents(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]] | None:
         """Reads the digests of the documents and the numbers of their pieces, (n,) each; None if there are none.
@@ -107,7 +134,7 @@ class RunFolder:
             ValueError: The file is corrupt.
         """
         file = self.path / "documents.npz"
-        if not file.exists():
+        if self.is_outdated or not file.exists():
             return None
         try:
             with np.load(file, allow_pickle=False) as content:
@@ -123,7 +150,7 @@ class RunFolder:
 
     def num_stored(self) -> int | None:
         """Returns the number of pieces that the features have rows for; None if there are no features."""
-        return stored_size(self.features)
+        return None if self.is_outdated else stored_size(self.features)
 
     def results(self, name: str | None) -> Path:
         """Returns the folder of the results of queries, and makes it.
@@ -137,17 +164,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def delete(self) -> None:
-        """Deletes a run, for --overwrite; other files in its folder stay.
-
-        Raises:
-            ValueError: The folder has files, but no run.
-        """
-        if not self.path.exists():
-            return
-        if not (self.path / "run.json").exists() and any(self.path.iterdir()):
-            raise ValueError(f"--overwrite must be given with a run's folder, and {self.name} has no run.json")
-        (self.path / "run.json").unlink(missing_ok=True)  # first, as the others are nothing without it
+    def delete_outdated(self) -> None:
+        """Deletes the run that is to be overwritten; other files in its folder stay."""
         (self.path / "run.json").unlink(missing_ok=True)  # first, as the others are nothing without it
         shutil.rmtree(self.features, ignore_errors=True)
         (self.path / "documents.npz").unlink(missing_ok=True)

@@ -84,7 +84,10 @@ def choose_projection(settings: Settings, model: nn.Module, task: Task, mean_tok
         ValueError: --params names no parameter.
     """
     grad_wrt = patterns_of(settings, model)
-    parameters = select_parameters(model, grad_wrt)
+    try:
+        parameters = select_parameters(model, grad_wrt)
+    except ValueError as error:
+        raise ValueError(str(error).replace("grad_wrt", "--params")) from None
     metric = None
     if settings.method == "trak":
         free = settings.sketch in ("auto", "sjlt")

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..distributed import Ranks
 from ..traker import TRAKer
-from .folder import RunFolder, check_is_prefix, digests_of
+from .folder import RunFolder, check_is_prefix, digests_of, digests_of_tokens
 from .machine import Machine
 from .models.folders import Models, find_models
 from .projection import Choice, choose_projection
@@ -40,6 +40,9 @@ BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} tokens · {rate_
 
 METRIC_DOCUMENTS = (64, 256)
 """Documents that a metric is made of, at least and at most."""
+
+FIRST_DOCUMENTS = 16
+"""Documents whose tokens are compared with those that a run was made of."""
 
 METRIC_SHARE = 1 / 8
 """Share of all tokens that a metric may be made of, where that is enough documents."""
@@ -87,6 +90,7 @@ class Run:
         documents: Documents,
         *,
         ranks: Ranks,
+        is_moved: bool = False,
     ) -> None:
         """Takes the parts; `open_run` reads them.
 
@@ -97,6 +101,8 @@ class Run:
             models: The checkpoints.
             documents: The training documents.
             ranks: The processes that share the work.
+            is_moved: True where the checkpoints are in other folders than run.json says: their weights are checked
+                before anything else is done.
         """
         self.folder = folder
         self.settings = settings
@@ -104,6 +110,7 @@ class Run:
         self.models = models
         self.documents = documents
         self.ranks = ranks
+        self.is_moved = is_moved
         self._loaded: int | None = None
 
     @cached_property
@@ -205,11 +212,22 @@ class Run:
         """The features, with a row for each piece."""
         return self._open_features()
 
+    def replace_older(self) -> None:
+        """Deletes the run that this one overwrites, if there is one."""
+        if self.folder.is_outdated:
+            self.ranks.first(self.folder.delete_outdated)
+            self.folder.is_outdated = False
+
     def _open_features(self) -> TRAKer:
         """Opens the features, makes them, or has them grow to the pieces that there are."""
         stored = self.folder.num_stored()
         wanted = int(self.pieces_of_documents.sum())
+        self._require_same_tokens()
         traker = self.make_traker(self.folder.features, wanted if stored is None else stored)
+        if self.is_moved:
+            for model_id in traker.store.model_ids():
+                with self._naming_weights(model_id):
+                    traker.load_checkpoint(self.models.state(model_id, self.model), model_id)
         if self.ranks.rank == 0:
             stored_digests = self.folder.documents()
             if stored_digests is None or len(stored_digests[0]) != len(self.documents.documents):
@@ -218,6 +236,26 @@ class Run:
         if wanted > traker.train_set_size:
             traker.extend(wanted)
         return traker
+
+    @cached_property
+    def first_tokens(self) -> list[str]:
+        """Digests of the tokens of the first documents, by which another tokenizer is noticed."""
+        return digests_of_tokens(self.encode(self.documents.documents[:FIRST_DOCUMENTS]).pieces)
+
+    def _require_same_tokens(self) -> None:
+        """Checks that documents have the tokens that their features were made of.
+
+        Raises:
+            ValueError: They have others.
+        """
+        known = self.folder.facts().get("first_tokens", [])
+        for document, old, new in zip(self.documents, known, self.first_tokens, strict=False):
+            if old != new:
+                raise ValueError(
+                    f"the tokenizer of {self.models.tokenizer_path} makes other tokens of {document.where} than those "
+                    f"that {self.folder.name}/ was made of; --tokenizer DIR with the old one, another --out, or "
+                    "--overwrite"
+                )
 
     def make_traker(self, path: Path, num_rows: int) -> TRAKer:
         """Opens or makes features in a folder, with the settings of the run."""
@@ -259,6 +297,7 @@ class Run:
             "parameters": traker.grad_dim,
             "proj_dim": traker.proj_dim,
             "store_dtype": traker.store.store_dtype,
+            "first_tokens": self.first_tokens,
             "way": self.choice.text,
             "arguments": self.choice.arguments,
         }
@@ -418,7 +457,8 @@ class Run:
     def load(self, model_id: int) -> None:
         """Has the model's weights be those of a checkpoint."""
         if self._loaded != model_id:
-            self.traker.load_checkpoint(self.models.state(model_id, self.model), model_id)
+            with self._naming_weights(model_id):
+                self.traker.load_checkpoint(self.models.state(model_id, self.model), model_id)
             self._loaded = model_id
 
 
@@ -441,7 +481,7 @@ def open_run(
         out: The folder.
         given: Settings by name; None for those that were not given, which are those of the run, or the defaults.
         machine: The means to compute with.
-        overwrite: Deletes the run that is there.
+        overwrite: Has the run that is there count as none; `Run.replace_older` deletes it.
         limit: Training documents at most.
 
     Raises:
@@ -449,9 +489,7 @@ def open_run(
         OSError: A file cannot be read.
     """
     ranks = Ranks()
-    folder = RunFolder(out)
-    if overwrite:
-        ranks.first(folder.delete)
+    folder = RunFolder(out, overwrite=overwrite)
     stored = folder.settings()
     settings = settings_of(given) if stored is None else merged(stored, given, folder.name)
     models = find_models(_near(settings.models), base=settings.base, tokenizer=settings.tokenizer, task=settings.task)
@@ -466,7 +504,8 @@ def open_run(
             documents = Documents(documents.documents[: len(known[0])], documents.fields)
         found = digests_of(documents.documents)
         check_is_prefix(folder, known[0], documents.documents, found)
-    return Run(folder, settings, machine, models, documents, ranks=ranks)
+    is_moved = stored is not None and any(settings.stored()[name] != stored[name] for name in ("models", "base"))
+    return Run(folder, settings, machine, models, documents, ranks=ranks, is_moved=is_moved)
 
 
 def _near(paths: Sequence[str]) -> list[Path]:

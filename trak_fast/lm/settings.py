@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import choice, integer
+from .models.loading import ATTENTION
 
 METHODS = ("trak", "cosine", "dot", "less")
 """Names of the ways to scores."""
@@ -103,6 +104,8 @@ class Settings:
             choice("--task", self.task, TASKS)
         if self.dtype is not None:
             choice("--dtype", self.dtype, DTYPES)
+        if self.attention is not None:
+            choice("--attention", self.attention, ATTENTION)
         if self.proj_dim is not None:
             integer("--proj-dim", self.proj_dim, 1, 2**24)
         if self.max_tokens is not None:
