@@ -265,7 +265,7 @@ class Run:
             task_of(self.models.task, method),
             num_rows,
             path,
-            optimizer_state=self._optimizer_states(),
+            optimizer_state=self.optimizer_states(),
             memory_budget=self.machine.memory,
             lambda_reg="auto" if method == "trak" else math.inf,
             normalize=method != "dot",
@@ -273,7 +273,7 @@ class Run:
             **self.choice.arguments,
         )
 
-    def _optimizer_states(self) -> dict[int, str] | None:
+    def optimizer_states(self) -> dict[int, str] | None:
         """Returns the files with Adam's moments of each checkpoint, for the method that needs them.
 
         Raises:
@@ -505,7 +505,9 @@ def open_run(
         found = digests_of(documents.documents)
         check_is_prefix(folder, known[0], documents.documents, found)
     is_moved = stored is not None and any(settings.stored()[name] != stored[name] for name in ("models", "base"))
-    return Run(folder, settings, machine, models, documents, ranks=ranks, is_moved=is_moved)
+    run = Run(folder, settings, machine, models, documents, ranks=ranks, is_moved=is_moved)
+    run.optimizer_states()  # refuses what is missing before a model is read
+    return run
 
 
 def _near(paths: Sequence[str]) -> list[Path]:
