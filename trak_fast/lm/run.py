@@ -136,7 +136,7 @@ class Run:
             long=self.settings.long,
             vocab_size=self.models.vocab_size,
             label_ids=self.models.label_ids,
-            maskings=(self.settings.maskings or MASKINGS) if self.averages_pieces else 1,
+            maskings=self.maskings,
             seed=self.settings.seed,
         )
 
@@ -196,9 +196,9 @@ class Run:
         return self.encoded.tokens / max(1, len(self.encoded.pieces))
 
     @property
-    def averages_pieces(self) -> bool:
-        """True where the pieces of a document are maskings of it, whose scores are averaged; else they are added up."""
-        return self.models.task == "masked_lm"
+    def maskings(self) -> int:
+        """Maskings of each document, by which the sum of the scores of its pieces is divided; 1 for other tasks."""
+        return (self.settings.maskings or MASKINGS) if self.models.task == "masked_lm" else 1
 
     @cached_property
     def traker(self) -> TRAKer:

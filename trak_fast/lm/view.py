@@ -69,16 +69,16 @@ def token_parts(run: Run, targets: Targets, rankings: Sequence[Ranking], count: 
                     own = parts[place : place + len(pieces[row])] * weights[question, column]
                     place += len(pieces[row])
                     sums[column, row] = sums.get((column, row), 0) + own
-    return {key: _spans(pieces[key[1]], parts, is_mean=run.averages_pieces) for key, parts in sums.items()}
+    return {key: _spans(pieces[key[1]], parts, maskings=run.maskings) for key, parts in sums.items()}
 
 
-def _spans(pieces: Sequence[Piece], parts: NDArray[np.float64], *, is_mean: bool) -> Spans:
+def _spans(pieces: Sequence[Piece], parts: NDArray[np.float64], *, maskings: int) -> Spans:
     """Adds up the parts of a document's tokens over its pieces."""
     total: dict[tuple[int, int], float] = {}
     for piece, values in zip(pieces, parts, strict=True):
         assert piece.spans is not None
         for (start, end), value in zip(piece.spans.tolist(), values, strict=False):
-            total[start, end] = total.get((start, end), 0.0) + float(value) / (len(pieces) if is_mean else 1)
+            total[start, end] = total.get((start, end), 0.0) + float(value) / maskings
     return tuple((start, end, total[start, end]) for start, end in sorted(total))
 
 
