@@ -17,6 +17,9 @@ from .word_ranks import WordRanks
 MOST_QUESTIONS = 16
 """Pieces of questions in a query up to which tokens are coloured: each takes a pass over the documents."""
 
+MOST_LETTERS = 200_000_000
+"""Letters of all training documents up to which their words are counted, which takes some 10 bytes a letter."""
+
 Spans = tuple[tuple[int, int, float], ...]
 
 logger = logging.getLogger("trak_fast")
@@ -98,10 +101,11 @@ def page_content(
         facts: Labels and texts that say how the page was made.
         title: The page's title.
     """
-    words = WordRanks([document.shown for document in run.documents.documents])
+    texts = [document.shown for document in run.documents.documents]
+    words = WordRanks(texts) if sum(map(len, texts)) <= MOST_LETTERS else None
     views = []
     for column, ranking in enumerate(rankings):
-        ranks = words.ranks(ranking.query.text)
+        ranks = None if words is None else words.ranks(ranking.query.text)
         single = ranking.query.documents[0] if ranking.query.group is None else None
         has_parts = single is not None and single.completion is not None
         views.append(
@@ -117,8 +121,12 @@ def page_content(
             )
         )
     return PageContent(
-        title=title, facts=tuple(facts), tie=run.tie or 0.0, queries=tuple(views), word_ranks_from="BM25"
-    )  # fmt: skip
+        title=title,
+        facts=tuple(facts),
+        tie=run.tie or 0.0,
+        queries=tuple(views),
+        word_ranks_from=None if words is None else "BM25",
+    )
 
 
 def _cards(
@@ -127,7 +135,7 @@ def _cards(
     scores: NDArray[np.float32],
     column: int,
     parts: Mapping[tuple[int, int], Spans],
-    ranks: NDArray[np.int64],
+    ranks: NDArray[np.int64] | None,
 ) -> tuple[Card, ...]:
     """Makes the cards of some documents."""
     cards = []
@@ -142,7 +150,7 @@ def _cards(
                 where=document.where,
                 text=document.shown,
                 tokens=parts.get((column, row)),
-                word_rank=int(ranks[row]),
+                word_rank=None if ranks is None else int(ranks[row]),
             )
         )
     return tuple(cards)
