@@ -193,8 +193,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if found.documents.skipped:
         logging.getLogger("trak_fast").warning(report.skipped_warning(found.documents))
     tell(report.model_line(found))
-    stored = found.num_featurized() if found.folder.num_stored() is not None else 0
-    if stored < len(found.documents.documents) or arguments.dry_run:
+    stored = found.num_featurized() if found.folder.num_stored() is not None else [0]
+    is_complete = min(stored) == len(found.documents.documents)
+    if not is_complete or arguments.dry_run:
         tell(report.documents_line(found, "train", found.documents, found.encoded))
     name = arguments.name or ("ask" if arguments.ask is not None else None)
     sets: list[Targets] = []
@@ -216,17 +217,14 @@ def _run(arguments: argparse.Namespace) -> None:
         _dry_run(found, sets, arguments.tokens, tell)
         return
     tell(report.gradients_line(found, found.traker))
-    if 0 < stored < len(found.documents.documents):
-        tell(report.label("train", f"{stored:,} of {len(found.documents.documents):,} documents are there"))
+    if max(stored) and not is_complete:
+        tell(report.label("train", f"{report.stored_text(found, stored)} are there"))
     try:
         found.compute(sets)
     except KeyboardInterrupt as error:
         if _is_first():
-            stored = found.num_featurized()
-            print(
-                f"trak-fast: stopped; {stored:,} documents are stored. The same command goes on from here.",
-                file=sys.stderr,
-            )
+            told = report.stored_text(found, found.num_featurized())
+            print(f"trak-fast: stopped; {told} are stored. The same command goes on from here.", file=sys.stderr)
         raise Failure("", INTERRUPTED) from error
     if sets:
         _answer(arguments, found, sets, name, lines, tell)

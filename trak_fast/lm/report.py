@@ -154,6 +154,14 @@ def shorten(text: str, most: int = SHORT) -> str:
     return words if len(words) <= most else textwrap.shorten(words, most, placeholder=" …") or words[:most] + "…"
 
 
+def stored_text(run: Run, stored: Sequence[int]) -> str:
+    """Says how much is stored: "6,310 of 10,000 documents", or "10,000, 6,310 and 0 of 10,000 documents"."""
+    numbers = [f"{count:,}" for count in stored]
+    told = numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} and {numbers[-1]}"
+    checkpoints = " at the checkpoints" if len(numbers) > 1 else ""
+    return f"{told} of {len(run.documents.documents):,} documents{checkpoints}"
+
+
 def left_out_warning(targets: Targets) -> str:
     """Names the questions that are left out."""
     numbers = list(targets.left_out)

@@ -278,13 +278,10 @@ class Run:
             owners=np.array([places[piece.document] for piece in pieces], np.int64),
         )
 
-    def num_featurized(self) -> int:
-        """Counts the documents whose features are stored for all checkpoints."""
-        done = np.ones(len(self.owners), bool)
-        for i in range(len(self.models.folders)):
-            done &= self._done(i)
-        missing = np.unique(self.owners[~done])
-        return len(self.documents.documents) - len(missing)
+    def num_featurized(self) -> list[int]:
+        """Counts the documents whose features are stored, at each checkpoint."""
+        total = len(self.documents.documents)
+        return [total - len(np.unique(self.owners[~self._done(i)])) for i in range(len(self.models.folders))]
 
     def _done(self, model_id: int) -> NDArray[np.bool_]:
         """Tells which pieces a checkpoint has features of, (n,)."""
