@@ -58,7 +58,6 @@ def document(title: str, body: str, style: str, script: str = "") -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
 <title>{escape(title)}</title>
 <style>{one_line(STYLE + style)}</style>
 </head>

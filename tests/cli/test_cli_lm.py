@@ -15,6 +15,7 @@ import pytest
 from libraries import needs
 from lm_runs import VOCABULARY, call, page_data, read_lines, refusal, save_model, scores_of, succeed, texts_of, write
 
+from trak_fast.features.tokens import NoTokensError
 from trak_fast.lm import run as rooms
 
 needs("transformers")
@@ -204,7 +205,7 @@ def test_a_dry_run_shows_an_example_and_stores_nothing(home: Home, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
     example = next(line for line in lines if line.startswith("example   "))
     prompt, completion = home.texts[4][:8].split(), home.texts[4][8:].split()
-    assert example.removeprefix("example   ") == f"{''.join(prompt)}⟦{''.join(completion)}⟧"
+    assert example.removeprefix("example   ") == f"{' '.join(prompt)}⟦{' '.join(completion)}⟧"
     assert lines[-1].startswith("needs     ")
     seconds, memory, disk = re.fullmatch(
         r"needs     (.*) \(.*\), (.*) of memory, (.*) of disk in .*/run/", lines[-1]
@@ -272,6 +273,23 @@ def test_warnings_of_the_package_are_the_commands(home: Home, tmp_path: Path, mo
     )
     assert not logger.handlers
     assert logger.propagate
+
+
+def test_tokens_that_cannot_be_told_apart_are_not_coloured(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = home.copy(tmp_path)
+
+    def refuse(*words: Any, **options: Any) -> None:
+        raise NoTokensError("no sums over tokens")
+
+    monkeypatch.setattr(rooms.TRAKer, "token_scores", refuse)
+    result = succeed("--out", out, "--query", home.query)
+    assert result.err == (
+        "trak-fast: warning: tokens are not coloured: the parameters' gradients are no sums over tokens\n"
+    )
+    assert "tokens" not in page_data(out / "index.html")["queries"][0]["top"][0]
+    assert read_lines(out / "top.jsonl") == read_lines(home.out / "top.jsonl")
 
 
 def test_files_of_folders_that_are_not_read_are_named(home: Home, tmp_path: Path) -> None:

@@ -267,6 +267,8 @@ def test_classifiers_take_labels_by_name_and_a_repeated_document_is_first(tmp_pa
     assert "task text_classification" in result.out
     assert scores_of(tmp_path / "run").argmax(0).tolist() == [4, 2]
     assert [line["label"] for line in read_lines(tmp_path / "run" / "top.jsonl")] == ["good", 2]
+    example = succeed(*words, "--dry-run").out.split("example   ")[1].splitlines()[0]
+    assert example == f"⟦{texts[4]}⟧"
     write(query, [{"text": "ba be", "label": "great"}])
     assert refusal(*words) == (
         f'{query}:1 has the label "great", and the model\'s labels are "bad" (0), "good" (1), "none" (2); mend one of '

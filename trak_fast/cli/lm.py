@@ -189,8 +189,9 @@ def _run(arguments: argparse.Namespace) -> None:
         logging.getLogger("trak_fast").warning(report.skipped_warning(found.documents))
     tell(report.model_line(found))
     begun = found.folder.num_stored() is not None and not arguments.dry_run
-    stored = found.num_featurized() if begun else 0
-    if stored < len(found.documents.documents) or arguments.dry_run:
+    stored = found.num_featurized() if begun else [0]
+    is_complete = min(stored) == len(found.documents.documents)
+    if not is_complete or arguments.dry_run:
         tell(report.documents_line(found, "train", found.documents, found.encoded))
     name = arguments.name or ("ask" if arguments.ask is not None else None)
     sets: list[Targets] = []
@@ -252,7 +253,7 @@ def _bytes_of(gigabytes: object) -> int | None:
     return max(1, int(gigabytes * GIGABYTE))
 
 
-def _compute(found: Run, sets: Sequence[Targets], stored: int, tell: Callable[[str], None]) -> None:
+def _compute(found: Run, sets: Sequence[Targets], stored: Sequence[int], tell: Callable[[str], None]) -> None:
     """Computes the features that are missing.
 
     Raises:
@@ -262,17 +263,14 @@ def _compute(found: Run, sets: Sequence[Targets], stored: int, tell: Callable[[s
 
     found.replace_older()
     tell(report.gradients_line(found, found.traker))
-    if 0 < stored < len(found.documents.documents):
-        tell(report.label("train", f"{stored:,} of {len(found.documents.documents):,} documents are there"))
+    if max(stored) and min(stored) < len(found.documents.documents):
+        tell(report.label("train", f"{report.stored_text(found, stored)} are there"))
     try:
         found.compute(sets)
     except KeyboardInterrupt as error:
         if _is_first():
-            stored = found.num_featurized()
-            print(
-                f"trak-fast: stopped; {stored:,} documents are stored. The same command goes on from here.",
-                file=sys.stderr,
-            )
+            told = report.stored_text(found, found.num_featurized())
+            print(f"trak-fast: stopped; {told} are stored. The same command goes on from here.", file=sys.stderr)
         raise Failure("", INTERRUPTED) from error
 
 

@@ -7,6 +7,7 @@ small run, in which batches are as large.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import resource
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..bench.units import bytes_text, seconds_text
 from ..store.files import temporary_folder
+from ..tasks.tokens import IGNORED
 from ..traker import TRAKer
 from .report import gradients_line, label
 from .run import Run, Targets
@@ -278,15 +280,19 @@ def lines(run: Run, found: Forecast) -> list[str]:
 
 def example_lines(piece: Piece, run: Run) -> list[str]:
     """Shows a piece as the model sees it, with its scored part between ⟦ and ⟧."""
-    texts: list[str] = []
-    scored = False
-    for token, target in zip(piece.input_ids.tolist(), piece.labels.tolist(), strict=False):
-        is_scored = target != -100
-        if is_scored != scored:
-            texts.append("⟦" if is_scored else "⟧")
-            scored = is_scored
-        texts.append(run.tokenizer.decode([token]))
-    text = "".join(texts) + ("⟧" if scored else "")
+    # a class is no token: all of its text is scored
+    labels = piece.input_ids if run.models.task == "text_classification" else piece.labels
+    parts = itertools.groupby(zip(piece.input_ids.tolist(), labels.tolist(), strict=True), _is_scored)
+    texts = []
+    for is_scored, tokens in parts:
+        part = run.tokenizer.decode([token for token, _ in tokens])  # at once: a token alone may lose its blank
+        texts.append(f"⟦{part}⟧" if is_scored else part)
+    text = "".join(texts)
     if len(text) > 2 * SHOWN:
         text = f"{text[:SHOWN]} … {text[-SHOWN:]}"
     return [label("example" if not place else "", line) for place, line in enumerate(text.splitlines() or [""])]
+
+
+def _is_scored(token: tuple[int, int]) -> bool:
+    """Tells if a token, given with its label, is scored."""
+    return token[1] != IGNORED

@@ -144,7 +144,7 @@ off here. Allow them for this file (it loads nothing), or read top.jsonl beside 
 </footer>
 <script type="application/json" id="content">{_island(_data(content))}</script>"""
     style = (folder / "page.css").read_text(encoding="utf-8")
-    script = (folder / "page.js").read_text(encoding="utf-8")
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("text.js", "page.js"))
     return document(BROKEN.sub("\ufffd", content.title), body, style, script)
 
 

@@ -61,7 +61,7 @@ def documents_line(run: Run, name: str, documents: Documents, encoded: Encoded, 
     if encoded.cut:
         parts.append(f"{encoded.cut:,} cut at {run.max_tokens:,} (--max-tokens; --long split takes all)")
     if len(encoded.pieces) > len(documents.documents):
-        parts.append(f"{len(encoded.pieces):,} {'maskings' if run.averages_pieces else 'windows'}")
+        parts.append(f"{len(encoded.pieces):,} {'windows' if run.maskings == 1 else 'maskings'}")
     if encoded.empty:
         parts.append(f"{len(encoded.empty):,} without a scored token")
     return label(name, "; ".join(parts) + note)
@@ -74,10 +74,11 @@ def gradients_line(run: Run, traker: TRAKer) -> str:
     kilobytes = bits * traker.proj_dim / 8 / 1024
     count = sum(parameter.numel() for parameter in run.model.parameters())
     adam = " as Adam's steps" if run.settings.method == "less" else ""
+    kind = KINDS[str(getattr(traker.projector, "proj_type", "normal"))]
     return label(
         "gradients",
-        f"{traker.grad_dim:,} of {count:,} parameters{adam}, {KINDS[str(getattr(traker.projector, 'proj_type', 'normal'))]} projection to "
-        f"k = {traker.proj_dim:,} ({run.choice.text}); {kilobytes:,.3g} KB a document, {store_dtype}",
+        f"{traker.grad_dim:,} of {count:,} parameters{adam}, {kind} projection to k = {traker.proj_dim:,} "
+        f"({run.choice.text}); {kilobytes:,.3g} KB a document, {store_dtype}",
     )
 
 
@@ -151,6 +152,14 @@ def shorten(text: str, most: int = SHORT) -> str:
     """Shortens a text to one line."""
     words = " ".join(text.split())
     return words if len(words) <= most else textwrap.shorten(words, most, placeholder=" …") or words[:most] + "…"
+
+
+def stored_text(run: Run, stored: Sequence[int]) -> str:
+    """Says how much is stored: "6,310 of 10,000 documents", or "10,000, 6,310 and 0 of 10,000 documents"."""
+    numbers = [f"{count:,}" for count in stored]
+    told = numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} and {numbers[-1]}"
+    checkpoints = " at the checkpoints" if len(numbers) > 1 else ""
+    return f"{told} of {len(run.documents.documents):,} documents{checkpoints}"
 
 
 def left_out_warning(targets: Targets) -> str:

@@ -124,14 +124,14 @@ class _PieceScores:
         self.averaging = averaging_of(run, targets)
         self.counts = run.pieces_of_documents
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self.is_mean = run.averages_pieces
+        self.maskings = run.maskings
 
     def read(self, documents: slice) -> NDArray[np.float64]:
         """Returns the scores of some documents for all queries."""
         total = np.zeros((documents.stop - documents.start, self.averaging.shape[1]))
         for matrix, weight in self.matrices:
             block = np.asarray(matrix[self.starts[documents.start] : self.starts[documents.stop]], np.float64)
-            total += weight * _sums(block, self.counts[documents], is_mean=self.is_mean) @ self.averaging
+            total += weight * _sums(block, self.counts[documents], maskings=self.maskings) @ self.averaging
         return total
 
 
@@ -149,13 +149,13 @@ def _write_documents(run: Run, pieces: Sequence[_PieceScores], path: Path) -> No
         del total
 
 
-def _sums(block: NDArray[np.float64], counts: NDArray[np.int64], *, is_mean: bool) -> NDArray[np.float64]:
-    """Adds up, or averages, the rows of each document, which follow each other."""
-    if (counts == 1).all():
+def _sums(block: NDArray[np.float64], counts: NDArray[np.int64], *, maskings: int) -> NDArray[np.float64]:
+    """Adds up the rows of each document, which follow each other, and averages over maskings."""
+    if maskings == 1 and (counts == 1).all():
         return block
     sums = np.zeros((len(counts), block.shape[1]))
     np.add.at(sums, np.repeat(np.arange(len(counts)), counts), block)
-    return sums / np.maximum(counts, 1)[:, None] if is_mean else sums
+    return sums / maskings
 
 
 def averaging_of(run: Run, targets: Targets) -> NDArray[np.float64]:
@@ -163,11 +163,9 @@ def averaging_of(run: Run, targets: Targets) -> NDArray[np.float64]:
     queries = queries_of(targets)
     columns = {id(document): column for column, query in enumerate(queries) for document in query.documents}
     owners = [columns[id(document)] for document in targets.documents]
-    pieces = np.bincount(targets.owners, minlength=len(targets.documents))
     matrix = np.zeros((len(targets.pieces), len(queries)))
     for place, question in enumerate(targets.owners):
-        share = pieces[question] if run.averages_pieces else 1
-        matrix[place, owners[question]] = 1 / (share * len(queries[owners[question]].documents))
+        matrix[place, owners[question]] = 1 / (run.maskings * len(queries[owners[question]].documents))
     return matrix
 
 
@@ -360,6 +358,6 @@ def self_influence_lines(run: Run) -> list[dict[str, Any]]:
     finally:
         traker.normalize = normalize
     counts = run.pieces_of_documents
-    values = _sums(influence[:, None].astype(np.float64), counts, is_mean=run.averages_pieces)[:, 0].astype(np.float32)
+    values = _sums(influence[:, None].astype(np.float64), counts, maskings=run.maskings)[:, 0].astype(np.float32)
     order = _lowest(-values, len(values))
     return _entries(order, values[order], run.documents.documents)

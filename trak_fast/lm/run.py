@@ -143,7 +143,7 @@ class Run:
             long=self.settings.long,
             vocab_size=self.models.vocab_size,
             label_ids=self.models.label_ids,
-            maskings=(self.settings.maskings or MASKINGS) if self.averages_pieces else 1,
+            maskings=self.maskings,
             seed=self.settings.seed,
         )
 
@@ -203,9 +203,9 @@ class Run:
         return self.encoded.tokens / max(1, len(self.encoded.pieces))
 
     @property
-    def averages_pieces(self) -> bool:
-        """True where the pieces of a document are maskings of it, whose scores are averaged; else they are added up."""
-        return self.models.task == "masked_lm"
+    def maskings(self) -> int:
+        """Maskings of each document, by which the sum of the scores of its pieces is divided; 1 for other tasks."""
+        return (self.settings.maskings or MASKINGS) if self.models.task == "masked_lm" else 1
 
     @cached_property
     def traker(self) -> TRAKer:
@@ -317,13 +317,10 @@ class Run:
             owners=np.array([places[piece.document] for piece in pieces], np.int64),
         )
 
-    def num_featurized(self) -> int:
-        """Counts the documents whose features are stored for all checkpoints."""
-        done = np.ones(len(self.owners), bool)
-        for i in range(len(self.models.folders)):
-            done &= self._done(i)
-        missing = np.unique(self.owners[~done])
-        return len(self.documents.documents) - len(missing)
+    def num_featurized(self) -> list[int]:
+        """Counts the documents whose features are stored, at each checkpoint."""
+        total = len(self.documents.documents)
+        return [total - len(np.unique(self.owners[~self._done(i)])) for i in range(len(self.models.folders))]
 
     def _done(self, model_id: int) -> NDArray[np.bool_]:
         """Tells which pieces a checkpoint has features of, (n,)."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..features.tokens import NoTokensError
 from .page import Card, Histogram, PageContent, QueryView
 from .results import Ranking, averaging_of
 from .run import Run, Targets
@@ -16,6 +17,9 @@ from .word_ranks import WordRanks
 
 MOST_QUESTIONS = 16
 """Pieces of questions in a query up to which tokens are coloured: each takes a pass over the documents."""
+
+MOST_LETTERS = 200_000_000
+"""Letters of all training documents up to which their words are counted, which takes some 10 bytes a letter."""
 
 Spans = tuple[tuple[int, int, float], ...]
 
@@ -60,25 +64,24 @@ def token_parts(run: Run, targets: Targets, rankings: Sequence[Ranking], count: 
             for question in questions:
                 try:
                     parts = run.traker.token_scores(targets.exp_name, int(question), tensors, inds)
-                except ValueError as error:
-                    if "sums over the" not in str(error):
-                        raise
+                except NoTokensError:
+                    logger.warning("tokens are not coloured: the parameters' gradients are no sums over tokens")
                     return {}
                 place = 0
                 for row in chosen:
                     own = parts[place : place + len(pieces[row])] * weights[question, column]
                     place += len(pieces[row])
                     sums[column, row] = sums.get((column, row), 0) + own
-    return {key: _spans(pieces[key[1]], parts, is_mean=run.averages_pieces) for key, parts in sums.items()}
+    return {key: _spans(pieces[key[1]], parts, maskings=run.maskings) for key, parts in sums.items()}
 
 
-def _spans(pieces: Sequence[Piece], parts: NDArray[np.float64], *, is_mean: bool) -> Spans:
+def _spans(pieces: Sequence[Piece], parts: NDArray[np.float64], *, maskings: int) -> Spans:
     """Adds up the parts of a document's tokens over its pieces."""
     total: dict[tuple[int, int], float] = {}
     for piece, values in zip(pieces, parts, strict=True):
         assert piece.spans is not None
         for (start, end), value in zip(piece.spans.tolist(), values, strict=False):
-            total[start, end] = total.get((start, end), 0.0) + float(value) / (len(pieces) if is_mean else 1)
+            total[start, end] = total.get((start, end), 0.0) + float(value) / maskings
     return tuple((start, end, total[start, end]) for start, end in sorted(total))
 
 
@@ -98,10 +101,11 @@ def page_content(
         facts: Labels and texts that say how the page was made.
         title: The page's title.
     """
-    words = WordRanks([document.shown for document in run.documents.documents])
+    texts = [document.shown for document in run.documents.documents]
+    words = WordRanks(texts) if sum(map(len, texts)) <= MOST_LETTERS else None
     views = []
     for column, ranking in enumerate(rankings):
-        ranks = words.ranks(ranking.query.text)
+        ranks = None if words is None else words.ranks(ranking.query.text)
         single = ranking.query.documents[0] if ranking.query.group is None else None
         has_parts = single is not None and single.completion is not None
         views.append(
@@ -117,8 +121,12 @@ def page_content(
             )
         )
     return PageContent(
-        title=title, facts=tuple(facts), tie=run.tie or 0.0, queries=tuple(views), word_ranks_from="BM25"
-    )  # fmt: skip
+        title=title,
+        facts=tuple(facts),
+        tie=run.tie or 0.0,
+        queries=tuple(views),
+        word_ranks_from=None if words is None else "BM25",
+    )
 
 
 def _cards(
@@ -127,7 +135,7 @@ def _cards(
     scores: NDArray[np.float32],
     column: int,
     parts: Mapping[tuple[int, int], Spans],
-    ranks: NDArray[np.int64],
+    ranks: NDArray[np.int64] | None,
 ) -> tuple[Card, ...]:
     """Makes the cards of some documents."""
     cards = []
@@ -142,7 +150,7 @@ def _cards(
                 where=document.where,
                 text=document.shown,
                 tokens=parts.get((column, row)),
-                word_rank=int(ranks[row]),
+                word_rank=None if ranks is None else int(ranks[row]),
             )
         )
     return tuple(cards)
