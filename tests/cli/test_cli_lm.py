@@ -180,6 +180,21 @@ def test_a_text_is_asked_alone_or_as_prompt_and_completion(home: Home, tmp_path:
     assert read_lines(out / "file" / "top.jsonl")[0]["top"] == entry["top"]
 
 
+def test_questions_may_have_other_fields_than_the_documents(home: Home, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [{"body": text, "text": "ba"} for text in home.texts])
+    words = ["--train", train, "--text", "body", "--out", tmp_path / "run", *QUICK]
+    succeed(home.model, *words, "--query", write(tmp_path / "query.jsonl", [{"body": home.texts[2], "text": "ba"}]))
+    assert read_lines(tmp_path / "run" / "top.jsonl")[0]["text"] == home.texts[2]
+    succeed("--out", tmp_path / "run", "--query", home.query)
+    assert [line["prompt"] for line in read_lines(tmp_path / "run" / "top.jsonl")] == [
+        line["prompt"] for line in read_lines(home.query)
+    ]
+    lacking = write(tmp_path / "lacking.jsonl", [{"title": "ba be"}])
+    assert refusal("--out", tmp_path / "run", "--query", lacking) == (
+        f'{lacking}:1 has no field "text", only "title"; --text title'
+    )
+
+
 def test_json_is_printed_alone(home: Home, tmp_path: Path) -> None:
     out = home.copy(tmp_path)
     found = json.loads(succeed("--out", out, "--query", home.query, "--clean", "--json").out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from libraries import needs
 from lm_runs import (
     CHAT,
     LONGEST,
+    VOCABULARY,
     page_data,
     read_lines,
     refusal,
@@ -316,3 +318,55 @@ def test_adapters_alone_are_attributed(home: Home, tmp_path: Path) -> None:
     assert scores[:, 0].argmax() == 3
     result = succeed("--out", tmp_path / "run", "--ask", "ba be bi")
     assert f"adapter of {tmp_path}/base" in result.out
+    shutil.copytree(tmp_path / "base", tmp_path / "moved")
+    succeed(*adapters, "--base", tmp_path / "moved", "--out", tmp_path / "run", "--query", query, *WAY[:-1])
+    save_model(tmp_path / "other", "llama", seed=1)
+    assert refusal(*adapters, "--base", tmp_path / "other", "--out", tmp_path / "run", "--query", query) == (
+        f"{adapters[0]} has other weights, or another optimizer.pt, than {tmp_path}/run/ was made with; give these, "
+        "another --out, or --overwrite"
+    )
+
+
+def test_less_takes_the_moments_of_an_adapter(home: Home, tmp_path: Path) -> None:
+    peft = needs("peft")
+    save_model(tmp_path / "base", "llama")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(whole, config)
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=1e-3)
+    for parameter in own:
+        parameter.grad = 0.01 * torch.randn_like(parameter)
+    optimizer.step()
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save(optimizer.state_dict(), tmp_path / "adapter" / "optimizer.pt")
+    query = write(tmp_path / "query.jsonl", home.texts[3:4])
+    words = ["--train", home.train, "--query", query, "--out", tmp_path / "run", "--method", "less", "--scores"]
+    result = succeed(tmp_path / "adapter", *words, "--sketch", "dense", "--proj-dim", 2048)
+    assert "parameters as Adam's steps, dense projection" in result.out
+    gradients = [gradients_of(model, text) for text in home.texts]
+    losses = [slope * gradient for slope, gradient in gradients]
+    mean, square = (
+        torch.cat([optimizer.state[parameter][key].flatten() for parameter in own]).double()
+        for key in ("exp_avg", "exp_avg_sq")
+    )
+    steps = [(0.1 * g - 0.9 * mean) / ((0.999 * square + 0.001 * g**2).sqrt() + 1e-8) for g in losses]
+    asked = gradients[3][1]
+    expected = [float(step @ asked / step.norm() / asked.norm()) for step in steps]
+    # six standard deviations of a cosine after projection
+    np.testing.assert_allclose(scores_of(tmp_path / "run")[:, 0], expected, rtol=0, atol=6 / np.sqrt(2048))
+
+
+def gradients_of(model: Any, text: str) -> tuple[float, torch.Tensor]:
+    """Differentiates f = log(p/(1 − p)) of a text by the parameters that require gradients, (D,) float64.
+
+    Returns:
+        1 − p, and the gradient.
+    """
+    tokens = torch.tensor([[VOCABULARY.index(word) for word in text.split()]])
+    logs = model.double()(input_ids=tokens).logits[0, :-1].log_softmax(1)
+    log_p = logs.gather(1, tokens[0, 1:, None]).mean()
+    value = log_p - torch.log(-torch.expm1(log_p))
+    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(value, own)])
+    return 1 - float(log_p.detach().exp()), gradient
