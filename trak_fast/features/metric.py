@@ -363,9 +363,13 @@ class Metric:
                 own = _Roots(roots.left[piece.first : piece.first + piece.part.height], roots.right)
                 part = Metric({name: own}).whitened(name, piece.part)
                 return Block(part=part, first=piece.first, height=piece.height)
-            rows = _product(piece.rows(0, piece.height), roots.right)
+            rows = piece.rows(0, piece.height)
+            shape = rows.shape
+            if roots.left.ndim == 1 and len(roots.left) != shape[1]:  # a stack of matrices
+                rows = rows.reshape(shape[0], len(roots.left), -1)
+            rows = _product(rows, roots.right)
             rows = rows * roots.left.unsqueeze(1) if roots.left.ndim == 1 else _product(rows.mT, roots.left).mT
-            return Whole(rows)
+            return Whole(rows.reshape(shape))
 
     def _on(self, name: str, device: torch.device) -> _Roots:
         """Returns the roots of a parameter on a device."""

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ..arguments import checked_batch, choice, integer
 from ..gradients.adam import AdamMoments
+from ..gradients.experts import experts_rule_of
 from ..gradients.modes import lock_of
 from ..gradients.parameters import listed, parts_of, placed_columns, same_parts
 from ..projection.projector import Projector
@@ -192,7 +193,13 @@ class GradientProjector(CheckedStream):
         """Computes the metric of samples."""
         task: Any = self.task
         batch = [x.to(self._device) for x in checked_batch(batch_tensors(batch, self.task))]
-        shapes = {name: _matrix_shape(parameter) for name, parameter in self.selected.items()}
+        stacked = {
+            id(parameter)
+            for layer in self.model.modules()
+            if experts_rule_of(layer) is not None
+            for parameter in layer.parameters()
+        }
+        shapes = {name: _matrix_shape(x, is_stacked=id(x) in stacked) for name, x in self.selected.items()}
         moments = Moments(shapes, vocabulary_of(self.model))
         count = len(batch[0])
         at_a_time = chunk_size or count
@@ -634,8 +641,15 @@ class _Common(TypedDict):
     sketches: Sequence[Sketches]
 
 
-def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    """Returns height and width of a parameter as a matrix, its first dimension by the others together."""
+def _matrix_shape(parameter: Tensor, *, is_stacked: bool = False) -> tuple[int, int]:
+    """Returns height and width of a parameter as a matrix: its first dimension by the others together.
+
+    Args:
+        parameter: The parameter.
+        is_stacked: True for a stack of matrices, which is as wide as one of them.
+    """
+    if is_stacked:
+        return parameter.numel() // parameter.shape[-1], parameter.shape[-1]
     height = parameter.shape[0] if parameter.ndim > 1 else 1
     return height, parameter.numel() // max(1, height)
 
