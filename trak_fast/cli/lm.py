@@ -293,6 +293,8 @@ def _targets(found: Run, documents: Documents, word: str, name: str, tell: Calla
 
 def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | None, Documents | None]:
     """Reads the questions, and those of the control set."""
+    import dataclasses
+
     from ..lm.texts.documents import Document, Documents, Fields
 
     settings = found.settings
@@ -304,7 +306,8 @@ def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | N
         label=settings.label,
         group=arguments.group,
     )
-    control = None if arguments.against is None else _read_questions(arguments.against, fields, settings.by_file)
+    alone = dataclasses.replace(fields, group=None)  # the mean of all is subtracted, whatever their groups
+    control = None if arguments.against is None else _read_questions(arguments.against, alone, settings.by_file)
     if arguments.ask is not None:
         if len(arguments.ask) == 1:
             asked = Documents((Document(file="--ask", place=1, row=0, text=arguments.ask[0]),), ("text",))
