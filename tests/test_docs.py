@@ -61,6 +61,49 @@ def test_the_page_about_evaluation(tmp_path: Path) -> None:
         assert execute([sys.executable, "-m", "trak_fast", *words], tmp_path) == text
 
 
+NUMBER = re.compile(r"[+-]?\d+\.\d+")
+
+
+def assert_alike(printed: str, text: str) -> None:
+    """Compares what was printed with a page's text.
+
+    A line of dots stands for any lines, the prediction of a run's needs for any other, and numbers with a point may
+    differ by 0.1 or a tenth of them, as models do that were trained on different processors.
+    """
+    pattern = ""
+    for line in text.splitlines(keepends=True):
+        if line == "…\n":
+            pattern += "(?:.*\n)*"
+        elif line.startswith("needs"):
+            pattern += "needs .*\n"
+        else:
+            pattern += f"({NUMBER.pattern})".join(re.escape(part) for part in NUMBER.split(line))
+    found = re.fullmatch(pattern, printed)
+    assert found, f"{printed}\n--- is not ---\n{text}"
+    shown = [float(number) for line in text.splitlines() if line[:5] != "needs" for number in NUMBER.findall(line)]
+    assert [float(number) for number in found.groups()] == pytest.approx(shown, abs=0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("page", ["trace.md", "select.md", "clean.md"])
+def test_pages_about_commands_of_language_models(tmp_path: Path, page: str) -> None:
+    """Blocks run one after the other; a text is what was printed since the text before."""
+    needs("transformers")
+    if page == "select.md":
+        needs("peft")
+    printed = ""
+    for language, content in blocks(page):
+        if language == "text":
+            assert_alike(printed, content)
+            printed = ""
+        elif language == "python":
+            printed += execute([sys.executable, "-W", "error", "-c", content], tmp_path)
+        else:
+            assert language == "bash"
+            command = 'trak-fast() { python -m trak_fast "$@"; }\n' + content
+            printed += execute(["bash", "-euc", command], tmp_path)
+    assert not printed
+
+
 @pytest.mark.parametrize("library", ["faiss", "pyarrow"])
 def test_the_page_about_export(tmp_path: Path, library: str) -> None:
     """Each library's block needs the first one, not that of the other library."""
