@@ -313,6 +313,13 @@ def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | N
             asked = Documents((Document(file="--ask", place=1, row=0, text=arguments.ask[0]),), ("text",))
         else:
             prompt, completion = arguments.ask
+            if prompt[-1:].isalnum() and completion[:1].isalnum():
+                logging.getLogger("trak_fast").warning(
+                    "the completion follows the prompt without a blank: …%s; write --ask %r %r for a new word",
+                    prompt[-10:] + completion[:10],
+                    prompt,
+                    " " + completion,
+                )
             document = Document(file="--ask", place=1, row=0, prompt=prompt, completion=completion)
             asked = Documents((document,), ("prompt", "completion"))
         return asked, control

@@ -57,7 +57,8 @@ def documents_line(run: Run, name: str, documents: Documents, encoded: Encoded, 
     shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     fields = ", ".join(f'"{field}"' for field in documents.fields)
     count = len(documents.documents)
-    parts = [f"{shown} ({fields}): {count:,} document{'s' if count != 1 else ''}, {encoded.tokens:,} tokens"]
+    noun = "document" if name == "train" else "question"
+    parts = [f"{shown} ({fields}): {count:,} {noun}{'s' if count != 1 else ''}, {encoded.tokens:,} tokens"]
     if encoded.cut:
         parts.append(f"{encoded.cut:,} cut at {run.max_tokens:,} (--max-tokens; --long split takes all)")
     if len(encoded.pieces) > len(documents.documents):
