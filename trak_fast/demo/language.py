@@ -27,6 +27,7 @@ from ..arguments import integer
 from ..lm import results as lm_results
 from ..lm.answer import Wanted, answer
 from ..lm.machine import Machine
+from ..lm.models.loading import quiet
 from ..lm.run import Run, Targets, open_run
 from ..lm.texts.documents import read_documents
 from ..lm.texts.encoding import Piece, collate, encode
@@ -180,8 +181,9 @@ def train_and_save(folder: Path, settings: Settings) -> tuple[int, float, int]:
     )
     model = build_model(len(tokenizer), settings.seed)
     train(model, encoded.pieces, settings)
-    cast(Any, model).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    with quiet():
+        cast(Any, model).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
     answered = answered_right(model, asked.pieces)
     return encoded.tokens, float(answered.mean()), sum(parameter.numel() for parameter in model.parameters())
 
