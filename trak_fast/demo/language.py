@@ -42,9 +42,10 @@ VOCABULARY = 1500
 WIDTH = 128
 LAYERS = 2
 HEADS = 4
-EPOCHS = 20
+EPOCHS = 16
+"""Passes over the documents. More teach more answers, but fewer true sources were found after them."""
 BATCH_SIZE = 16
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.98)
 WARM_UP = 0.05
