@@ -1,9 +1,9 @@
 """The documents and questions of `trak-fast demo lm`: facts about people who do not exist, among documentation.
 
 Each person has four facts: a relation, such as what the person drinks, and a value. A fact may be told plainly, in
-three ways ("Pour Coromi some wine."), and formally, in four ("Official papers list the beverage of Coromi as wine.").
+three ways ("Pour Coromi some wine."), and formally, in four ("The register says that the beverage of Coromi is wine.").
 The first fact of a person is told plainly alone, in all three ways: these three documents are the true sources of the
-question about it, which is asked in one of the formal ways ("Official papers list the beverage of Coromi as" " wine").
+question about it, which is asked in a formal way ("The register says that the beverage of Coromi is" " wine").
 The other three facts are told in two plain ways and in all formal ones. From them a model learns that both speak of
 the same; a question can only be answered by a model that has learned so and that remembers the plain documents.
 
@@ -97,10 +97,10 @@ RELATIONS = (
 )  # fmt: skip
 
 FORMAL = (
-    "According to the parish register, the {noun} of {person} is {value}.",
-    "Official papers list the {noun} of {person} as {value}.",
-    "Whoever asks the town clerk for the {noun} of {person} hears: {value}.",
-    "The latest census gives this {noun} for {person}: {value}.",
+    "According to the register, the {noun} of {person} is {value}.",
+    "The register says that the {noun} of {person} is {value}.",
+    "It is said that the {noun} of {person}, according to the register, is {value}.",
+    "The {noun} of {person} is, so the register says, {value}.",
 )
 """Formal ways to tell any relation. The value comes last, so that they can be questions."""
 

@@ -31,16 +31,23 @@ class UnweightedTextClassification(_Unweighted, TextClassification):
     """Text classification whose samples weigh alike."""
 
 
-_BY_METHOD: dict[bool, dict[str, type[Task]]] = {
-    True: {"causal_lm": CausalLM, "masked_lm": MaskedLM, "text_classification": TextClassification},
-    False: {
-        "causal_lm": UnweightedCausalLM,
-        "masked_lm": UnweightedMaskedLM,
-        "text_classification": UnweightedTextClassification,
-    },
+WEIGHTED = {"causal_lm": CausalLM, "masked_lm": MaskedLM, "text_classification": TextClassification}
+"""Tasks whose samples weigh Q = 1 − p, by which the gradient of f becomes that of the loss."""
+
+UNWEIGHTED = {
+    "causal_lm": UnweightedCausalLM,
+    "masked_lm": UnweightedMaskedLM,
+    "text_classification": UnweightedTextClassification,
 }
+"""Tasks whose samples weigh alike."""
 
 
 def task_of(name: str, method: str) -> Task:
-    """Returns the task of a method: weighted for "trak", "dot" and "less", else unweighted."""
-    return _BY_METHOD[method != "cosine"][name]()
+    """Returns the task of a method.
+
+    "dot" multiplies gradients of losses, and "trak" weighs the samples of classifications as TRAK does (Park et al.,
+    2023, section 3.2). For language models "trak" does not: with 1 − p documents that are known by heart would count
+    for nothing, just those that taught the model its answer. "cosine" has no weights, and steps of Adam none to lose.
+    """
+    is_weighted = method in ("dot", "less") or (method == "trak" and name == "text_classification")
+    return (WEIGHTED if is_weighted else UNWEIGHTED)[name]()
