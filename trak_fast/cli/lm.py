@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command and its flags."""
     text = "say which training documents made a language model answer as it does, and write a page"
     parser = commands.add_parser("lm", help=text, description=text, epilog=EPILOG)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, folder_is_told=True)
     flag = parser.add_argument
     flag("models", nargs="*", metavar="MODEL", help="folders of save_pretrained or of adapters; several are averaged")
     files = parser.add_argument_group("files (.jsonl, .json, .csv, .parquet, .txt, folders of these, save_to_disk)")
@@ -83,11 +83,21 @@ def add_training(files: argparse._ArgumentGroup) -> None:
     flag("--limit", type=number, metavar="N", help="take the first N training documents")
 
 
-def add_way(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the way to features."""
+def _adder(group: argparse._ArgumentGroup, omitted: Collection[str]) -> Callable[..., None]:
+    """Returns a function that adds a flag to a group, unless it is among those that a command has already."""
+
+    def flag(name: str, **options: Any) -> None:
+        if name.removeprefix("--").replace("-", "_") not in omitted:
+            group.add_argument(name, **options)
+
+    return flag
+
+
+def add_way(parser: argparse.ArgumentParser, omitted: Collection[str] = ()) -> None:
+    """Adds the flags of the way to features, but for those of names in `omitted`."""
     from ..lm.settings import DTYPES, LONG, METHODS, SKETCHES, TASKS
 
-    flag = parser.add_argument_group("features (fixed once a run has begun)").add_argument
+    flag = _adder(parser.add_argument_group("features (fixed once a run has begun)"), omitted)
     flag("--method", metavar="NAME", help=f"{', '.join(METHODS)} (trak)")
     flag("--task", metavar="NAME", help=f"{', '.join(TASKS)}; default: as the architecture says")
     flag("--params", nargs="+", metavar="NAME", help="all, linear, trainable, or patterns of parameters' names")
@@ -103,9 +113,9 @@ def add_way(parser: argparse.ArgumentParser) -> None:
     flag("--seed", type=number, metavar="N", help="seed of the projection and of maskings (0)")
 
 
-def add_machine(machine: argparse._ArgumentGroup) -> None:
-    """Adds the flags of the machine."""
-    flag = machine.add_argument
+def add_machine(machine: argparse._ArgumentGroup, omitted: Collection[str] = ()) -> None:
+    """Adds the flags of the machine, but for those of names in `omitted`."""
+    flag = _adder(machine, omitted)
     flag("--device", metavar="DEVICE", help="cpu or cuda; default: a CUDA device if there is one")
     flag("--batch-tokens", type=number, metavar="T", help="tokens of a batch (16384 on CUDA devices, else 4096)")
     flag("--memory", type=number, metavar="GB", help="memory for computing a batch; default: a part of what is free")
@@ -202,7 +212,7 @@ def _run(arguments: argparse.Namespace) -> None:
         sets.append(_targets(found, control, "against", f"{name or 'queries'}.against", tell))
     content: dict[str, Any] = {}
     if arguments.dry_run:
-        content |= _dry_run(found, sets, arguments.tokens, tell)
+        content |= _dry_run(arguments, found, sets, tell)
     else:
         _compute(found, sets, stored, tell)
         content["documents"] = len(found.documents.documents)
@@ -344,17 +354,19 @@ def _read_questions(paths: Sequence[str], fields: Fields, by_file: bool) -> Docu
         return read_documents(files, own, by_file=by_file)
 
 
-def _dry_run(found: Run, sets: Sequence[Targets], tokens: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def _dry_run(
+    arguments: argparse.Namespace, found: Run, sets: Sequence[Targets], tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Shows an example, predicts what the run needs, and returns it for --json."""
     from ..lm import forecast
 
     pieces = sets[0].pieces if sets else found.encoded.pieces
     for line in forecast.example_lines(pieces[0], found):
         tell(line)
-    predicted = forecast.forecast(found, sets, tokens=tokens)
-    for line in forecast.lines(found, predicted):
+    predicted = forecast.forecast(found, sets, tokens=arguments.tokens)
+    for line in forecast.lines(found, predicted, found.folder.name if arguments.folder_is_told else None):
         tell(line)
-    return {"seconds": predicted.total, "memory_bytes": predicted.memory, "disk_bytes": predicted.disk}
+    return predicted.content()
 
 
 def _answer(

@@ -65,6 +65,14 @@ class Forecast:
         """Seconds of all steps."""
         return sum(self.seconds.values())
 
+    def content(self) -> dict[str, dict[str, float]]:
+        """Arranges the prediction for JSON, as `trak-fast plan` does."""
+        return {
+            "seconds": self.seconds | {"total": self.total},
+            "memory_bytes": {"peak": self.memory},
+            "disk_bytes": {"total": self.disk},
+        }
+
 
 def forecast(run: Run, sets: Sequence[Targets], *, tokens: int = COLOURED) -> Forecast:
     """Predicts what a run needs from its beginning.
@@ -258,8 +266,14 @@ def _seconds_of_process() -> float:
         return 0.0
 
 
-def lines(run: Run, found: Forecast) -> list[str]:
-    """Tells a prediction."""
+def lines(run: Run, found: Forecast, folder: str | None = None) -> list[str]:
+    """Tells a prediction.
+
+    Args:
+        run: The run.
+        found: The prediction.
+        folder: The folder that the run would be written to; None: it is not told.
+    """
     memory = "GPU memory" if run.machine.chosen_device.type == "cuda" else "memory"
     steps = sorted(found.seconds.items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in steps[:4] if seconds > 0.01 * found.total)
@@ -273,7 +287,7 @@ def lines(run: Run, found: Forecast) -> list[str]:
         label(
             "needs",
             f"{seconds_text(found.total)} ({told}), {bytes_text(found.memory)} of {memory}, {bytes_text(found.disk)} "
-            f"of disk in {run.folder.name}/",
+            f"of disk{f' in {folder}/' if folder else ''}",
         ),
     ]
 
