@@ -212,6 +212,8 @@ class GradientProjector(CheckedStream):
 
                 def add(part: slice, uniform: Tensor = uniform) -> None:
                     some = [x[part] for x in batch]
+                    if hasattr(task, "without_spare_padding"):  # of longer samples in other parts
+                        some = task.without_spare_padding(some)
                     with self._running(()), torch.no_grad(), restored(self.model):
                         buffers = copy_buffers(self.buffers)
                         drawn = task.draw_labels(self.model, self.parameters, buffers, some, uniform[part])
