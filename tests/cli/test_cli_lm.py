@@ -61,10 +61,10 @@ def test_the_command_prints_what_it_reads_does_and_found(home: Home) -> None:
     assert lines[:3] == [
         f"model     {home.model}: GPT2LMHeadModel, 7,952 parameters, float32 on cpu; task causal_lm",
         f'train     {home.train} ("text"): 8 documents, 83 tokens',
-        f'query     {home.query} ("prompt", "completion"): 4 documents, 31 tokens',
+        f'query     {home.query} ("prompt", "completion"): 4 questions, 31 tokens',
     ]
     assert lines[3].startswith("gradients 7,120 of 7,952 parameters, sparse projection to k = 64 (in K-FAC's metric)")
-    assert lines[4].startswith("scores    cosines in K-FAC's metric, times 1 − p of the document; ±0.12 by projection")
+    assert lines[4].startswith("scores    cosines of gradients in K-FAC's metric; ±0.12 by projection")
     top = read_lines(home.out / "top.jsonl")
     for line, entry in zip(lines[5:8], top, strict=False):
         best = "  ".join(f"{x['score']:+.3f} {x['id']}" for x in entry["top"][:3])

@@ -170,6 +170,13 @@ def pieces_of(texts: list[str]) -> list[Piece]:
     return pieces
 
 
+class Alike(CausalLM):
+    """The task by whose f documents are compared, without weights: those known by heart count as others do."""
+
+    def get_weightings(self, outputs: Tensor, batch: object) -> Tensor:
+        return torch.ones_like(outputs)
+
+
 @pytest.mark.parametrize(
     ("words", "options"),
     [
@@ -188,7 +195,7 @@ def test_scores_of_trak_are_those_of_traker_called_with_one_batch(
     found = scores_of(trained.run("trak", *words))
     pieces = pieces_of(trained.texts)
     state = {name: value.clone() for name, value in trained.model.state_dict().items()}
-    traker = TRAKer(trained.model, CausalLM(), len(pieces), tmp_path, normalize=True, **options)
+    traker = TRAKer(trained.model, Alike(), len(pieces), tmp_path, normalize=True, **options)
     traker.load_checkpoint(state, 0)
     if options["metric"]:
         scored = [i for i, piece in enumerate(pieces) if len(piece.input_ids) > 1]

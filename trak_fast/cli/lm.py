@@ -271,7 +271,6 @@ def _compute(found: Run, sets: Sequence[Targets], stored: Sequence[int], tell: C
     """
     from ..lm import report
 
-    found.replace_older()
     tell(report.gradients_line(found, found.traker))
     if max(stored) and min(stored) < len(found.documents.documents):
         tell(report.label("train", f"{report.stored_text(found, stored)} are there"))

@@ -94,7 +94,7 @@ def _scores_text(run: Run) -> str:
     if traker._estimator.inverts:
         return f"cosines after X'X + λI is inverted, the ridge λ chosen{several}"
     kinds = {
-        "trak": "cosines in K-FAC's metric, times 1 − p of the document",
+        "trak": "cosines of gradients in K-FAC's metric",
         "cosine": "cosines of gradients",
         "dot": "products of gradients, over their mean square",
         "less": "cosines of Adam's steps and gradients",

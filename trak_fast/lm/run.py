@@ -212,7 +212,7 @@ class Run:
         """The features, with a row for each piece."""
         return self._open_features()
 
-    def replace_older(self) -> None:
+    def _replace_older(self) -> None:
         """Deletes the run that this one overwrites, if there is one."""
         if self.folder.is_outdated:
             self.ranks.first(self.folder.delete_outdated)
@@ -220,6 +220,7 @@ class Run:
 
     def _open_features(self) -> TRAKer:
         """Opens the features, makes them, or has them grow to the pieces that there are."""
+        self._replace_older()
         stored = self.folder.num_stored()
         wanted = int(self.pieces_of_documents.sum())
         self._require_same_tokens()
@@ -478,7 +479,7 @@ def open_run(
         out: The folder.
         given: Settings by name; None for those that were not given, which are those of the run, or the defaults.
         machine: The means to compute with.
-        overwrite: Has the run that is there count as none; `Run.replace_older` deletes it.
+        overwrite: Has the run that is there count as none; it is deleted when features are opened.
         limit: Training documents at most.
 
     Raises:

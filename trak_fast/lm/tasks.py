@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,10 +31,14 @@ class UnweightedTextClassification(_Unweighted, TextClassification):
     """Text classification whose samples weigh alike."""
 
 
-WEIGHTED = {"causal_lm": CausalLM, "masked_lm": MaskedLM, "text_classification": TextClassification}
+WEIGHTED: dict[str, Callable[[], Task]] = {
+    "causal_lm": CausalLM,
+    "masked_lm": MaskedLM,
+    "text_classification": TextClassification,
+}
 """Tasks whose samples weigh Q = 1 − p, by which the gradient of f becomes that of the loss."""
 
-UNWEIGHTED = {
+UNWEIGHTED: dict[str, Callable[[], Task]] = {
     "causal_lm": UnweightedCausalLM,
     "masked_lm": UnweightedMaskedLM,
     "text_classification": UnweightedTextClassification,
