@@ -1,6 +1,7 @@
 """TRAK from end to end against its closed form, and what its driver refuses."""
 
 import copy
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,21 @@ def test_normalized_scores_are_those_of_features_of_length_1(
     expected = run(build(tmp_path / "b", projector=Unit(131, proj_dim, seed=SEED), **options))
     # those features were rounded to float32 once more
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("lambda_reg", ["auto", 0.3, math.inf])
+def test_weights_can_be_left_out_of_scores_alone(tmp_path: Path, lambda_reg: float | str) -> None:
+    traker = build(tmp_path, lambda_reg=lambda_reg, shrink_weights=False)
+    scores = np.array(run(traker), np.float64)
+    influence = traker.self_influence()
+    traker.use_weights = False
+    stored = [traker.store.train(i).weights for i in range(len(CHECKPOINTS))]
+    weights = np.mean([np.array(x, np.float64) for x in stored], axis=0)
+    found = np.array(traker.finalize_scores("test"))
+    np.testing.assert_allclose(found * weights[:, None], scores, rtol=4 * EPS, atol=0)
+    traker.shrink_weights = True  # there are none to move
+    assert (np.array(traker.finalize_scores("test")) == found).all()
+    assert (traker.self_influence() == influence).all()
 
 
 def test_stored_features_are_projected_gradients(tmp_path: Path) -> None:

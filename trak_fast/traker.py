@@ -122,15 +122,17 @@ class TRAKer:
         store: The features on disk.
         saver: The features in the arrangement of traker's `saver`, to read (`scoring.saver.Saver`).
         scores: The last result of `finalize_scores`.
-        lambda_reg: The ridge, None for "auto"; like the next three, a change holds from the next scores on.
+        lambda_reg: The ridge, None for "auto"; like the next four, a change holds from the next scores on.
         curvature: See the constructor.
         shrink_weights: See the constructor.
+        use_weights: See the constructor.
         normalize: See the constructor.
     """
 
     lambda_reg = _setting("lambda_reg")
     curvature = _setting("curvature")
     shrink_weights = _setting("shrink_weights")
+    use_weights = _setting("use_weights")
     normalize = _setting("normalize")
 
     def __init__(
@@ -167,6 +169,7 @@ class TRAKer:
         curvature: bool = True,
         shrink_weights: bool = True,
         normalize: bool = False,
+        use_weights: bool = True,
     ) -> None:
         """Opens `save_dir`, or makes it.
 
@@ -240,6 +243,8 @@ class TRAKer:
             shrink_weights: With lambda_reg="auto", moves the weights Q of samples, where none is negative, a third of
                 the way to their mean (`scoring.ridge.shrunk_weights`). With another `lambda_reg` they stay.
             normalize: Divides each feature, of training samples and targets, by its norm: cosine scores.
+            use_weights: Multiplies scores by the weights Q of training samples, as TRAK does. False leaves them out, so
+                samples count that the model knows by heart, whose Q is almost 0. `self_influence` always has them.
 
         Raises:
             ValueError: An argument is out of its range, or `save_dir` holds features made in another way.
@@ -256,6 +261,7 @@ class TRAKer:
             curvature=curvature,
             shrink_weights=shrink_weights,
             normalize=normalize,
+            use_weights=use_weights,
         )
         self.logger = logging.getLogger("trak_fast")
         self.logger.setLevel(logging_level)
@@ -956,7 +962,8 @@ class TRAKer:
         """Computes the score of each training sample for itself; high values point to wrong labels and outliers.
 
         This is the diagonal of the scores with the training set as targets, without computing the rest, and with the
-        weights Q as they are (`shrink_weights` is for scores): how badly a sample is fitted says much about its label.
+        weights Q as they are (`use_weights` and `shrink_weights` are for scores): how badly a sample is fitted says
+        much about its label.
 
         Args:
             model_ids: Checkpoints; all by default.

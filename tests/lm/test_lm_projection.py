@@ -7,7 +7,7 @@ from torch import nn
 
 from trak_fast.lm.projection import SPARSE_NUMBERS, choose_projection, patterns_of
 from trak_fast.lm.settings import Settings
-from trak_fast.lm.tasks import task_of
+from trak_fast.tasks import resolve_task
 
 WIDTH, LAYERS, VOCABULARY = 64, 3, 50
 
@@ -25,7 +25,7 @@ class Language(nn.Module):
 def choose(model: nn.Module, tokens: float, device: str = "cpu", **settings: object) -> tuple[dict[str, object], str]:
     """Returns the arguments of TRAKer and the reasons."""
     given = Settings(models=("model",), train=("train.jsonl",), **settings)  # type: ignore[arg-type]
-    found = choose_projection(given, model, task_of("causal_lm", given.method), tokens, device)
+    found = choose_projection(given, model, resolve_task("causal_lm"), tokens, device)
     return dict(found.arguments), found.text
 
 

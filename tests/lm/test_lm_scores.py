@@ -170,13 +170,6 @@ def pieces_of(texts: list[str]) -> list[Piece]:
     return pieces
 
 
-class Alike(CausalLM):
-    """The task by whose f documents are compared, without weights: those known by heart count as others do."""
-
-    def get_weightings(self, outputs: Tensor, batch: object) -> Tensor:
-        return torch.ones_like(outputs)
-
-
 @pytest.mark.parametrize(
     ("words", "options"),
     [
@@ -195,7 +188,7 @@ def test_scores_of_trak_are_those_of_traker_called_with_one_batch(
     found = scores_of(trained.run("trak", *words))
     pieces = pieces_of(trained.texts)
     state = {name: value.clone() for name, value in trained.model.state_dict().items()}
-    traker = TRAKer(trained.model, Alike(), len(pieces), tmp_path, normalize=True, **options)
+    traker = TRAKer(trained.model, CausalLM(), len(pieces), tmp_path, normalize=True, shrink_weights=False, **options)
     traker.load_checkpoint(state, 0)
     if options["metric"]:
         scored = [i for i, piece in enumerate(pieces) if len(piece.input_ids) > 1]
@@ -206,7 +199,9 @@ def test_scores_of_trak_are_those_of_traker_called_with_one_batch(
     targets = pieces_of(trained.queries)
     traker.start_scoring_checkpoint("q", state, 0, len(targets))
     traker.score(collate(targets, "causal_lm"), num_samples=len(targets))
-    expected = np.array(traker.finalize_scores("q"))
+    # documents that are known by heart count as others do
+    weights = np.array(traker.store.train(0).weights)
+    expected = np.array(traker.finalize_scores("q")) / np.where(weights > 0, weights, 1)[:, None]
     # the batches differ, and with them the order of float32 sums of up to 7,952 terms
     np.testing.assert_allclose(found, expected, rtol=0, atol=90 * 2**-20 * np.abs(expected).max())
 

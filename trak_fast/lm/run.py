@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..distributed import Ranks
+from ..tasks import resolve_task
 from ..traker import TRAKer
 from .folder import RunFolder, check_is_prefix, digests_of, digests_of_tokens
 from .machine import Machine
 from .models.folders import Models, find_models
 from .projection import Choice, choose_projection
 from .settings import MASKINGS, Settings, merged, settings_of
-from .tasks import task_of
 from .texts.documents import Document, Documents, Fields, read_documents
 from .texts.encoding import Encoded, Piece, collate, encode, make_batches
 
@@ -194,7 +194,7 @@ class Run:
         facts = self.folder.facts()
         if "arguments" in facts:
             return Choice(facts["arguments"], str(facts["way"]))
-        task = task_of(self.models.task, self.settings.method)
+        task = resolve_task(self.models.task)
         return choose_projection(self.settings, self.model, task, self.mean_tokens, self.machine.chosen_device.type)
 
     @cached_property
@@ -259,17 +259,26 @@ class Run:
                 )
 
     def make_traker(self, path: Path, num_rows: int) -> TRAKer:
-        """Opens or makes features in a folder, with the settings of the run."""
+        """Opens or makes features in a folder, with the settings of the run.
+
+        "dot" multiplies gradients of losses, and "trak" weighs the samples of classifications as TRAK does (Park et
+        al., 2023, section 3.2). For language models it does not: with 1 − p documents that are known by heart would
+        count for nothing, just those that taught the model its answer.
+        """
         method = self.settings.method
+        is_weighted = method in ("dot", "less") or (method == "trak" and self.models.task == "text_classification")
+        task: Any = resolve_task(self.models.task)
+        task._warned = True  # of samples without a predicted token, which the command tells of
         return TRAKer(
             self.model,
-            task_of(self.models.task, method),
+            task,
             num_rows,
             path,
             optimizer_state=self.optimizer_states(),
             memory_budget=self.machine.memory,
             lambda_reg="auto" if method == "trak" else math.inf,
             normalize=method != "dot",
+            use_weights=is_weighted,
             logging_level=logging.WARNING,
             **self.choice.arguments,
         )
@@ -445,8 +454,8 @@ class Run:
             return None
         rounding = math.pi / 2 if traker.store.store_dtype == "1bit" else 1.0
         ids = range(len(self.models.folders))
-        weight = float(np.mean([np.array(traker.store.train(i).weights).mean() for i in ids]))
-        return weight * math.sqrt(rounding / (traker.proj_dim * len(ids)))
+        weights = [np.array(traker.store.train(i).weights).mean() if traker.use_weights else 1.0 for i in ids]
+        return float(np.mean(weights)) * math.sqrt(rounding / (traker.proj_dim * len(ids)))
 
     def forget_scores(self, targets: Targets) -> None:
         """Deletes the file of the scores of pieces, which results are made from."""

@@ -1,7 +1,7 @@
 """The estimator's choices: which ridge and which weights scores are computed with, checkpoint by checkpoint.
 
 gram.py, ridge.py and solver.py have the algebra. This file reads from the store what they need, and follows the
-arguments of `TRAKer`: `lambda_reg`, `curvature`, `shrink_weights` and `normalize`.
+arguments of `TRAKer`: `lambda_reg`, `curvature`, `use_weights`, `shrink_weights` and `normalize`.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ class EstimatorSettings:
         curvature: Weighs samples in X'X by the curvature of their loss, where the ridge is chosen.
         shrink_weights: Moves the weights Q toward their mean, where the ridge is chosen.
         normalize: Divides each feature by its norm.
+        use_weights: Multiplies the scores of samples by their weights Q.
     """
 
     lambda_reg: float | None
     curvature: bool
     shrink_weights: bool
     normalize: bool
+    use_weights: bool = True
 
     def inverts(self, has_metric: bool) -> bool:
         """Tells if scores have an inverse of X'X in them; by "auto" not if features are in a metric."""
@@ -270,7 +272,9 @@ class Estimator:
     def _score_weights(self, model_ids: Collection[int]) -> Tensor:
         """Computes the factors of samples in scores that are summed over checkpoints, (n,) float64."""
         weights = self.mean_weights(model_ids)
-        if self._chooses and self.settings.shrink_weights:
+        if not self.settings.use_weights:
+            weights = torch.ones_like(weights)
+        elif self._chooses and self.settings.shrink_weights:
             weights = shrunk_weights(weights)
         return weights / len(model_ids)
 
