@@ -181,12 +181,24 @@ def train_and_save(folder: Path, settings: Settings) -> tuple[int, float, int]:
         for texts in (documents, questions)
     )
     model = build_model(len(tokenizer), settings.seed)
-    train(model, encoded.pieces, settings)
+    with _one_thread():
+        train(model, encoded.pieces, settings)
     with quiet():
         cast(Any, model).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
     answered = answered_right(model, asked.pieces)
     return encoded.tokens, float(answered.mean()), sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Has torch compute in one thread: for matrices as small as these, a second one costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def build_tokenizer(texts: Sequence[str]) -> Any:
