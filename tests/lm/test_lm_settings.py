@@ -297,11 +297,31 @@ def test_an_older_run_is_deleted_only_once_the_new_one_is_accepted(home: Home, t
         "save_pretrained first"
     )
     assert refusal(*home.words(out), "--overwrite", "--max-tokens", 99).startswith("--max-tokens must be at most 24")
+    assert refusal(*home.words(out), "--overwrite", "--params", "none").startswith("--params: the model has no")
+    assert refusal(*home.words(out), "--overwrite", "--sketch", "sjlt", "--proj-dim", 100).startswith(
+        "proj_dim must be"
+    )
+    empty = write(tmp_path / "empty.jsonl", ["ba", ""])
+    assert refusal(*home.words(out), "--overwrite", "--train", empty) == (
+        "--train must have a document with a scored token, and none of them has one"
+    )
     succeed(*home.words(out), "--overwrite", "--dry-run", "--method", "cosine")
     assert made(out) == before
     succeed(*home.words(out), "--overwrite", "--method", "cosine")
     assert json.loads((out / "run.json").read_text())["settings"]["method"] == "cosine"
     assert (out / "mine.txt").read_text() == "stays"
+
+
+def test_a_run_within_the_folder_of_an_older_one_stays(home: Home, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(home.out, out)
+    shutil.copytree(home.out, out / "other")
+    shutil.copytree(home.out, out / "answers")
+    (out / "answers" / "run.json").unlink()
+    before = made(out / "other")
+    succeed(*home.words(out), "--overwrite")
+    assert made(out / "other") == before
+    assert not (out / "answers" / "top.jsonl").exists()
 
 
 def test_a_folder_of_other_files_is_not_overwritten(home: Home, tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ class RunFolder:
         if self.is_outdated or not file.exists():
             return None
         content = read_json(file)
-        if content.get("format") != FORMAT or not isinstance(content.get("settings"), dict):
+        parts = (content.get("settings"), content.get("facts"))
+        if content.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"{self.name}/run.json was written by another version; another --out, or --overwrite")
         return content
 
@@ -117,7 +118,8 @@ class RunFolder:
             ValueError: run.json is corrupt or of another version.
         """
         content = self._content()
-        return {} if content is None else content.get("facts", {})
+        facts: Mapping[str, Any] = {} if content is None else content["facts"]
+        return facts
 
     def save(self, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Writes run.json, in place of the one that is there."""
@@ -138,7 +140,10 @@ class RunFolder:
             return None
         try:
             with np.load(file, allow_pickle=False) as content:
-                return content["digests"], content["pieces"]
+                digests, pieces = content["digests"], content["pieces"]
+            if not (digests.dtype == np.uint64 and pieces.dtype == np.int64 and digests.shape == (len(pieces),)):
+                raise ValueError("digests and pieces do not fit")
+            return digests, pieces
         except Exception as error:  # of zipfile, zlib or NumPy
             raise ValueError(f"{self.name}/documents.npz is corrupt; another --out, or --overwrite") from error
 
@@ -165,11 +170,12 @@ class RunFolder:
         return path
 
     def delete_outdated(self) -> None:
-        """Deletes the run that is to be overwritten; other files in its folder stay."""
+        """Deletes the run that is to be overwritten; other files in its folder stay, and other runs."""
         (self.path / "run.json").unlink(missing_ok=True)  # first, as the others are nothing without it
         shutil.rmtree(self.features, ignore_errors=True)
         (self.path / "documents.npz").unlink(missing_ok=True)
-        for folder in (self.path, *(file.parent for file in self.path.glob("*/top.jsonl"))):
+        named = [file.parent for file in self.path.glob("*/top.jsonl")]
+        for folder in (self.path, *(folder for folder in named if not (folder / "run.json").exists())):
             for name in RESULTS:
                 (folder / name).unlink(missing_ok=True)
 

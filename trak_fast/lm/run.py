@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..distributed import Ranks
+from ..store.files import temporary_folder
 from ..tasks import resolve_task
 from ..traker import TRAKer
 from .folder import RunFolder, check_is_prefix, digests_of, digests_of_tokens
@@ -213,8 +214,15 @@ class Run:
         return self._open_features()
 
     def _replace_older(self) -> None:
-        """Deletes the run that this one overwrites, if there is one."""
+        """Deletes the run that this one overwrites, if there is one, once it is clear that this one can begin.
+
+        Raises:
+            ValueError: A setting is refused, or no training document has a scored token; the older run stays.
+        """
         if self.folder.is_outdated:
+            self._require_scored()
+            with temporary_folder(self.folder.features) as folder:
+                self.make_traker(folder, len(self.encoded.pieces))
             self.ranks.first(self.folder.delete_outdated)
             self.folder.is_outdated = False
 
@@ -222,6 +230,8 @@ class Run:
         """Opens the features, makes them, or has them grow to the pieces that there are."""
         self._replace_older()
         stored = self.folder.num_stored()
+        if stored is None:
+            self._require_scored()
         wanted = int(self.pieces_of_documents.sum())
         self._require_same_tokens()
         traker = self.make_traker(self.folder.features, wanted if stored is None else stored)
@@ -237,6 +247,15 @@ class Run:
         if wanted > traker.train_set_size:
             traker.extend(wanted)
         return traker
+
+    def _require_scored(self) -> None:
+        """Checks that there is something to attribute to.
+
+        Raises:
+            ValueError: No training document has a scored token.
+        """
+        if len(self.encoded.empty) == len(self.documents.documents):
+            raise ValueError("--train must have a document with a scored token, and none of them has one")
 
     @cached_property
     def first_tokens(self) -> list[str]:
@@ -445,17 +464,6 @@ class Run:
             disable=None if self.ranks.rank == 0 else True,
             bar_format=BAR,
         )
-
-    @property
-    def tie(self) -> float | None:
-        """The standard deviation of a score by projection and rounding; None where scores have an inverse in them."""
-        traker = self.traker
-        if traker._estimator.inverts or not traker.normalize:
-            return None
-        rounding = math.pi / 2 if traker.store.store_dtype == "1bit" else 1.0
-        ids = range(len(self.models.folders))
-        weights = [np.array(traker.store.train(i).weights).mean() if traker.use_weights else 1.0 for i in ids]
-        return float(np.mean(weights)) * math.sqrt(rounding / (traker.proj_dim * len(ids)))
 
     def forget_scores(self, targets: Targets) -> None:
         """Deletes the file of the scores of pieces, which results are made from."""
