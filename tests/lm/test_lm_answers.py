@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,6 +191,54 @@ def test_documents_are_selected_by_their_highest_score(
     lines = read_lines(out / "selected.jsonl")
     np.testing.assert_allclose([line.pop("score") for line in lines], plain.max(1)[best], rtol=1e-6)
     assert lines == expected
+
+
+def tie_of(out: Path) -> float:
+    """Reads the noise of scores that a page tells."""
+    return float(page_data(out / "index.html")["tie"])
+
+
+def test_the_noise_of_scores_is_that_of_the_sums_and_means_that_they_are(home: Home, tmp_path: Path) -> None:
+    """Single scores have 1/√64; measured over seeds, the others lie within 10 % of these."""
+    home.run(tmp_path / "single")
+    assert tie_of(tmp_path / "single") == pytest.approx(1 / 8)
+    home.run(tmp_path / "group", "--group", "set")  # means of three questions and of one
+    assert tie_of(tmp_path / "group") == pytest.approx(math.sqrt((1 / 3 + 1) / 2) / 8)
+    control = write(tmp_path / "control.jsonl", texts_of([9, 10], seed=4))
+    home.run(tmp_path / "against", "--against", control)
+    assert tie_of(tmp_path / "against") == pytest.approx(math.sqrt(1 + 1 / 2) / 8)
+    home.run(tmp_path / "both", models=home.models)
+    assert tie_of(tmp_path / "both") == pytest.approx(math.sqrt(1 / 2) / 8)
+    home.run(tmp_path / "less", "--method", "less", models=home.models)  # rates of 3e-3 and 1e-3
+    assert tie_of(tmp_path / "less") == pytest.approx(math.sqrt(0.75**2 + 0.25**2) / 8)
+    home.run(tmp_path / "split", "--long", "split", "--max-tokens", 5)
+    windows = [[math.ceil((length - 1) / 4) for length in lengths] for lengths in (LENGTHS, [6, 7, 9, 8])]
+    assert tie_of(tmp_path / "split") == pytest.approx(math.sqrt(np.mean(windows[0]) * np.mean(windows[1])) / 8)
+
+
+def test_tokens_of_documents_without_a_gradient_add_nothing(home: Home, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", ["ba", home.texts[0], ""])
+    succeed(home.models[0], "--train", train, "--query", home.query, "--out", tmp_path / "run", "--method", "cosine")
+    data = page_data(tmp_path / "run" / "index.html")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["facts"]["store_dtype"] == "1bit"
+    for query in data["queries"]:
+        parts = {data["documents"][card["document"]]["row"]: card["tokens"] for card in query["top"]}
+        assert [part for _, _, part in parts[0]] == [0]
+        assert any(part for _, _, part in parts[1])
+
+
+def test_lines_of_results_end_where_any_program_sees_their_end(home: Home, tmp_path: Path) -> None:
+    texts = ["ba be bi\u2028bo bu", "da de\u2029di \x85 do"]
+    home.run(tmp_path, query=write(tmp_path / "query.jsonl", texts))
+    lines = [json.loads(line) for line in (tmp_path / "top.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["text"] for line in lines] == texts
+
+
+def test_other_questions_leave_no_documents_that_were_selected_before(home: Home, tmp_path: Path) -> None:
+    home.run(tmp_path, "--select", 2)
+    assert len(read_lines(tmp_path / "selected.jsonl")) == 2
+    succeed("--out", tmp_path, "--query", write(tmp_path / "other.jsonl", texts_of([5], seed=3)))
+    assert not (tmp_path / "selected.jsonl").exists()
 
 
 def test_selected_documents_name_their_group(home: Home, plain: NDArray[Any], tmp_path: Path) -> None:

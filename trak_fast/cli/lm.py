@@ -379,18 +379,22 @@ def _answer(
     """Writes and prints the answer to the questions, and returns it for --json."""
     from ..lm import report
     from ..lm.answer import Wanted, answer
+    from ..lm.results import tie_of
 
+    control = sets[1] if len(sets) > 1 else None
+    tie = tie_of(found, sets[0], control)
     result = answer(
         found,
         sets[0],
-        sets[1] if len(sets) > 1 else None,
+        control,
         Wanted(arguments.top, arguments.worst, arguments.tokens, arguments.scores, arguments.select),
         name=name,
         title=f"trak-fast lm: {arguments.out}",
-        facts=report.made_facts([*lines, report.scores_line(found)]),
+        facts=report.made_facts([*lines, report.scores_line(found, tie)]),
+        tie=tie,
     )
     shown = _shown(arguments.out, result.folder)
-    tell(report.scores_line(found))
+    tell(report.scores_line(found, tie))
     if arguments.ask is not None:
         for line in report.document_lines(result.rankings[0], found):
             tell(line)

@@ -18,6 +18,9 @@ from .view import page_content, token_parts
 ALL_SCORES = "scores.npy"
 """The file with the score of each document for each query."""
 
+SELECTED = "selected.jsonl"
+"""The file with the documents that were selected."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -64,6 +67,7 @@ def answer(
     name: str | None,
     title: str,
     facts: Sequence[tuple[str, str]],
+    tie: float | None,
 ) -> Answer:
     """Answers questions, and writes top.jsonl, top.csv, index.html and what else is wanted.
 
@@ -77,6 +81,7 @@ def answer(
         name: Name of the folder of results in that of the run; None: the run's own.
         title: The page's title.
         facts: Labels and texts that say how the page was made.
+        tie: The noise of scores (see `results.tie_of`); None where it is not known.
 
     Raises:
         ValueError: --select is no share of the documents.
@@ -102,8 +107,10 @@ def answer(
         results.write_lines(folder / "top.jsonl", entries)
         results.write_table(folder / "top.csv", entries)
         if count:
-            results.write_lines(folder / "selected.jsonl", selected)
-        html = render(page_content(run, rankings, parts, facts, title))
+            results.write_lines(folder / SELECTED, selected)
+        else:
+            (folder / SELECTED).unlink(missing_ok=True)  # chosen by other questions, maybe
+        html = render(page_content(run, rankings, parts, facts, title, tie))
         with advising_on_denied(folder), atomic_file(folder / "index.html") as temporary:
             temporary.write_text(html, encoding="utf-8")
     return Answer(rankings=rankings, entries=entries, folder=folder, selected=count)

@@ -83,12 +83,12 @@ def gradients_line(run: Run, traker: TRAKer) -> str:
     )
 
 
-def scores_line(run: Run) -> str:
+def scores_line(run: Run, tie: float | None) -> str:
     """Says which numbers the scores are."""
-    return label("scores", _scores_text(run))
+    return label("scores", _scores_text(run, tie))
 
 
-def _scores_text(run: Run) -> str:
+def _scores_text(run: Run, tie: float | None) -> str:
     traker = run.traker
     several = f", averaged over {len(run.models.folders)} checkpoints" if len(run.models.folders) > 1 else ""
     if traker._estimator.inverts:
@@ -101,8 +101,8 @@ def _scores_text(run: Run) -> str:
     }
     if run.settings.method == "less" and several:
         several = f", weighed by the learning rates of {len(run.models.folders)} checkpoints"
-    tie = f"; ±{run.tie:.2g} by projection" if run.tie else ""
-    return kinds[run.settings.method] + several + tie
+    noise = f"; ±{tie:.2g} by projection" if tie else ""
+    return kinds[run.settings.method] + several + noise
 
 
 def ranking_lines(rankings: Sequence[Ranking], run: Run) -> list[str]:

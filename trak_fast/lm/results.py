@@ -26,6 +26,10 @@ BINS = 60
 """Bars of a histogram."""
 
 
+LINE_ENDS = {place: f"\\u{place:04x}" for place in (0x85, 0x2028, 0x2029)}
+"""Characters at which some programs end a line, though JSON may hold them, and how JSON escapes them."""
+
+
 @dataclass(frozen=True)
 class Query:
     """A question, or several that are scored as one.
@@ -169,6 +173,36 @@ def averaging_of(run: Run, targets: Targets) -> NDArray[np.float64]:
     return matrix
 
 
+def tie_of(run: Run, targets: Targets, control: Targets | None = None) -> float | None:
+    """Estimates the standard deviation of a score by projection and rounding; None where an inverse is in scores.
+
+    The score of two pieces has the noise 1/√k, and that of signs √(π/2) times as much. Noises of different windows,
+    questions and checkpoints are independent; those of M maskings, which are alike, are taken to fall by √M and not by
+    M, as the mean over the pairs of M × M independent ones would.
+
+    Args:
+        run: The run, with the features of all documents and questions.
+        targets: The questions.
+        control: Questions whose mean score is subtracted.
+
+    Returns:
+        Its root mean square over the documents and queries.
+    """
+    traker = run.traker
+    if traker._estimator.inverts or not traker.normalize:
+        return None
+    ids = range(len(run.models.folders))
+    shares = np.array(checkpoint_weights(run) or np.full(len(ids), 1 / len(ids)))
+    squares = (averaging_of(run, targets) ** 2).sum(0).mean()
+    if control is not None:
+        squares += (averaging_of(run, control).mean(1) ** 2).sum()
+    windows = run.pieces_of_documents.mean() / run.maskings
+    rounding = math.pi / 2 if traker.store.store_dtype == "1bit" else 1.0
+    weight = np.mean([np.array(traker.store.train(i).weights).mean() for i in ids])
+    variance = windows * squares * (shares**2).sum() * rounding / traker.proj_dim
+    return float(weight * math.sqrt(variance))
+
+
 @dataclass(frozen=True)
 class Ranking:
     """The best and worst documents of a query.
@@ -263,7 +297,7 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Writes a .jsonl file."""
     with _writing(path) as file:
         for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False).translate(LINE_ENDS) + "\n")
 
 
 @contextmanager

@@ -91,6 +91,7 @@ def page_content(
     parts: Mapping[tuple[int, int], Spans],
     facts: Sequence[tuple[str, str]],
     title: str,
+    tie: float | None,
 ) -> PageContent:
     """Makes the content of the page.
 
@@ -100,6 +101,7 @@ def page_content(
         parts: The parts of tokens (see `token_parts`).
         facts: Labels and texts that say how the page was made.
         title: The page's title.
+        tie: The noise of scores (see `tie_of`); None where it is not known.
     """
     texts = [document.shown for document in run.documents.documents]
     words = WordRanks(texts) if sum(map(len, texts)) <= MOST_LETTERS else None
@@ -123,7 +125,7 @@ def page_content(
     return PageContent(
         title=title,
         facts=tuple(facts),
-        tie=run.tie or 0.0,
+        tie=tie or 0.0,
         queries=tuple(views),
         word_ranks_from=None if words is None else "BM25",
     )

@@ -330,7 +330,7 @@ class Estimator:
                 norms = torch.from_numpy(features.squared_norms_of(rows)).sqrt()
             else:
                 norms = torch.from_numpy(np.array(features[rows], np.float64)).norm(dim=1)
-            factors = factors / norms.clamp(min=torch.finfo(torch.float64).tiny)
+            factors = torch.where(norms > 0, factors / norms, 0.0)  # samples without a gradient have no direction
         return factors
 
     def mean_weights(self, model_ids: Collection[int]) -> Tensor:
