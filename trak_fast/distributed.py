@@ -65,6 +65,10 @@ def _telling_that_it_waits() -> Iterator[None]:
         timer.cancel()
 
 
+class OtherRankError(RuntimeError):
+    """The error that another process failed, which this one would wait for in vain."""
+
+
 class Ranks:
     """This process's place among those that work together; it works alone unless it was started otherwise.
 
@@ -156,4 +160,4 @@ class Ranks:
             raise error
         for rank, message in enumerate(errors):
             if message is not None:
-                raise RuntimeError(f"rank {rank} failed: {message}")
+                raise OtherRankError(f"rank {rank} failed: {message}")

@@ -117,6 +117,27 @@ def test_a_killed_run_goes_on_to_the_same_scores(home: Home, tmp_path: Path) -> 
     assert scores_of(out).tobytes() == home.scores.tobytes()
 
 
+def test_rows_that_another_process_writes_are_left_to_it_with_a_sentence(home: Home, tmp_path: Path) -> None:
+    words = home.words(tmp_path / "run")
+    succeed(*words, "--limit", 5)
+    holder = (
+        "import sys; from pathlib import Path; from trak_fast.store.locks import WHOLE, lock_file;"
+        "locks = [lock_file(path) for path in Path(sys.argv[1]).rglob('*lock*')];"
+        "print(all([lock.acquire(0, WHOLE + 1) for lock in locks]) and len(locks) > 0, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "True"
+        result = call(*words)
+        process.communicate()
+    assert result.status == 1
+    assert "by another process" in result.err.splitlines()[-1]
+    assert result.err.splitlines()[-1].endswith("wait until it has ended")
+    succeed(*words)
+    assert scores_of(tmp_path / "run").shape == home.scores.shape
+
+
 def test_a_finished_run_computes_nothing_again(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
     shutil.copytree(home.folder / "whole", out)

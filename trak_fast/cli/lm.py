@@ -137,8 +137,12 @@ def _told_failures() -> Iterator[None]:
     """Turns what goes wrong in the block into a sentence for the user.
 
     Raises:
-        Failure: A package is missing, an argument is refused, or a file cannot be read or written.
+        Failure: A package is missing, an argument is refused, a file cannot be read or written, another process writes
+            the same rows, or another one of this run failed.
     """
+    from ..distributed import OtherRankError
+    from ..store import BusyError
+
     try:
         with checking_arguments():
             yield
@@ -147,7 +151,7 @@ def _told_failures() -> Iterator[None]:
         if name not in ("transformers", "peft", "tokenizers", "safetensors", "pyarrow", "datasets"):
             raise
         raise Failure(f"trak-fast lm needs {name}, which is not installed: pip install {name}") from error
-    except OSError as error:
+    except (OSError, BusyError, OtherRankError) as error:
         raise Failure(str(error)) from error
 
 

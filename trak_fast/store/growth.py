@@ -34,7 +34,7 @@ from .files import (
     read_json,
     sync_folder,
 )
-from .locks import WHOLE, lock_file
+from .locks import WHOLE, BusyError, lock_file
 from .rows import LOCK_FILE, Rows
 
 GROWTH_FILE = "growth.json"
@@ -107,7 +107,7 @@ def size_kept(folder: Path) -> Iterator[None]:
             raise
         locks = None
     if locks is not None and not locks.acquire(WHOLE, 1, shared=True):
-        raise RuntimeError(f"{folder} is being extended by another process; wait until it has ended")
+        raise BusyError(f"{folder} is being extended by another process; wait until it has ended")
     try:
         yield
     finally:

@@ -26,6 +26,10 @@ _files: weakref.WeakValueDictionary[tuple[int, int], LockFile] = weakref.WeakVal
 logger = logging.getLogger("trak_fast")
 
 
+class BusyError(RuntimeError):
+    """The error that another process works with the same rows."""
+
+
 class Holder(NamedTuple):
     """A lock that another process has.
 

@@ -23,7 +23,7 @@ from ..scales import exponents_of
 from .columns import EXPONENTS, FEATURES, SCALES, require_space, stored_arrays
 from .encodings import CODED, decode, encode
 from .files import advising_on_denied, advising_on_full_disk, create_array, open_array, sync, write_at
-from .locks import WHOLE, LockFile, lock_file
+from .locks import WHOLE, BusyError, LockFile, lock_file
 from .samples import first_of
 
 LOCK_FILE = "writers.lock"
@@ -530,7 +530,7 @@ def _lock(locks: LockFile, path: Path, start: int, length: int, shared: bool = F
     """Locks bytes of the lock file of the folder `path`.
 
     Raises:
-        RuntimeError: Another process has locked one of them; the message names rows, folder and process.
+        BusyError: Another process has locked one of them; the message names rows, folder and process.
     """
     if locks.acquire(start, length, shared):
         return
@@ -541,7 +541,7 @@ def _lock(locks: LockFile, path: Path, start: int, length: int, shared: bool = F
         process = f" (pid {held.process})" if held.process else ""
         reads = held.shared
     alike = not (reads or shared or start + length > MAX_ROWS)
-    raise RuntimeError(
+    raise BusyError(
         f"{rows} of {path} are being {'read' if reads else 'written'} by another process{process}; "
         + ("give each process rows of its own, or " if alike else "")
         + "wait until it has ended"
