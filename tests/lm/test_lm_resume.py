@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -271,3 +272,21 @@ def test_the_same_path_with_other_moments_is_refused(home: Home, tmp_path: Path)
     )  # fmt: skip
     step()
     assert "optimizer" in refusal("--out", out, "--ask", "ba be")
+    assert "optimizer" in refusal("--out", out, "--query", home.query)  # of which all is stored
+    (tmp_path / "model" / "optimizer.pt").write_bytes(b"junk")
+    assert "weights_only=True" in refusal("--out", out, "--ask", "ba be")
+
+
+def test_weights_that_were_replaced_are_noticed_where_nothing_is_left_to_compute(home: Home, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(home.models[0], model)
+    out = tmp_path / "run"
+    words = ["--query", home.query, "--out", out, "--tokens", 0]
+    succeed(model, "--train", home.train, *words, "--proj-dim", 64)
+    weights = model / "model.safetensors"
+    os.utime(weights, ns=(0, 0))  # the same weights in a newer or older file
+    succeed(*words)
+    shutil.copyfile(home.models[1] / "model.safetensors", weights)
+    expected = f"{model} has other weights"
+    assert refusal(*words).startswith(expected)
+    assert refusal("--out", out, "--clean").startswith(expected)

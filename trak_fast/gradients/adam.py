@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 import zipfile
 from collections import Counter, defaultdict
@@ -198,7 +197,9 @@ def _load(place: str | os.PathLike[str]) -> object:
     try:
         # files of torch < 1.6 are no archives, and cannot be mapped
         return torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # damaged files raise errors of many classes, such as struct.error
         raise ValueError(
             f"optimizer_state must be the path of a file that torch.load reads with weights_only=True, not {file}; "
             "save a plain optimizer.state_dict()"

@@ -102,8 +102,8 @@ class Run:
             models: The checkpoints.
             documents: The training documents.
             ranks: The processes that share the work.
-            is_moved: True where the checkpoints are in other folders than run.json says: their weights are checked
-                before anything else is done.
+            is_moved: True where the checkpoints are in other folders or files than run.json says: their weights are
+                checked before anything else is done.
         """
         self.folder = folder
         self.settings = settings
@@ -327,6 +327,7 @@ class Run:
             "proj_dim": traker.proj_dim,
             "store_dtype": traker.store.store_dtype,
             "first_tokens": self.first_tokens,
+            "weights": stamps_of(self.models),
             "way": self.choice.text,
             "arguments": self.choice.arguments,
         }
@@ -519,10 +520,29 @@ def open_run(
             documents = Documents(documents.documents[: len(known[0])], documents.fields)
         found = digests_of(documents.documents)
         check_is_prefix(folder, known[0], documents.documents, found)
-    is_moved = stored is not None and any(settings.stored()[name] != stored[name] for name in ("models", "base"))
+    is_moved = stored is not None and (
+        any(settings.stored()[name] != stored[name] for name in ("models", "base"))
+        or folder.facts().get("weights") != stamps_of(models)
+    )
     run = Run(folder, settings, machine, models, documents, ranks=ranks, is_moved=is_moved)
     run.optimizer_states()  # refuses what is missing before a model is read
     return run
+
+
+def stamps_of(models: Models) -> list[list[list[Any]]]:
+    """Returns name, bytes and time of each file of weights and moments, by which files that were replaced are noticed.
+
+    Returns:
+        A list for each checkpoint, as JSON has it.
+    """
+    result = []
+    for folder in models.folders:
+        places = [folder.path] if folder.base is None else [folder.path, folder.base]
+        files = {file for place in places for ending in ("safetensors", "bin") for file in place.glob(f"*.{ending}")}
+        files |= set() if folder.optimizer is None else {folder.optimizer}
+        states = [(file.name, file.stat()) for file in sorted(files)]
+        result.append([[name, state.st_size, state.st_mtime_ns] for name, state in states])
+    return result
 
 
 def _near(paths: Sequence[str]) -> list[Path]:
