@@ -94,10 +94,11 @@ def answer(
     results.write_scores(run, targets, path, control)
     queries = results.queries_of(targets)
     try:
-        scores = np.load(path, mmap_mode="r")
-        rankings = list(results.rank(scores, queries, top=wanted.top, worst=wanted.worst))
-        selected = results.select(scores, queries, documents, count) if count else []
-        del scores
+        with run.ranks.together():  # the file is deleted once all processes have read it
+            scores = np.load(path, mmap_mode="r")
+            rankings = list(results.rank(scores, queries, top=wanted.top, worst=wanted.worst))
+            selected = results.select(scores, queries, documents, count) if count else []
+            del scores
     finally:
         if not wanted.scores:
             run.ranks.first(path.unlink, missing_ok=True)
