@@ -172,7 +172,8 @@ def test_changed_documents_are_named_by_row(home: Home, tmp_path: Path) -> None:
     assert refusal(*words) == expected.format(", and 1 more")
     write(train, home.texts[:8])
     assert refusal(*words) == (
-        f"{train} ends after 8 documents, and {out}/ was made of 10; --overwrite, or the old file"
+        f"{train} ends after 8 documents, by itself or by --limit, and {out}/ was made of 10; --overwrite, or all of "
+        "these"
     )
     write(train, home.texts)
     succeed(*words)
@@ -218,7 +219,7 @@ def test_a_limit_is_the_beginning_of_a_run_of_all_documents(home: Home, tmp_path
     assert "train     " + str(home.train) + ' ("text"): 4 documents, 47 tokens' in succeed(*words, "--limit", 4).out
     assert len(scores_of(out)) == 4
     assert refusal(*words, "--limit", 3).endswith(
-        f"ends after 3 documents, and {out}/ was made of 4; --overwrite, or the old file"
+        f"ends after 3 documents, by itself or by --limit, and {out}/ was made of 4; --overwrite, or all of these"
     )
     succeed("--out", out, "--query", home.query, "--scores")
     assert len(scores_of(out)) == 4

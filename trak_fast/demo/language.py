@@ -348,6 +348,7 @@ def write_page(found: Run, targets: Targets, lines: Sequence[str]) -> None:
         name=None,
         title="trak-fast demo lm",
         facts=[("recall" if not place else "", line) for place, line in enumerate(lines)],
+        tie=lm_results.tie_of(found, targets),
     )
 
 

@@ -186,8 +186,11 @@ def require_name(name: str | None) -> None:
     Raises:
         ValueError: It can be no folder's, or is that of the features.
     """
-    if name is not None and (name == "features" or not re.fullmatch(r"\w[\w.-]{0,99}", name)):
-        raise ValueError(f"--name must be letters, digits, and - _ . after the first, and not 'features', not {name!r}")
+    taken = ("features", "run.json", "documents.npz", *RESULTS)
+    if name is not None and (name in taken or not re.fullmatch(r"\w[\w.-]{0,99}", name)):
+        raise ValueError(
+            f"--name must be letters, digits, and - _ . after the first, and none of {', '.join(taken)}, not {name!r}"
+        )
 
 
 def check_is_prefix(
@@ -209,6 +212,6 @@ def check_is_prefix(
     if len(found) < len(stored):
         file = documents[-1].file if documents else "--train"
         raise ValueError(
-            f"{file} ends after {len(found):,} documents, and {folder.name}/ was made of {len(stored):,}; "
-            "--overwrite, or the old file"
+            f"{file} ends after {len(found):,} documents, by itself or by --limit, and {folder.name}/ was made of "
+            f"{len(stored):,}; --overwrite, or all of these"
         )

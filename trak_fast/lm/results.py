@@ -198,7 +198,7 @@ def tie_of(run: Run, targets: Targets, control: Targets | None = None) -> float 
         squares += (averaging_of(run, control).mean(1) ** 2).sum()
     windows = run.pieces_of_documents.mean() / run.maskings
     rounding = math.pi / 2 if traker.store.store_dtype == "1bit" else 1.0
-    weight = np.mean([np.array(traker.store.train(i).weights).mean() for i in ids])
+    weight = np.mean([np.array(traker.store.train(i).weights).mean() for i in ids]) if traker.use_weights else 1.0
     variance = windows * squares * (shares**2).sum() * rounding / traker.proj_dim
     return float(weight * math.sqrt(variance))
 
