@@ -116,10 +116,11 @@ def alone(model: Path, train: Path, options: Sequence[str]) -> None:
     """Prints the seconds of `GradientProjector` alone: of its metric, and of all batches."""
     from trak_fast import GradientProjector
     from trak_fast.cli import lm
+    from trak_fast.lm.compute import metric_pieces
     from trak_fast.lm.machine import Machine
     from trak_fast.lm.run import open_run
-    from trak_fast.lm.tasks import task_of
     from trak_fast.lm.texts.encoding import make_batches
+    from trak_fast.tasks import resolve_task
 
     commands = argparse.ArgumentParser().add_subparsers()
     lm.add(commands)
@@ -129,7 +130,7 @@ def alone(model: Path, train: Path, options: Sequence[str]) -> None:
     found = open_run(train.parent / "never-written", given, machine)
     with tempfile.TemporaryDirectory() as folder:  # which knows all options by their values
         traker = found.make_traker(Path(folder), len(found.encoded.pieces))
-        task = task_of(found.models.task, found.settings.method)
+        task = resolve_task(found.models.task)
         projector = traker.projector
         choice = found.choice.arguments
         streaming = GradientProjector(
@@ -146,7 +147,7 @@ def alone(model: Path, train: Path, options: Sequence[str]) -> None:
         )
     begun, cpu = time.perf_counter(), time.process_time()
     if choice["metric"] is not None:
-        pieces = found.metric_pieces()
+        pieces = metric_pieces(found)
         batch = found.batch(pieces)
         streaming.fit_metric(batch, chunk_size=max(1, machine.tokens // len(pieces[0].input_ids)))
     fitted, cpu_fitted = time.perf_counter(), time.process_time()
@@ -290,7 +291,7 @@ import trak_fast.cli, trak_fast.lm.run, trak_fast.lm.answer, trak_fast.lm.view, 
 from transformers import AutoTokenizer, AutoModelForCausalLM
 parts["imports"] = time.perf_counter() - begun
 timed("trak_fast.lm.run", "open_run", "opening")
-timed("trak_fast.lm.run", "Run.compute", "gradients of the question")
+timed("trak_fast.lm.compute", "compute", "gradients of the question")
 timed("trak_fast.lm.answer", "token_parts", "tokens")
 timed("trak_fast.lm.results", "write_scores", "scores")
 timed("trak_fast.lm.answer", "page_content", "page")

@@ -274,12 +274,13 @@ def _compute(found: Run, sets: Sequence[Targets], stored: Sequence[int], tell: C
         Failure: The user interrupts it.
     """
     from ..lm import report
+    from ..lm.compute import compute
 
     tell(report.gradients_line(found, found.traker))
     if max(stored) and min(stored) < len(found.documents.documents):
         tell(report.label("train", f"{report.stored_text(found, stored)} are there"))
     try:
-        found.compute(sets)
+        compute(found, sets)
     except KeyboardInterrupt as error:
         if _is_first():
             told = report.stored_text(found, found.num_featurized())

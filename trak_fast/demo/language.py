@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..arguments import integer
 from ..lm import results as lm_results
 from ..lm.answer import Wanted, answer
+from ..lm.compute import compute
 from ..lm.machine import Machine
 from ..lm.models.loading import quiet
 from ..lm.run import Run, Targets, open_run
@@ -299,7 +300,7 @@ def attribute(folder: Path, out: Path, method: str, seed: int) -> tuple[Run, Tar
     }  # fmt: skip
     found = open_run(out, given, Machine(device="cpu"), overwrite=True)
     targets = found.targets(read_documents([folder / "questions.jsonl"]), "queries")
-    found.compute([targets])
+    compute(found, [targets])
     return found, targets
 
 

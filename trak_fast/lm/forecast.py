@@ -25,6 +25,7 @@ from ..bench.units import bytes_text, seconds_text
 from ..store.files import temporary_folder
 from ..tasks.tokens import IGNORED
 from ..traker import TRAKer
+from .compute import fit_metric, metric_pieces
 from .report import gradients_line, label
 from .run import Run, Targets
 from .texts.encoding import make_batches
@@ -126,7 +127,7 @@ class _Trial:
         traker = run.make_traker(self.folder / "features", len(rows))
         loading = _time(lambda: traker.load_checkpoint(self.state, 0))
         if run.choice.arguments["metric"] is not None:
-            run.fit_metric(traker, run.metric_pieces()[-METRIC_DOCUMENTS[0] :])  # the shortest: it is not judged
+            fit_metric(run, traker, metric_pieces(run)[-METRIC_DOCUMENTS[0] :])  # the shortest: it is not judged
         timed, check = self._featurize(traker)
         seconds["first batch"] = check
         seconds["train"] = self._rate(timed, self.lengths)
@@ -156,13 +157,13 @@ class _Trial:
         run = self.run
         if run.choice.arguments["metric"] is None:
             return 0.0
-        pieces = run.metric_pieces()
+        pieces = metric_pieces(run)
         points = []
         for number, count in enumerate(METRIC_DOCUMENTS):
             some = pieces[:: max(1, len(pieces) // count)][:count]
             traker = run.make_traker(self.folder / f"metric{number}", len(some))
             traker.load_checkpoint(self.state, 0)
-            seconds = _time(lambda traker=traker, some=some: run.fit_metric(traker, some))  # type: ignore[misc]
+            seconds = _time(lambda traker=traker, some=some: fit_metric(run, traker, some))  # type: ignore[misc]
             points.append((sum(len(piece.input_ids) for piece in some), seconds))
         (few, first), (more, second) = points
         slope = max(0.0, second - first) / max(1, more - few)

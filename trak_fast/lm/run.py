@@ -2,8 +2,8 @@
 
 run = open_run(folder, given, machine)       settings, documents and model; refuses what does not fit
 targets = run.targets(documents, "queries")  encoded questions
-run.compute([targets])                       features of what is not stored yet, checkpoint by checkpoint
-run.scores(targets)                          one score for each document and query (results.py)
+compute(run, [targets])                      features of what is not stored yet (compute.py)
+answer(run, targets, ...)                    scores, rankings and files (answer.py)
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..distributed import Ranks
 from ..store.files import temporary_folder
@@ -34,19 +33,10 @@ from .models.folders import Models, find_models
 from .projection import Choice, choose_projection
 from .settings import MASKINGS, Settings, merged, settings_of
 from .texts.documents import Document, Documents, Fields, read_documents
-from .texts.encoding import Encoded, Piece, collate, encode, make_batches
-
-BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} tokens · {rate_fmt} · {remaining} left"
-"""The form of a bar."""
-
-METRIC_DOCUMENTS = (64, 256)
-"""Documents that a metric is made of, at least and at most."""
+from .texts.encoding import Encoded, Piece, collate, encode
 
 FIRST_DOCUMENTS = 16
 """Documents whose tokens are compared with those that a run was made of."""
-
-METRIC_SHARE = 1 / 8
-"""Share of all tokens that a metric may be made of, where that is enough documents."""
 
 
 @dataclass(frozen=True)
@@ -350,84 +340,13 @@ class Run:
     def num_featurized(self) -> list[int]:
         """Counts the documents whose features are stored, at each checkpoint."""
         total = len(self.documents.documents)
-        return [total - len(np.unique(self.owners[~self._done(i)])) for i in range(len(self.models.folders))]
+        return [total - len(np.unique(self.owners[~self.done(i)])) for i in range(len(self.models.folders))]
 
-    def _done(self, model_id: int) -> NDArray[np.bool_]:
+    def done(self, model_id: int) -> NDArray[np.bool_]:
         """Tells which pieces a checkpoint has features of, (n,)."""
         if model_id not in self.traker.store.model_ids():
             return np.zeros(len(self.owners), bool)
         return np.array(self.traker.store.train(model_id).done, bool)
-
-    def _has_targets(self, model_id: int, targets: Targets) -> bool:
-        """Tells if a checkpoint has the features of all questions."""
-        store = self.traker.store
-        if targets.exp_name not in store.experiments_of(model_id):
-            return False
-        return bool(np.array(store.targets(model_id, targets.exp_name).done).all())
-
-    def compute(self, sets: Sequence[Targets]) -> None:
-        """Computes the features of documents and questions that are missing, one checkpoint after the other.
-
-        Raises:
-            ValueError: A checkpoint has other weights than its features were made with, or gradients are not finite.
-            OSError: The disk is full, for example.
-        """
-        traker = self.traker
-        work: list[tuple[int, NDArray[np.intp], list[Targets]]] = []
-        tokens = 0
-        for model_id in range(len(self.models.folders)):
-            missing = np.flatnonzero(~self._done(model_id))
-            share = traker.rows(len(self.owners))
-            missing = missing[(missing >= share.start) & (missing < share.stop)]
-            finalized = model_id in traker.store.model_ids() and traker.store.is_finalized(model_id)
-            wanted = [targets for targets in sets if targets.pieces and not self._has_targets(model_id, targets)]
-            needs = self.ranks.gather(bool(len(missing)) or not finalized or bool(wanted))
-            if any(needs):
-                work.append((model_id, missing, wanted))
-                tokens += sum(len(self.encoded.pieces[i].input_ids) for i in missing)
-                tokens += sum(len(piece.input_ids) for targets in wanted for piece in targets.pieces)
-        if not work:
-            return
-        with self._bar(tokens) as bar:
-            for model_id, missing, wanted in work:
-                self._compute_checkpoint(model_id, missing, wanted, bar)
-
-    def _compute_checkpoint(
-        self, model_id: int, missing: NDArray[np.intp], wanted: Sequence[Targets], bar: tqdm[Any]
-    ) -> None:
-        """Computes what is missing of one checkpoint."""
-        traker = self.traker
-        state = self.models.state(model_id, self.model)
-        with self._naming_weights(model_id):
-            traker.load_checkpoint(state, model_id)
-        self._loaded = model_id
-        if any(self.ranks.gather(bool(len(missing)))):
-            bar.set_description_str("train    ")
-            if self.choice.arguments["metric"] is not None:
-                self.fit_metric(traker, self.metric_pieces())
-            lengths = [len(self.encoded.pieces[i].input_ids) for i in missing]
-            for batch in make_batches(lengths, self.machine.tokens):
-                rows = missing[batch]
-                pieces = [self.encoded.pieces[i] for i in rows]
-                traker.featurize(self.batch(pieces), inds=rows)
-                _advance(bar, pieces)
-        traker.finalize_features([model_id])
-        for targets in wanted:
-            bar.set_description_str("query    ")
-            self._delete_older(targets)
-            traker.start_scoring_checkpoint(targets.exp_name, state, model_id, len(targets.pieces))
-            lengths = [len(piece.input_ids) for piece in targets.pieces]
-            for batch in make_batches(lengths, self.machine.tokens):
-                pieces = [targets.pieces[i] for i in batch]
-                traker.score(self.batch(pieces), inds=batch)
-                _advance(bar, pieces)
-
-    def _delete_older(self, targets: Targets) -> None:
-        """Deletes the features of earlier questions of the same name."""
-        prefix = targets.exp_name.rpartition("-")[0]
-        for name in self.ranks.gather(self.traker.store.experiments())[0]:
-            if name != targets.exp_name and name.rpartition("-")[0] == prefix:
-                self.traker.delete_experiment(name)
 
     @contextmanager
     def _naming_weights(self, model_id: int) -> Iterator[None]:
@@ -442,45 +361,26 @@ class Run:
                 f"{self.folder.name}/ was made with; give these, another --out, or --overwrite"
             ) from error
 
-    def fit_metric(self, traker: TRAKer, pieces: Sequence[Piece]) -> None:
-        """Makes the metric of the loaded checkpoint, unless there is one, within the tokens of a batch at a time."""
-        at_a_time = max(1, self.machine.tokens // max(len(piece.input_ids) for piece in pieces))
-        traker.fit_metric(self.batch(pieces), chunk_size=at_a_time)
+    def load(self, model_id: int) -> Mapping[str, Tensor]:
+        """Loads a checkpoint into the model, with its features open, and returns its state dict.
 
-    def metric_pieces(self) -> list[Piece]:
-        """Chooses the documents that a metric is made of: at random, the longest first."""
-        pieces = self.encoded.pieces
-        scored = np.array([i for i, piece in enumerate(pieces) if (piece.labels != -100).any()])
-        order = np.random.default_rng(self.settings.seed).permutation(scored)[: METRIC_DOCUMENTS[1]]
-        sums = np.cumsum([len(pieces[i].input_ids) for i in order])
-        count = max(METRIC_DOCUMENTS[0], int(np.searchsorted(sums, METRIC_SHARE * self.encoded.tokens)))
-        return sorted((pieces[i] for i in order[:count]), key=lambda piece: -len(piece.input_ids))
+        Raises:
+            ValueError: The checkpoint has other weights than its features were made with.
+        """
+        state = self.models.state(model_id, self.model)
+        with self._naming_weights(model_id):
+            self.traker.load_checkpoint(state, model_id)
+        self._loaded = model_id
+        return state
 
-    def _bar(self, tokens: int) -> tqdm[Any]:
-        """Makes the bar of all checkpoints."""
-        return tqdm(
-            total=tokens,
-            unit=" tokens",
-            unit_scale=True,
-            disable=None if self.ranks.rank == 0 else True,
-            bar_format=BAR,
-        )
+    def ensure_loaded(self, model_id: int) -> None:
+        """Loads a checkpoint unless the model has its weights."""
+        if self._loaded != model_id:
+            self.load(model_id)
 
     def forget_scores(self, targets: Targets) -> None:
         """Deletes the file of the scores of pieces, which results are made from."""
         self.ranks.first(self.traker.store.scores_file(targets.exp_name).unlink, missing_ok=True)
-
-    def load(self, model_id: int) -> None:
-        """Has the model's weights be those of a checkpoint."""
-        if self._loaded != model_id:
-            with self._naming_weights(model_id):
-                self.traker.load_checkpoint(self.models.state(model_id, self.model), model_id)
-            self._loaded = model_id
-
-
-def _advance(bar: tqdm[Any], pieces: Sequence[Piece]) -> None:
-    """Moves a bar by the tokens of pieces."""
-    bar.update(sum(len(piece.input_ids) for piece in pieces))
 
 
 def open_run(

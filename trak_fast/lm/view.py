@@ -52,7 +52,7 @@ def token_parts(run: Run, targets: Targets, rankings: Sequence[Ranking], count: 
     starts = np.concatenate([[0], np.cumsum(run.pieces_of_documents)])
     sums: dict[tuple[int, int], NDArray[np.float64]] = {}
     for model_id in range(len(run.models.folders)):
-        run.load(model_id)
+        run.ensure_loaded(model_id)
         for column, ranking in enumerate(rankings):
             questions = np.flatnonzero(weights[:, column])
             if len(questions) > MOST_QUESTIONS:
