@@ -15,6 +15,7 @@ import pytest
 from libraries import needs
 from lm_runs import VOCABULARY, call, page_data, read_lines, refusal, save_model, scores_of, succeed, texts_of, write
 
+from trak_fast.cli import main
 from trak_fast.features.tokens import NoTokensError
 from trak_fast.lm import run as rooms
 
@@ -341,9 +342,12 @@ def test_what_is_wrong_with_files_and_folders_is_said_before_a_model_runs(
         "gpt2 is no folder here, and nothing is downloaded: save it with save_pretrained first"
     )
     assert refusal("--train", "wiki.jsonl", *rest) == (
-        "MODEL must be given for a new run: a folder of save_pretrained, or several"
+        "MODEL must be given, a folder of save_pretrained, or several: run/ has no run yet"
     )
-    assert refusal("model", *rest) == "--train must be given for a new run: a file of training documents, or several"
+    assert (
+        refusal("model", *rest)
+        == "--train must be given, a file of training documents, or several: run/ has no run yet"
+    )
     assert call("model", "--train", "none.jsonl", *rest).err == "trak-fast: error: none.jsonl does not exist\n"
     bare = tmp_path / "out" / "checkpoint-500"
     shutil.copytree(home.model, bare)
@@ -373,3 +377,47 @@ def test_a_missing_package_is_a_failure_of_the_machine(
     result = call(*home.words(tmp_path / "run"))
     assert result.status == 1
     assert result.err == "trak-fast: error: trak-fast lm needs peft, which is not installed: pip install peft\n"
+
+
+def test_fields_are_those_of_documents_or_of_questions(home: Home, tmp_path: Path) -> None:
+    """A flag may name a field that either lacks, but not one that both lack."""
+    texts = [row["text"] for row in read_lines(home.train)]
+    questions = read_lines(home.query)
+    train = write(tmp_path / "odd.jsonl", [{"uid": f"u{i}", "body": text} for i, text in enumerate(texts)])
+    asked = [{"question": x["prompt"], "answer": x["completion"]} for x in questions]
+    query = write(tmp_path / "asked.jsonl", asked)
+    names = ["--text", "body", "--id", "uid", "--prompt", "question", "--completion", "answer"]
+    found = tmp_path / "found"
+    succeed(home.model, "--train", train, "--query", query, *names, "--out", found, "--proj-dim", 64)
+    assert [line["prompt"] for line in read_lines(found / "top.jsonl")] == [x["prompt"] for x in questions]
+    assert {entry["id"] for line in read_lines(found / "top.jsonl") for entry in line["top"]} <= {
+        f"u{i}" for i in range(99)
+    }
+    scores = [[entry["score"] for entry in line["top"]] for line in read_lines(found / "top.jsonl")]
+    assert scores == [[entry["score"] for entry in line["top"]] for line in read_lines(home.out / "top.jsonl")]
+    succeed("--query", query, "--prompt", "question", "--completion", "answer", "--out", found)
+    assert refusal("--query", query, "--prompt", "none", "--completion", "answer", "--out", found) == (
+        f'no row of {query} has the field "none" of --prompt, only "question", "answer"'
+    )
+    assert refusal(home.model, "--train", train, "--text", "bodi", "--out", tmp_path / "typo") == (
+        f'no row of {train} has the field "bodi" of --text, only "uid", "body"'
+    )
+    message = refusal(home.model, "--train", train, "--text", "body", "--query", query, "--out", tmp_path / "other")
+    assert message.endswith("--text question, or --prompt question --completion answer")
+
+
+def test_flags_that_are_misspelled_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["lm", "model", "--qery", "q.jsonl"])
+    message = "trak-fast lm: error: unrecognized arguments: --qery q.jsonl; did you mean --query?"
+    assert message in capsys.readouterr().err
+
+
+def test_results_of_other_questions_are_said_to_be_replaced(home: Home, tmp_path: Path) -> None:
+    query = write(tmp_path / "one.jsonl", read_lines(home.query)[:1])
+    run = tmp_path / "run"
+    shutil.copytree(home.out, run)
+    note = "(results of other questions are replaced; --name NAME keeps both)"
+    assert note not in succeed("--out", run, "--query", home.query).out
+    assert note in succeed("--out", run, "--query", query).out
+    assert note not in succeed("--out", run, "--query", query, "--name", "one").out

@@ -100,7 +100,8 @@ def test_a_run_refuses_each_setting_that_is_not_its_own(name: str, home: Home) -
     flags, message = FLIPPED[name]
     before = (home.out / "run.json").read_bytes()
     expected = f"{home.out}/ was made {message}, another --out, or --overwrite"
-    assert refusal(*home.words(home.out)[:-4], *flags) == expected
+    found = refusal(*home.words(home.out)[:-4], *flags)
+    assert found == expected
     assert (home.out / "run.json").read_bytes() == before
 
 
@@ -292,7 +293,7 @@ def test_an_older_run_is_deleted_only_once_the_new_one_is_accepted(home: Home, t
     shutil.copytree(home.out, out)
     (out / "mine.txt").write_text("stays")
     before = made(out)
-    assert refusal("--out", out, "--overwrite").startswith("MODEL must be given for a new run")
+    assert refusal("--out", out, "--overwrite").startswith("MODEL must be given, a folder of save_pretrained")
     assert refusal(tmp_path / "none", "--train", home.train, "--out", out, "--overwrite").endswith(
         "save_pretrained first"
     )

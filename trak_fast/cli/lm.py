@@ -195,7 +195,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
     machine = Machine(device=arguments.device, batch_tokens=arguments.batch_tokens, memory=_bytes_of(arguments.memory))
     given = {name: getattr(arguments, name) for name in SETTINGS} | {"models": arguments.models or None}
-    found = open_run(arguments.out, given, machine, overwrite=arguments.overwrite, limit=arguments.limit)
+    found = open_run(
+        arguments.out,
+        given,
+        machine,
+        overwrite=arguments.overwrite,
+        limit=arguments.limit,
+        has_questions=arguments.query is not None,
+    )
     questions, control = _questions(arguments, found)
     if arguments.select is not None:
         number_to_select(arguments.select, len(found.documents.documents))
@@ -207,6 +214,8 @@ def _run(arguments: argparse.Namespace) -> None:
     is_complete = min(stored) == len(found.documents.documents)
     if not is_complete or arguments.dry_run:
         tell(report.documents_line(found, "train", found.documents, found.encoded))
+    if found.waiting:
+        tell(report.label("", f"{found.waiting:,} more in these files; --train adds them"))
     name = arguments.name or ("ask" if arguments.ask is not None else None)
     sets: list[Targets] = []
     if questions is not None:
@@ -309,53 +318,59 @@ def _questions(arguments: argparse.Namespace, found: Run) -> tuple[Documents | N
     """Reads the questions, and those of the control set."""
     import dataclasses
 
-    from ..lm.texts.documents import Document, Documents, Fields
+    from ..lm.texts.documents import Fields
 
-    settings = found.settings
-    fields = Fields(
-        text=settings.text,
-        prompt=settings.prompt,
-        completion=settings.completion,
-        id=settings.id,
-        label=settings.label,
-        group=arguments.group,
-    )
-    alone = dataclasses.replace(fields, group=None)  # the mean of all is subtracted, whatever their groups
-    control = None if arguments.against is None else _read_questions(arguments.against, alone, settings.by_file)
+    known = {name: getattr(arguments, name) or getattr(found.settings, name) for name in ("text", "id", "label")}
+    pair = {name: getattr(arguments, name) for name in ("prompt", "completion")}
+    if any(pair.values()):
+        known["text"] = None
+    elif arguments.text is None:
+        pair = {name: getattr(found.settings, name) for name in pair}
+    fields = Fields(**known, **pair)
+    by_file = found.settings.by_file
+    # the mean of all of a control set is subtracted, whatever their groups
+    control = None if arguments.against is None else _read_questions(arguments.against, fields, by_file, found)
     if arguments.ask is not None:
-        if len(arguments.ask) == 1:
-            asked = Documents((Document(file="--ask", place=1, row=0, text=arguments.ask[0]),), ("text",))
-        else:
-            prompt, completion = arguments.ask
-            if prompt[-1:].isalnum() and completion[:1].isalnum():
-                logging.getLogger("trak_fast").warning(
-                    "the completion follows the prompt without a blank: …%s; write --ask %r %r for a new word",
-                    prompt[-10:] + completion[:10],
-                    prompt,
-                    " " + completion,
-                )
-            document = Document(file="--ask", place=1, row=0, prompt=prompt, completion=completion)
-            asked = Documents((document,), ("prompt", "completion"))
-        return asked, control
+        return _asked(arguments.ask, found), control
     if arguments.query is None:
         return None, None
-    return _read_questions(arguments.query, fields, settings.by_file), control
+    grouped = dataclasses.replace(fields, group=arguments.group)
+    return _read_questions(arguments.query, grouped, by_file, found), control
 
 
-def _read_questions(paths: Sequence[str], fields: Fields, by_file: bool) -> Documents:
-    """Reads questions; where they have other fields than the training documents, these are found."""
-    import dataclasses
+def _read_questions(paths: Sequence[str], fields: Fields, by_file: bool, found: Run) -> Documents:
+    """Reads questions; fields of the training documents that they lack are not meant for them."""
+    from ..lm.settings import FIELDS
+    from ..lm.texts.documents import read_documents_of_some
 
-    from ..lm.texts.documents import read_documents
+    optional = [name for name in FIELDS if getattr(found.settings, name) is not None]
+    return read_documents_of_some(paths, fields, optional, by_file=by_file)[0]
 
-    files = [Path(path) for path in paths]
-    try:
-        return read_documents(files, fields, by_file=by_file)
-    except ValueError:
-        own = dataclasses.replace(fields, text=None, prompt=None, completion=None)
-        if own == fields:
-            raise
-        return read_documents(files, own, by_file=by_file)
+
+def _asked(texts: Sequence[str], found: Run) -> Documents:
+    """Makes the question of --ask.
+
+    Raises:
+        ValueError: A class is missing, where classes are scored.
+    """
+    from ..lm.texts.documents import Document, Documents
+
+    place: dict[str, Any] = {"file": "--ask", "place": 1, "row": 0}
+    if found.models.task == "text_classification":
+        if len(texts) != 2:
+            raise ValueError(f"--ask must be a text and its label for a classifier, not {len(texts)} text alone")
+        return Documents((Document(**place, text=texts[0], label=texts[1]),), ("text", "label"))
+    if len(texts) == 1:
+        return Documents((Document(**place, text=texts[0]),), ("text",))
+    prompt, completion = texts
+    if prompt[-1:].isalnum() and completion[:1].isalnum():
+        logging.getLogger("trak_fast").warning(
+            "the completion follows the prompt without a blank: …%s; write --ask %r %r for a new word",
+            prompt[-10:] + completion[:10],
+            prompt,
+            " " + completion,
+        )
+    return Documents((Document(**place, prompt=prompt, completion=completion),), ("prompt", "completion"))
 
 
 def _dry_run(
@@ -383,7 +398,10 @@ def _answer(
 ) -> dict[str, Any]:
     """Writes and prints the answer to the questions, and returns it for --json."""
     from ..lm import report
-    from ..lm.answer import Wanted, answer
+    from ..lm.answer import Wanted, answer, has_other_answer
+
+    if has_other_answer(found, sets[0], name):
+        tell(report.label("", "(results of other questions are replaced; --name NAME keeps both)"))
     from ..lm.results import tie_of
 
     control = sets[1] if len(sets) > 1 else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import trak_fast
 
@@ -29,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.accept_any_letter()
     parser = argparse.ArgumentParser(prog="trak-fast", description="Fast random projections for data attribution.")
     parser.add_argument("--version", action="version", version=f"trak-fast {trak_fast.info()['version']}")
-    commands = parser.add_subparsers(metavar="command", required=True)
+    commands = parser.add_subparsers(metavar="command", dest="command", required=True)
     for command in (lm, demo, bench, plan, lds, info):
         command.add(commands)
     try:
         try:
-            arguments = parser.parse_args(argv)
+            arguments, unknown = parser.parse_known_args(argv)
+            if unknown:
+                _refuse_unknown(commands.choices[arguments.command], unknown)
         except SystemExit:
             terminal.flush()
             raise
@@ -50,6 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _failed(f"this machine has too little memory: {str(error).splitlines()[0]}", OUTSIDE_WORLD)
     return 0
+
+
+def _refuse_unknown(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """Refuses flags that a command does not have, and names the one that was meant, if it is clear.
+
+    Raises:
+        SystemExit: Always, with status 2.
+    """
+    flags = [flag for action in command._actions for flag in action.option_strings]
+    meant = [found for word in unknown for found in difflib.get_close_matches(word.partition("=")[0], flags, 1)]
+    hint = f"; did you mean {meant[0]}?" if meant else ""
+    command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def _failed(message: str, status: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,18 @@ class Answer:
     entries: Sequence[dict[str, Any]]
     folder: Path
     selected: int = 0
+
+
+def has_other_answer(run: Run, targets: Targets, name: str | None) -> bool:
+    """Tells if the folder of results has those of other questions."""
+    path = run.folder.results(name) / "top.jsonl"
+    if not path.exists():
+        return False
+    with path.open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if line.strip()]
+    known = [{key: line.get(key) for key in results.QUESTION} for line in lines]
+    own = [query.content() for query in results.queries_of(targets)]
+    return known != [{key: content.get(key) for key in results.QUESTION} for content in own]
 
 
 def answer(

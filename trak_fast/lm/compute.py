@@ -53,7 +53,7 @@ def compute(run: Run, sets: Sequence[Targets]) -> None:
     if not work:
         return
     hidden = None if run.ranks.rank == 0 else True
-    with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=hidden, bar_format=BAR) as bar:
+    with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=hidden, bar_format=BAR, desc="train    ") as bar:
         for model_id, missing, wanted in work:
             _compute_checkpoint(run, model_id, missing, wanted, bar)
 
@@ -73,9 +73,10 @@ def _compute_checkpoint(
     traker = run.traker
     state = run.load(model_id)
     if any(run.ranks.gather(bool(len(missing)))):
-        bar.set_description_str("train    ")
         if run.choice.arguments["metric"] is not None:
+            bar.set_description_str("metric   ")
             fit_metric(run, traker, metric_pieces(run))
+        bar.set_description_str("train    ")
         lengths = [len(run.encoded.pieces[i].input_ids) for i in missing]
         for batch in make_batches(lengths, run.machine.tokens):
             rows = missing[batch]

@@ -205,6 +205,11 @@ def check_is_prefix(
     changed = np.flatnonzero(stored[:common] != found[:common])
     if len(changed):
         document = documents[changed[0]]
+        if changed[0] == 0 and 2 * len(changed) > common:
+            raise ValueError(
+                f"{folder.name}/ was made of other documents than {document.file}, or in another order; --train with "
+                "the old files, and new ones after them, another --out, or --overwrite"
+            )
         raise ValueError(
             f"{document.file} has changed since {folder.name}/ was made (row {document.place}"
             f"{f', and {len(changed) - 1:,} more' if len(changed) > 1 else ''}); --overwrite, or the old file"

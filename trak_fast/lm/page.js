@@ -44,11 +44,11 @@ function scoreOf(score, { say, largest }) {
 }
 
 /** Makes the text of a card, with the button that unfolds it and the line that tells a token's part. */
-function bodyOf(card, shown, { words, needle }) {
+function bodyOf(card, shown, { words, needle, deepest }) {
   const tokens = card.tokens || [];
   const say = formatter(tokens.map((token) => token[2]).concat(card.rest || 0));
   const marks = findNeedle(shown.text, needle);
-  const spans = { tokens, words: findWords(shown.text, (word) => words.has(word)), marks, say };
+  const spans = { tokens, words: findWords(shown.text, (word) => words.has(word)), marks, say, deepest };
   const fold = foldAt(shown.text);
   const text = make("div", { class: "text", dir: "auto" });
   const body = make("div", { class: "body" }, text);
@@ -131,8 +131,8 @@ function legend(query) {
       span.style.setProperty("--tint", "40%");
       return span;
     };
-    line.append(sample("helps", "token that helps"), " ", sample("harms", "token that harms"), " (line above; point at a token, " +
-      "or focus its text and press ← →, for the number) · ");
+    line.append(sample("helps", "token that helps"), " ", sample("harms", "token that harms"), " (line above), by what is computed where " +
+      "it is read: mostly the prediction of the token after it. Point at it, or focus its text and press ← →, for the number · ");
   }
   line.append(make("u", {}, "word"), " of the query");
   if (data.wordRanksFrom) line.append(` · words: rank by shared words alone (${data.wordRanksFrom}), of ${whole(total)}`);
@@ -220,7 +220,9 @@ function show() {
   const say = formatter([...cards.map((card) => card.score), query.edges[0], query.edges[query.edges.length - 1]]);
   const largest = cards.reduce((most, card) => Math.max(most, Math.abs(card.score)), 0);
   const words = contentWords(queryText(query));
-  const context = { say, largest, words, needle: state.needle, cards };
+  const parts = cards.flatMap((card) => card.tokens || []).map((token) => Math.abs(token[2]));
+  const deepest = parts.reduce((most, part) => Math.max(most, part), 0);  // one scale for all documents of a query
+  const context = { say, largest, deepest, words, needle: state.needle, cards };
   position.replaceChildren(make("b", {}, make("bdi", {}, visible(label(query)))),
     ` ${whole(state.query + 1)} of ${whole(data.queries.length)}`);
   unfold.replaceChildren(visible(queryText(query).slice(0, 200)));

@@ -92,7 +92,7 @@ def _scores_text(run: Run, tie: float | None) -> str:
     traker = run.traker
     several = f", averaged over {len(run.models.folders)} checkpoints" if len(run.models.folders) > 1 else ""
     if traker._estimator.inverts:
-        return f"cosines after X'X + λI is inverted, the ridge λ chosen{several}"
+        return f"TRAK's: cosines with the inverse of the features' second moments, with a chosen ridge{several}"
     kinds = {
         "trak": "cosines of gradients in K-FAC's metric",
         "cosine": "cosines of gradients",

@@ -56,6 +56,10 @@ class Query:
         return content_of(self.documents[0])
 
 
+QUESTION = ("group", "id", "text", "prompt", "completion", "messages", "label")
+"""Entries of a line of top.jsonl by which a question is told from others."""
+
+
 def content_of(document: Document) -> dict[str, Any]:
     """Returns the name and texts of a document as they are called in files: id, text, prompt, completion, messages."""
     names = ("id", "text", "prompt", "completion", "messages", "label")

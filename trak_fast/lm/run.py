@@ -8,6 +8,7 @@ answer(run, targets, ...)                    scores, rankings and files (answer.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -31,8 +32,8 @@ from .folder import RunFolder, check_is_prefix, digests_of, digests_of_tokens
 from .machine import Machine
 from .models.folders import Models, find_models
 from .projection import Choice, choose_projection
-from .settings import MASKINGS, Settings, merged, settings_of
-from .texts.documents import Document, Documents, Fields, read_documents
+from .settings import FIELDS, MASKINGS, Settings, merged, settings_of
+from .texts.documents import Document, Documents, Fields, read_documents, read_documents_of_some
 from .texts.encoding import Encoded, Piece, collate, encode
 
 FIRST_DOCUMENTS = 16
@@ -102,6 +103,7 @@ class Run:
         self.documents = documents
         self.ranks = ranks
         self.is_moved = is_moved
+        self.waiting = 0  # documents in the files behind those of the run, which were not asked for
         self._loaded: int | None = None
 
     @cached_property
@@ -390,6 +392,7 @@ def open_run(
     *,
     overwrite: bool = False,
     limit: int | None = None,
+    has_questions: bool = False,
 ) -> Run:
     """Opens a run, or begins one; nothing is computed, and a new one leaves nothing on disk yet.
 
@@ -399,6 +402,7 @@ def open_run(
         machine: The means to compute with.
         overwrite: Has the run that is there count as none; it is deleted when features are opened.
         limit: Training documents at most.
+        has_questions: True where fields that training documents lack may be those of questions.
 
     Raises:
         ValueError: Settings, documents or models do not fit each other, or the run that is there.
@@ -407,16 +411,21 @@ def open_run(
     ranks = Ranks()
     folder = RunFolder(out, overwrite=overwrite)
     stored = folder.settings()
-    settings = settings_of(given) if stored is None else merged(stored, given, folder.name)
-    models = find_models(_near(settings.models), base=settings.base, tokenizer=settings.tokenizer, task=settings.task)
-    settings.require_fit(models.task)
-    fields = Fields(
-        text=settings.text, prompt=settings.prompt, completion=settings.completion, id=settings.id, label=settings.label
-    )
-    documents = read_documents(_near(settings.train), fields, by_file=settings.by_file, limit=limit)
+    if has_questions:
+        given = _without_fields_of_questions(given, limit=limit)
+    settings = settings_of(given, folder.name) if stored is None else merged(stored, given, folder.name)
+    with _naming_run(folder, settings, given if stored is not None else {"models": True, "train": True}):
+        models = find_models(
+            _near(settings.models), base=settings.base, tokenizer=settings.tokenizer, task=settings.task
+        )
+        settings.require_fit(models.task)
+        fields = Fields(**{name: getattr(settings, name) for name in (*FIELDS, "label")})
+        documents = read_documents(_near(settings.train), fields, by_file=settings.by_file, limit=limit)
     known = folder.documents() if stored is not None else None
+    waiting = 0
     if known is not None:
         if given.get("train") is None:  # questions for the run as it is
+            waiting = len(documents) - len(known[0])
             documents = Documents(documents.documents[: len(known[0])], documents.fields)
         found = digests_of(documents.documents)
         check_is_prefix(folder, known[0], documents.documents, found)
@@ -425,8 +434,45 @@ def open_run(
         or folder.facts().get("weights") != stamps_of(models)
     )
     run = Run(folder, settings, machine, models, documents, ranks=ranks, is_moved=is_moved)
+    run.waiting = max(0, waiting)
     run.optimizer_states()  # refuses what is missing before a model is read
     return run
+
+
+def _without_fields_of_questions(given: Mapping[str, Any], *, limit: int | None) -> Mapping[str, Any]:
+    """Leaves out the names of fields that training documents lack: they are those of questions."""
+    flags = {name: given.get(name) for name in FIELDS}
+    if not given.get("train") or not any(flags.values()):
+        return given
+    fields = Fields(**flags)
+    if fields.text is not None:
+        fields = dataclasses.replace(fields, prompt=None, completion=None)
+    by_file = bool(given.get("by_file"))
+    _, taken = read_documents_of_some(_near(given["train"]), fields, FIELDS, by_file=by_file, limit=limit)
+    return {**given, **{name: getattr(taken, name) for name in FIELDS}}
+
+
+@contextmanager
+def _naming_run(folder: RunFolder, settings: Settings, given: Mapping[str, Any]) -> Iterator[None]:
+    """Says of files that are missing that run.json names them, and how new places are given.
+
+    Raises:
+        ValueError: A model or a file is missing that was not given.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        lost = [path for path in settings.models if given.get("models") is None and not Path(path).is_dir()]
+        if lost:
+            raise ValueError(
+                f"{lost[0]}, of {folder.name}/run.json, is no longer there; give MODEL, the new place"
+            ) from error
+        lost = [path for path in settings.train if given.get("train") is None and not Path(path).exists()]
+        if lost:
+            raise ValueError(
+                f"{lost[0]}, of {folder.name}/run.json, is no longer there; give --train, the new place"
+            ) from error
+        raise
 
 
 def stamps_of(models: Models) -> list[list[list[Any]]]:

@@ -30,6 +30,9 @@ TASKS = ("causal_lm", "masked_lm", "text_classification")
 FOUND_BY_CONTENT = ("models", "train", "base", "tokenizer")
 """Settings that may change as long as the weights and documents stay: paths."""
 
+FIELDS = ("text", "prompt", "completion", "id")
+"""Settings that name fields, of training documents and questions."""
+
 MASKINGS = 4
 """Maskings of a document by default."""
 
@@ -136,8 +139,12 @@ class Settings:
         return content
 
 
-def settings_of(given: Mapping[str, Any]) -> Settings:
+def settings_of(given: Mapping[str, Any], out: str) -> Settings:
     """Makes the settings of a new run of those that were given; the others are None.
+
+    Args:
+        given: The settings by name.
+        out: The folder of the run, for the message.
 
     Raises:
         ValueError: There is no model or no training file, or a value is not among those allowed.
@@ -145,13 +152,13 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     """
     known = {name: value for name, value in given.items() if value is not None}
     if not known.get("models"):
-        raise ValueError("MODEL must be given for a new run: a folder of save_pretrained, or several")
+        raise ValueError(f"MODEL must be given, a folder of save_pretrained, or several: {out}/ has no run yet")
     if not known.get("train"):
-        raise ValueError("--train must be given for a new run: a file of training documents, or several")
+        raise ValueError(f"--train must be given, a file of training documents, or several: {out}/ has no run yet")
     return _make(known)
 
 
-def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Settings:
+def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str, *, has_questions: bool = False) -> Settings:
     """Takes the settings of a run that is there, once those that are given agree with them.
 
     Args:
@@ -167,6 +174,9 @@ def merged(stored: Mapping[str, Any], given: Mapping[str, Any], out: str) -> Set
         raise ValueError(f"{out}/run.json was written by another version; give another --out, or --overwrite")
     own = _make(stored)
     new: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
+    if new.get("train") is None:
+        new = {name: value for name, value in new.items() if name not in FIELDS}
+    _make({**stored, **new})  # refuses values that no run has
     different = [
         name for name, value in new.items() if name not in FOUND_BY_CONTENT and value != getattr(own, name)
     ]  # fmt: skip

@@ -102,14 +102,14 @@ function finder(spans) {
 }
 
 /** Appends text[0:end] to an element: tokens colored, words underlined, findings marked. */
-function paint(element, text, end, { tokens = [], words = [], marks = [], say = String }) {
+function paint(element, text, end, { tokens = [], words = [], marks = [], say = String, deepest = 0 }) {
   const cuts = new Set([0, end]);
   for (const spans of [tokens, words, marks]) {
     for (const span of spans) if (span[0] < end) cuts.add(span[0]).add(Math.min(span[1], end));
   }
   const places = [...cuts].sort((one, other) => one - other);
   const [tokenAt, wordAt, markAt] = [finder(tokens), finder(words), finder(marks)];
-  const largest = tokens.reduce((most, token) => Math.max(most, Math.abs(token[2])), 0);
+  const largest = tokens.reduce((most, token) => Math.max(most, Math.abs(token[2])), deepest);
   let token = -1;
   let target = element;
   for (let cut = 0; cut + 1 < places.length; cut += 1) {

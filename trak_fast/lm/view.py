@@ -12,6 +12,7 @@ from ..features.tokens import NoTokensError
 from .page import Card, Histogram, PageContent, QueryView
 from .results import Ranking, averaging_of
 from .run import Run, Targets
+from .texts.documents import Document
 from .texts.pieces import Piece
 from .word_ranks import WordRanks
 
@@ -109,13 +110,13 @@ def page_content(
     for column, ranking in enumerate(rankings):
         ranks = None if words is None else words.ranks(ranking.query.text)
         single = ranking.query.documents[0] if ranking.query.group is None else None
-        has_parts = single is not None and single.completion is not None
+        prompt, completion = _question_of(single)
         views.append(
             QueryView(
                 number=ranking.query.number,
-                prompt=single.prompt if single is not None and has_parts else None,
-                completion=single.completion if single is not None and has_parts else None,
-                text=None if has_parts else ranking.query.text,
+                prompt=prompt,
+                completion=completion,
+                text=ranking.query.text if completion is None else None,
                 name=ranking.query.group if single is None else single.id,
                 top=_cards(run, ranking.top, ranking.top_scores, column, parts, ranks),
                 worst=_cards(run, ranking.worst, ranking.worst_scores, column, parts, ranks),
@@ -129,6 +130,15 @@ def page_content(
         queries=tuple(views),
         word_ranks_from=None if words is None else "BM25",
     )
+
+
+def _question_of(document: Document | None) -> tuple[str | None, str | None]:
+    """Returns the part of a question that is not scored and the one that is, its class for example."""
+    if document is None:
+        return None, None
+    if document.completion is None and document.label is not None:
+        return document.shown, str(document.label)
+    return document.prompt, document.completion
 
 
 def _cards(
@@ -149,7 +159,7 @@ def _cards(
                 score=score,
                 row=row,
                 id=document.id,
-                where=document.where,
+                where=document.where if document.label is None else f"{document.where} · label {document.label}",
                 text=document.shown,
                 tokens=parts.get((column, row)),
                 word_rank=None if ranks is None else int(ranks[row]),

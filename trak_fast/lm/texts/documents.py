@@ -6,8 +6,8 @@ Fields that flags name are taken. Without flags the first of these that all rows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,18 @@ class Documents:
         return self.documents[row]
 
 
+class NoSuchFieldError(ValueError):
+    """A flag names a field that no row has.
+
+    Attributes:
+        flag: The flag, without its dashes.
+    """
+
+    def __init__(self, flag: str, message: str) -> None:
+        super().__init__(message)
+        self.flag = flag
+
+
 def tell(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
     """Writes a chat as lines "role: content".
 
@@ -133,6 +145,38 @@ def read_documents(
     return Documents(documents, reader.shown_fields(), tuple(map(str, sources.skipped)))
 
 
+def read_documents_of_some(
+    paths: Sequence[str | Path], fields: Fields, optional: Collection[str], *, by_file: bool, limit: int | None = None
+) -> tuple[Documents, Fields]:
+    """Reads documents, of which some flags may not be meant: they name fields of other files.
+
+    Args:
+        paths: As for `read_documents`.
+        fields: Names that flags gave.
+        optional: Flags that are left out where no row has the field that they name.
+        by_file: As for `read_documents`.
+        limit: As for `read_documents`.
+
+    Returns:
+        The documents, and the names that were taken.
+
+    Raises:
+        FileNotFoundError: As `read_documents`.
+        ValueError: As `read_documents`.
+    """
+    while True:
+        try:
+            return read_documents(paths, fields, by_file=by_file, limit=limit), fields
+        except NoSuchFieldError as error:
+            names = _PAIR if error.flag in _PAIR else {error.flag}
+            if not names <= set(optional):
+                raise
+            fields = replace(fields, **dict.fromkeys(names))
+
+
+_PAIR = {"prompt", "completion"}
+
+
 class _Reader:
     """Makes documents of rows, once it found the fields that they have."""
 
@@ -145,8 +189,8 @@ class _Reader:
         given = {flag: getattr(fields, flag) for flag in ("text", "prompt", "completion", "id", "group", "label")}
         for flag, name in given.items():
             if name is not None and not any(name in row.values for row in rows):
-                raise ValueError(
-                    f'no row of {rows[0].file} has the field "{name}" of --{flag}, only {_list(rows[0].values)}'
+                raise NoSuchFieldError(
+                    flag, f'no row of {rows[0].file} has the field "{name}" of --{flag}, only {_list(rows[0].values)}'
                 )
         self.has_input = self.alpaca and any("input" in row.values for row in rows)
 
@@ -227,6 +271,8 @@ def _given(fields: Fields) -> tuple[str, ...] | None:
 
 _CHATS = (("messages",), ("conversations",))
 _ALPACA_FIELDS = ("instruction", "output")
+_QUESTIONS = (("question", "answer"), ("query", "response"), ("input", "output"))
+"""Fields that may be a prompt and its completion; they are suggested, not taken."""
 _STYLES = (*_CHATS, ("prompt", "completion"), _ALPACA_FIELDS, ("text",))
 """Fields of each way to hold a document, the first ones preferred."""
 
@@ -247,6 +293,9 @@ def _lacks(row: Row, name: str, flag: str, used: Sequence[str]) -> str:
         return f'{row.file}:{row.place} has no field "{name}", nor any other'
     lengths = {other: len(x) for other, x in row.values.items() if isinstance(x, str) and other not in used}
     suggested = max(lengths, key=lambda other: lengths[other]) if lengths else "NAME"
+    for prompt, completion in _QUESTIONS if flag == "text" else ():
+        if prompt in lengths and completion in lengths:
+            suggested = f"{prompt}, or --prompt {prompt} --completion {completion}"
     return f'{row.file}:{row.place} has no field "{name}", only {_list(row.values)}; --{flag} {suggested}'
 
 
