@@ -310,7 +310,7 @@ def _targets(found: Run, documents: Documents, word: str, name: str, tell: Calla
         logging.getLogger("trak_fast").warning(report.left_out_warning(targets))
     if not targets.documents:
         raise ValueError(f"--{word} must have a question with a scored token, and none of them has one")
-    tell(report.documents_line(found, word, documents, found.encode(documents.documents)))
+    tell(report.documents_line(found, word, documents, targets.encoded))
     return targets
 
 

@@ -50,6 +50,7 @@ class Targets:
         left_out: Numbers of those without a scored token, which are not.
         pieces: Their pieces.
         owners: The place in `documents` that each piece belongs to.
+        encoded: All questions as tokens, those that are left out too.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Targets:
     left_out: tuple[int, ...]
     pieces: tuple[Piece, ...]
     owners: NDArray[np.int64]
+    encoded: Encoded
 
     @cached_property
     def exp_name(self) -> str:
@@ -337,6 +339,7 @@ class Run:
             left_out=tuple(encoded.empty),
             pieces=tuple(pieces),
             owners=np.array([places[piece.document] for piece in pieces], np.int64),
+            encoded=encoded,
         )
 
     def num_featurized(self) -> list[int]:
