@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from . import gradients, scoring, tasks
 from .features.streaming import GradientProjector
 from .gradients import HookGradientComputer
-from .projection import Projector, info, matrix, project, project_adjoint
+from .projection import Projector, info, kernels, matrix, project, project_adjoint
 from .scoring import save_table
 from .tasks import FunctionTask, Task
 from .traker import TRAKer
@@ -23,6 +23,7 @@ __all__ = [
     "Projector",
     "TRAKer",
     "Task",
+    "__version__",
     "info",
     "matrix",
     "metrics",
@@ -30,6 +31,8 @@ __all__ = [
     "project_adjoint",
     "save_table",
 ]
+
+__version__ = kernels.version()
 
 # Modules of public names that have become folders of another name: imports by the old path go on working.
 for _name, _folder in {"gradients_hooks": gradients, "scores": scoring, "task": tasks}.items():

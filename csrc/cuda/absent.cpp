@@ -1,4 +1,4 @@
-// The CUDA part of a build without a CUDA compiler: it finds no device, and a projection says why it fails.
+// Stands in for the CUDA part in a build without it: finds no device, and a projection says why it fails.
 #include <stdexcept>
 
 #include "../trak_fast.h"
@@ -12,7 +12,9 @@ int cuda_device_count() { return 0; }
 std::vector<std::string> cuda_kernels(int) { return {}; }
 
 namespace {
-constexpr const char* kAbsent = "trak_fast was built without CUDA: install it again where nvcc is found";
+constexpr const char* kAbsent =
+    "this trak_fast was built without its CUDA part, as on a machine without a GPU: install a wheel of it, which has the "
+    "CUDA part, or build it again with the environment variable TRAK_FAST_CUDA=ON";
 }
 
 void project_cuda(const Projection&, bool, const void*, const Allocate&, int, void*, const std::string&) {

@@ -121,6 +121,11 @@ def matrix(
     return out
 
 
+def version() -> str:
+    """Returns the version of trak_fast that the compiled module was built from."""
+    return _C.VERSION
+
+
 def definition() -> int:
     """Returns the number of the matrix's definition."""
     return _C.DEFINITION
