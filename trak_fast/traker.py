@@ -637,7 +637,7 @@ class TRAKer:
             allow_skip: Leaves out checkpoints without all of the experiment's targets, with a log message.
 
         Returns:
-            (n, m) float32, a copy-on-write memory map of save_dir/scores/<exp_name>.npy, or of a temporary file if
+            (n, m) float32, a copy-on-write memory map of `save_dir/scores/<exp_name>.npy`, or of a temporary file if
             `save_dir` may not be written (a warning says so).
 
         Raises:
@@ -682,7 +682,7 @@ class TRAKer:
         """Computes the k highest scores of each target of an experiment, or the lowest, and no matrix of all.
 
         They are exactly those of `finalize_scores`, in memory O(m · k), and are saved as
-        save_dir/scores/<exp_name>.highest.npz (lowest.npz); `trak_fast.save_table` writes them for other programs.
+        `save_dir/scores/<exp_name>.highest.npz` (`lowest.npz`); `trak_fast.save_table` writes them for other programs.
 
         Args:
             exp_name: The experiment.
@@ -692,7 +692,9 @@ class TRAKer:
             allow_skip: As in `finalize_scores`.
 
         Raises:
-            As `finalize_scores`.
+            ValueError: `k` is less than 1, or as in `finalize_scores`.
+            RuntimeError: As in `finalize_scores`.
+            TypeError: `k` is no integer.
         """
         count = min(integer("k", k, 1, 2**48), self.train_set_size)
         ranks = self._ranks

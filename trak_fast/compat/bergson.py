@@ -32,7 +32,7 @@ _patch: Patch | None = None
 def project_global(
     identifier: str, P: Any, m: int, projection_type: str = "normal", projection_scale: str = "jl"
 ) -> Tensor:
-    """Returns ``P @ R.T`` for the (m, n) projection matrix R with the name `identifier`.
+    """Returns `P @ R.T` for the (m, n) projection matrix R with the name `identifier`.
 
     Args:
         identifier: The name of R; each identifier has a matrix of its own.

@@ -28,11 +28,11 @@ class ProjectionOperator(LinearOperator):  # type: ignore[misc]
     Args:
         grad_dim: D, the number of columns.
         proj_dim: k, the number of rows.
-        seed: See :func:`trak_fast.project`.
+        seed: See `trak_fast.project`.
         proj_type: "rademacher", "normal" or "sjlt".
-        model_id: See :func:`trak_fast.project`.
+        model_id: See `trak_fast.project`.
         scale: The factor of P, such as 1/√k to keep lengths, or 1/√nonzeros for "sjlt".
-        nonzeros: See :func:`trak_fast.project`.
+        nonzeros: See `trak_fast.project`.
 
     Raises:
         ValueError: A number is out of range.

@@ -52,16 +52,16 @@ class NoProjection:
 
 
 class Projector:
-    """Projects gradients of one model; can be handed to ``trak.TRAKer(projector=...)``.
+    """Projects gradients of one model; can be handed to `trak.TRAKer(projector=...)`.
 
     Args:
         grad_dim: D, the number of columns of every gradient.
         proj_dim: k.
-        seed: See :func:`project`.
-        proj_type: See :func:`project`.
+        seed: See `project`.
+        proj_type: See `project`.
         device: The device that the gradients must be on; None: any.
-        precision: See :func:`project`.
-        nonzeros: See :func:`project`.
+        precision: See `project`.
+        nonzeros: See `project`.
 
     Raises:
         ValueError: A number is out of range, or `proj_dim` does not fit `nonzeros`.
@@ -101,8 +101,8 @@ class Projector:
         """Projects gradients (B, D), or a mapping or sequence of (B, ...), to a new float32 tensor (B, k).
 
         Raises:
-            ValueError: The gradients do not have ``grad_dim`` columns; otherwise as :func:`project`.
-            TypeError: As :func:`project`.
+            ValueError: The gradients do not have `grad_dim` columns; otherwise as `project`.
+            TypeError: As `project`.
         """
         compiling = torch.compiler.is_compiling()
         tensors = self._tensors(grads, memory=not compiling)
@@ -113,11 +113,11 @@ class Projector:
         return operators.project(projection, None, False) if compiling else kernels.project(projection)
 
     def adjoint(self, y: Tensor, model_id: int = 0) -> Tensor:
-        """Takes y (B, k) back to P'y, a new float32 tensor (B, grad_dim); see :func:`project_adjoint`.
+        """Takes y (B, k) back to P'y, a new float32 tensor (B, grad_dim); see `project_adjoint`.
 
         Raises:
-            ValueError: ``y`` does not have ``proj_dim`` columns; otherwise as :func:`project_adjoint`.
-            TypeError: As :func:`project_adjoint`.
+            ValueError: `y` does not have `proj_dim` columns; otherwise as `project_adjoint`.
+            TypeError: As `project_adjoint`.
         """
         if isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] != self.proj_dim:
             raise ValueError(f"y has {y.shape[1]} columns, but proj_dim is {self.proj_dim}")
@@ -131,7 +131,7 @@ class Projector:
         )
 
     def accumulator(self, batch_size: int, model_id: int = 0) -> Accumulator:
-        """Makes a sum over slices of gradients of ``batch_size`` samples, for gradients that are never whole."""
+        """Makes a sum over slices of gradients of `batch_size` samples, for gradients that are never whole."""
         return Accumulator(self, batch_size, model_id)
 
     def free_memory(self) -> None:
@@ -170,7 +170,7 @@ class Projector:
 
 
 class Accumulator:
-    """Adds up projections of slices of a gradient. Made by :meth:`Projector.accumulator`."""
+    """Adds up projections of slices of a gradient. Made by `Projector.accumulator`."""
 
     def __init__(self, projector: Projector, batch_size: int, model_id: int) -> None:
         self._projector = projector
@@ -179,7 +179,7 @@ class Accumulator:
         self._sum: Tensor | None = None
 
     def add(self, grads: Gradients, offset: int) -> None:
-        """Adds the projection of columns ``offset`` onwards of the gradients.
+        """Adds the projection of columns `offset` onwards of the gradients.
 
         A call that an exception such as KeyboardInterrupt ends may have added a part: begin the sum anew then.
 
@@ -188,9 +188,9 @@ class Accumulator:
             offset: The slice's first column within the whole gradient.
 
         Raises:
-            ValueError: The slice does not fit into ``grad_dim`` columns or has another batch size; otherwise as
-                :func:`project`.
-            TypeError: As :func:`project`.
+            ValueError: The slice does not fit into `grad_dim` columns or has another batch size; otherwise as
+                `project`.
+            TypeError: As `project`.
         """
         compiling = torch.compiler.is_compiling()
         projector = self._projector
