@@ -1,17 +1,20 @@
-"""The documentation's code: it runs, and prints what the pages say."""
+"""The documentation: its code runs, and prints what the pages say; its links lead somewhere."""
 
+import itertools
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import warm
 from libraries import needs
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -132,3 +135,67 @@ def test_the_page_about_clusters(tmp_path: Path) -> None:
             answers += re.findall(r"best training sample of the first target: (\d+)", printed)
     assert len(answers) == 6  # of two ranks, of two times one process, and of two ranks with a sharded model
     assert len(set(answers)) == 1
+
+
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\[\]]*\]\(([^()\s]+)\)")
+OUTSIDE_THE_SITE = [
+    page for page in ("README.md", "CHANGELOG.md", "benchmarks/results/NOTES.md") if (ROOT / page).exists()
+]
+PAGES = OUTSIDE_THE_SITE + sorted(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md"))
+
+
+def prose(text: str) -> str:
+    """Returns a page without its blocks of code."""
+    return FENCED.sub("", text)
+
+
+def anchors(text: str) -> set[str]:
+    """Makes the anchors of a page's headings, as code hosts do: letters in lower case, numbers and hyphens."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        names = itertools.chain([anchor], (f"{anchor}-{i}" for i in itertools.count(1)))
+        found.add(next(name for name in names if name not in found))
+    return found
+
+
+def broken_links(text: str, page: Path) -> list[str]:
+    """Lists the links of a page that lead to no file and to no heading; of those into the web, the ill-formed ones."""
+    broken = []
+    for link in LINK.findall(prose(text)):
+        url = urlsplit(link)
+        target = page.parent / unquote(url.path)
+        if url.scheme:
+            leads = url.scheme in ("http", "https") and re.fullmatch(r"[\w-]+(\.[\w-]+)+", url.netloc)
+        elif url.fragment:
+            other = text if not url.path else target.read_text() if target.is_file() else ""
+            leads = unquote(url.fragment) in anchors(other)
+        else:
+            leads = target.resolve().is_relative_to(ROOT) and target.exists()
+        if not leads:
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    """`mkdocs build --strict` knows the site's pages alone, and not how they are read in a checkout."""
+    assert not broken_links((ROOT / page).read_text(), ROOT / page)
+
+
+def test_broken_links_are_found() -> None:
+    text = "# A b: c\n# A b: c\n[1](#a-b-c) [2](#a-b-c-1) [3](docs/choosing.md#λ-from-the-features) [4](https://a.b/c)"
+    assert not broken_links(text, ROOT / "page.md")
+    broken = ["#a-b-c-2", "no.md", "no.md#none", "README.md#none", "https://a", "ftp://a.b", ".."]
+    assert broken_links(text + "".join(f"[x]({link})" for link in broken), ROOT / "page.md") == broken
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_of_the_project_exist(page: str) -> None:
+    """Pages name files that are not on the site by their paths. Those of another commit are called so, and NAME is a
+    place for any name."""
+    text = re.sub(r"commit \w+'s\s`[^`]*`", "", prose((ROOT / page).read_text()))
+    code = " ".join(re.findall(r"`([^`]*)`", text))
+    paths = re.findall(r"(?<![\w/])(?:benchmarks|csrc|docs|tests|trak_fast)/[\w./-]*", code)
+    assert not [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]

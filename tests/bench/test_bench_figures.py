@@ -194,7 +194,7 @@ def test_page() -> None:
     assert "<td>300 ms</td>" in html
 
 
-def test_table_for_a_readme() -> None:
+def test_table_for_a_page() -> None:
     measured = results(timing("trak_fast amx", [[0.1]]), timing("slow", [[2.0]]))
     text = tables.replace_table("# A\n<!-- bench -->\nold\n<!-- /bench -->\nend\n", measured)
     assert text == (
@@ -255,9 +255,9 @@ def test_published_pages_follow_from_the_results(path: Path) -> None:
     assert without_plots(page.page(load(path))) == without_plots(published)
 
 
-def test_the_table_of_the_readme_follows_from_published_results() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    assert any(tables.replace_table(readme, load(path)) == readme for path in PUBLISHED)
+def test_the_table_of_the_page_about_speed_follows_from_published_results() -> None:
+    text = (REPOSITORY / "docs" / "speed.md").read_text()
+    assert any(tables.replace_table(text, load(path)) == text for path in PUBLISHED)
 
 
 def every_entry() -> Results:

@@ -1,4 +1,4 @@
-"""Results of a benchmark as text: tables for a terminal and for a README, with the units that suit their figures."""
+"""Results of a benchmark as text: tables for a terminal and for a page, with the units that suit their figures."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def compared(changes: Sequence[Change]) -> str:
 
 
 def markdown(results: Results) -> str:
-    """Makes the table for a README: medians of the first case, every candidate, and ours with the sparse kind.
+    """Makes the table for a page: medians of the first case, every candidate, and ours with the sparse kind.
 
     Raises:
         ValueError: There is no timing, or none of ours at that case.
@@ -192,7 +192,7 @@ def markdown(results: Results) -> str:
 
 
 def replace_table(text: str, results: Results) -> str:
-    """Replaces the table between the markers of a README.
+    """Replaces the table between the markers of a page.
 
     Raises:
         ValueError: The text has no markers `<!-- bench -->` and `<!-- /bench -->`.
