@@ -13,6 +13,8 @@ import pytest
 import warm
 from libraries import needs
 
+import trak_fast
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
@@ -151,8 +153,11 @@ def prose(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """Makes the anchors of a page's headings, as code hosts do: letters in lower case, numbers and hyphens."""
-    found: set[str] = set()
+    """Makes the anchors of a page's headings, as code hosts do: letters in lower case, numbers and hyphens.
+
+    On the site names that are documented from their docstrings have anchors too.
+    """
+    found = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
     for heading in re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE):
         anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
         names = itertools.chain([anchor], (f"{anchor}-{i}" for i in itertools.count(1)))
@@ -199,3 +204,9 @@ def test_paths_of_the_project_exist(page: str) -> None:
     code = " ".join(re.findall(r"`([^`]*)`", text))
     paths = re.findall(r"(?<![\w/])(?:benchmarks|csrc|docs|tests|trak_fast)/[\w./-]*", code)
     assert not [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
+
+
+def test_every_public_name_has_its_documentation_on_the_site() -> None:
+    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    documented = re.findall(r"^::: trak_fast\.(\w+)$", pages, re.MULTILINE)
+    assert set(trak_fast.__all__) <= set(documented)

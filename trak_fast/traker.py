@@ -197,8 +197,8 @@ class TRAKer:
             use_half_precision: The same as store_dtype="float16".
             proj_max_batch_size: Has no effect: the projector takes any batch.
             projector_seed: Seed of the projection.
-            grad_wrt: Names or patterns ("head.*") of the parameters to differentiate, whether or not they require
-                gradients; ["*"] takes all. By default those that require gradients, with a metric the matrices among
+            grad_wrt: Names or patterns (`"head.*"`) of the parameters to differentiate, whether or not they require
+                gradients; `["*"]` takes all. By default those that require gradients, with a metric the matrices among
                 them but those of positions.
             lambda_reg: The ridge λ. "auto", or None: chosen for each checkpoint from its features and from how far
                 those of the others differ (`scoring.ridge.auto_ridge`); with a metric, math.inf. 0: plain TRAK, with

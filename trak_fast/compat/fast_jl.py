@@ -5,7 +5,7 @@
 - input: (B, F), float32, float16, bfloat16 or float64, on CUDA or the CPU, any strides.
 - B, N: any; the 8, 16 or 32 in a function's name is no limit. (fast_jl takes 32 rows in a pass, and multiples of 512
   for N.)
-- seed: any integer, taken modulo 2**64. Callers pass `seed + 10000 * model_id`, which may be negative or one of NumPy's
+- seed: any integer, taken modulo 2^64. Callers pass `seed + 10000 * model_id`, which may be negative or one of NumPy's
   integers.
 - num_feature_tiles: has no influence. (fast_jl's result depends on it, and callers pass the GPU's number of
   multiprocessors.)

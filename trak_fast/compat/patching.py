@@ -63,7 +63,7 @@ def fitting_nonzeros(proj_dim: SupportsIndex) -> int:
     """Returns the entries of a column of the sparse kind for k = `proj_dim`, for callers that know no such number.
 
     Returns:
-        The default, 4, for k from 64 to 2**22; fewer for smaller k, and 8 for 2**23.
+        The default, 4, for k from 64 to 2^22; fewer for smaller k, and 8 for 2^23.
 
     Raises:
         ValueError: k fits no number.

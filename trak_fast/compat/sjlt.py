@@ -30,12 +30,12 @@ class SJLTProjection(nn.Module):
 
     Args:
         original_dim: D.
-        proj_dim: k; k / c must be a power of two, 16 to 2**20.
+        proj_dim: k; k / c must be a power of two, 16 to 2^20.
         c: The entries in each column: 1, 2, 4 or 8.
         threads: Has no influence.
         fixed_blocks: Has no influence.
         device: The device that inputs are moved to; None: a CUDA device if there is one, else the CPU.
-        seed: 0 to 2**64 - 1. None: drawn from torch's generator, so that `torch.manual_seed` repeats the matrix.
+        seed: 0 to 2^64 - 1. None: drawn from torch's generator, so that `torch.manual_seed` repeats the matrix.
 
     Attributes:
         normalization_factor: 1/√c.

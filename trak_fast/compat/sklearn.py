@@ -257,7 +257,7 @@ class FusedSparseProjection(_FusedProjection):
     `compute_inverse_components` asks for one. Samples of any scale are right to float32's precision.
 
     Parameters:
-        n_components: Number of components, `nonzeros` times a power of two in [16, 2**20]; or "auto": the next such
+        n_components: Number of components, `nonzeros` times a power of two in [16, 2^20]; or "auto": the next such
             number that is as many as `eps` needs (Johnson-Lindenstrauss).
         nonzeros: Entries of each column: 1, 2, 4 or 8. With fewer, samples whose norm is in few features are distorted
             more.

@@ -5,7 +5,7 @@ ProjectionType` in the place of `from trak.projectors import ...` (as in LESS an
 installed. `trak.TRAKer(projector=...)` takes a `trak_fast.Projector` without any of this.
 
 The keywords `block_size`, `max_batch_size` and `dtype` are accepted and have no influence: results are float32. Each
-`model_id` has an independent matrix; seeds are taken modulo 2**64 and model_ids modulo 2**32. The kind "sjlt", which
+`model_id` has an independent matrix; seeds are taken modulo 2^64 and model_ids modulo 2^32. The kind "sjlt", which
 traker does not have, is multiplied by √(k / nonzeros): its results are then as large as those of the other kinds, and a
 number for `lambda_reg` keeps its meaning.
 """

@@ -52,20 +52,20 @@ def project(
             more frequent where a few dozen coordinates carry the gradients: two coordinates meet with probability
             c²/k, and their product is then off by 1/c of itself (docs/choosing.md). Its c blocks of rows have the same
             sum, so that the rank of P is at most k - c + 1.
-        seed: 0 to 2**64 - 1.
-        model_id: 0 to 2**32 - 1. Each has its own independent P.
+        seed: 0 to 2^64 - 1.
+        model_id: 0 to 2^32 - 1. Each has its own independent P.
         offset: Column of P that belongs to the first column of `grads`, for gradients that come in slices: the
             slices' results add up to the whole's (up to fp32 rounding).
         precision: The form in which float32 and float64 gradients enter where the processor multiplies bfloat16 (AMX;
             elsewhere, and by `"sjlt"`, they are taken as float32): as 1 (`"medium"`), 2 (`"high"`) or 3
-            (`"highest"`) bfloat16 terms. The first changes an element by at most 2**-8 of itself, the second by
-            2**-17, the third not at all (float64: 2**-24, from float32); elements below 1e-33 by at most 2**-126, where
+            (`"highest"`) bfloat16 terms. The first changes an element by at most 2^-8 of itself, the second by
+            2^-17, the third not at all (float64: 2^-24, from float32); elements below 1e-33 by at most 2^-126, where
             bfloat16 products end. Default: `"high"` for float32 (some 2.5e-6 of the result, where the projection
             itself distorts by 1/√k), and `"highest"` for float64. bfloat16 and float16 are always exact. On CUDA,
             tensor cores round sums toward zero besides: a result shrinks by up to 1e-5 of itself at any precision
             (8.4e-6 measured on an H100).
         nonzeros: c, the entries in each column of `"sjlt"`: 1, 2, 4 (the default) or 8. k / c must be a power of two,
-            16 to 2**20. The work is c additions for each element of the gradients, whatever k is. (The block
+            16 to 2^20. The work is c additions for each element of the gradients, whatever k is. (The block
             construction of Kane and Nelson, "Sparser Johnson-Lindenstrauss transforms", JACM 2014, but with one sign
             for all entries of a column.)
         out: Float32 tensor (B, k) on the gradients' device that the projection is added to, in place.
@@ -125,8 +125,8 @@ def project_adjoint(
         y: Projected gradients (B, k), float32, bfloat16, float16 or float64 (rounded to float32), any strides.
         grad_dim: D, the number of columns of P to go back to.
         proj_type: See `project`, as for `seed` and `model_id`.
-        seed: 0 to 2**64 - 1.
-        model_id: 0 to 2**32 - 1.
+        seed: 0 to 2^64 - 1.
+        model_id: 0 to 2^32 - 1.
         offset: Column of P that belongs to the result's first column.
         nonzeros: See `project`.
         out: Float32 tensor (B, D) on the device of `y` that the result is added to, in place.
@@ -172,11 +172,11 @@ def matrix(
 
     Args:
         proj_type: `"rademacher"`, `"normal"` or `"sjlt"`.
-        seed: 0 to 2**64 - 1.
-        model_id: 0 to 2**32 - 1.
+        seed: 0 to 2^64 - 1.
+        model_id: 0 to 2^32 - 1.
         rows: Row numbers, 0 to proj_dim - 1.
-        cols: Column numbers, 0 to 2**48 - 1.
-        proj_dim: k, the rows of P; needed for `"sjlt"`, whose entries depend on it. Default: 2**32.
+        cols: Column numbers, 0 to 2^48 - 1.
+        proj_dim: k, the rows of P; needed for `"sjlt"`, whose entries depend on it. Default: 2^32.
         nonzeros: See `project`.
 
     Returns:
