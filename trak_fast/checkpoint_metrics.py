@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .features.featurizer import Featurizer
@@ -14,6 +13,7 @@ from .features.metric import Metric
 from .features.streaming import GradientProjector
 from .store.files import advising_on_denied, first_file, read_json
 from .store.folder import Store
+from .store.tensors import read_tensors, write_tensors
 
 MOST_SAMPLES = 256
 """Samples of a first batch at most that a metric is made of."""
@@ -71,9 +71,9 @@ class CheckpointMetrics:
                 )
             self._streaming.fit_metric(batch, chunk_size or self._featurizer.count_at_a_time(batch))
             assert self._streaming.metric is not None
-            with advising_on_denied(self._store.path), first_file(path) as temporary:
-                content = {"checkpoint": self._mark(model_id), "roots": self._streaming.metric.state_dict()}
-                torch.save(content, temporary)
+            roots = self._streaming.metric.state_dict()
+            with advising_on_denied(self._store.path):
+                write_tensors(path, roots, {"checkpoint": self._mark(model_id)}, publish=first_file)
         else:
             logger.info("the metric of model_id %d is there already, and stays", model_id)
         self.take(model_id)
@@ -91,12 +91,11 @@ class CheckpointMetrics:
             self._require_no_rows(model_id)
             return
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            mark = content["checkpoint"]
-            metric = Metric.from_state_dict(content["roots"])
-        except Exception as error:  # of many kinds, as the file may hold anything
+            roots, notes = read_tensors(path)
+            metric = Metric.from_state_dict(roots)
+        except (ValueError, LookupError) as error:
             raise ValueError(f"{path} is damaged: {AGAIN}") from error
-        if mark != self._mark(model_id) or metric.names != set(self._streaming.selected):
+        if notes.get("checkpoint") != self._mark(model_id) or metric.names != set(self._streaming.selected):
             raise ValueError(f"{path} is the metric of another checkpoint: {AGAIN}")
         self._streaming.metric = metric
 

@@ -21,6 +21,7 @@ from trak_fast import GradientProjector, TRAKer
 from trak_fast.features import metric
 from trak_fast.features.metric import Metric, matrices_of, vocabulary_of
 from trak_fast.gradients.pieces import Outer, Whole
+from trak_fast.store.tensors import read_tensors, write_tensors
 from trak_fast.tasks import CausalLM
 
 EPS = 2.0**-24
@@ -305,16 +306,16 @@ def test_a_checkpoint_whose_metric_is_gone_or_damaged_is_refused(tmp_path: Path)
     traker = opened()
     traker.load_checkpoint(state, 0)
     traker.featurize([x[:3] for x in batch], inds=[0, 1, 2])
-    path = tmp_path / "checkpoint_0" / "metric.pt"
+    path = tmp_path / "checkpoint_0" / "metric.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:100])
-    with pytest.raises(ValueError, match=r"metric.pt is damaged: featurize again"):
+    with pytest.raises(ValueError, match=r"metric.safetensors is damaged: featurize again"):
         opened().load_checkpoint(state, 0)
     path.unlink()
-    with pytest.raises(ValueError, match=r"metric.pt is missing: featurize again"):
+    with pytest.raises(ValueError, match=r"metric.safetensors is missing: featurize again"):
         opened().load_checkpoint(state, 0)
     path.write_bytes(content)
-    torch.save({**torch.load(path), "checkpoint": "another"}, path)
+    write_tensors(path, read_tensors(path).tensors, {"checkpoint": "another"})
     with pytest.raises(ValueError, match=r"metric of another checkpoint"):
         opened().load_checkpoint(state, 0)
     path.write_bytes(content)
@@ -323,7 +324,7 @@ def test_a_checkpoint_whose_metric_is_gone_or_damaged_is_refused(tmp_path: Path)
     traker.featurize([x[3:] for x in batch], inds=[3, 4])
     traker.finalize_features()
     path.unlink()
-    with pytest.raises(ValueError, match=r"metric.pt is missing"):
+    with pytest.raises(ValueError, match=r"metric.safetensors is missing"):
         opened().start_scoring_checkpoint("test", state, 0, num_targets=1)
 
 
@@ -379,7 +380,7 @@ def test_a_batch_that_is_refused_leaves_no_metric(tmp_path: Path) -> None:
     traker.load_checkpoint(state, 0)
     with pytest.raises(ValueError, match="samples 0 to 10 are not all in"):
         traker.featurize([x[:2] for x in batch], inds=[0, B + 5])
-    assert not (tmp_path / "checkpoint_0" / "metric.pt").exists()
+    assert not (tmp_path / "checkpoint_0" / "metric.safetensors").exists()
     other = copy.deepcopy(state)
     other["few.weight"] = other["few.weight"] + 1
     traker.featurize([x[:2] for x in batch], inds=[0, 1])

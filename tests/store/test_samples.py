@@ -1,6 +1,7 @@
 """Digests of samples."""
 
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,15 +86,35 @@ def test_padding_has_no_part_in_an_output() -> None:
     assert digests(*task.clear_padding([ids, mask, labels[:, 1:]])) != alone
 
 
-def test_stored_samples_come_back(tmp_path: object) -> None:
-    path = tmp_path / "samples.pt"  # type: ignore[operator]
+def test_stored_samples_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "samples.safetensors"
     assert StoredSamples.load(path) is None
-    batch = [torch.randn(3, 2).bfloat16(), torch.arange(3)]
-    StoredSamples(batch=batch, outputs=torch.ones(3), weightings=torch.zeros(3)).save(path)
+    ids = torch.arange(3)
+    batch = [
+        torch.randn(3, 2).bfloat16(),
+        ids,
+        ids,  # labels often are the very tensor of the inputs
+        torch.randn(2, 3).T,
+        torch.randn(3, 2, dtype=torch.complex128).conj(),
+        torch.tensor([[0.0, 2.0], [0.0, 0.0], [1.0, 0.0]]).to_sparse(),
+        torch.zeros(3, 0),
+    ]
+    StoredSamples(batch=batch, outputs=torch.ones(3).double(), weightings=torch.zeros(3).double()).save(path)
     back = StoredSamples.load(path)
     assert back is not None
-    assert all(torch.equal(a, b) for a, b in zip(back.batch, batch, strict=True))
-    assert torch.equal(back.outputs, torch.ones(3))
+    assert len(back.batch) == len(batch)
+    for found, expected in zip(back.batch, batch, strict=True):
+        assert (found.dtype, found.layout, found.shape) == (expected.dtype, expected.layout, expected.shape)
+        assert torch.equal(found.to_dense(), expected.to_dense())
+    assert torch.equal(back.outputs, torch.ones(3).double())
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"cannot read .*samples\.pt, it is truncated or corrupt"):
+    with pytest.raises(ValueError, match=r"cannot read .*samples\.safetensors, it is truncated or corrupt"):
         StoredSamples.load(path)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_samples_that_the_format_lacks_are_refused_and_leave_no_file(tmp_path: Path) -> None:
+    rows = torch.eye(2).to_sparse_csr()
+    with pytest.raises(ValueError, match=r"."):
+        StoredSamples([rows], torch.ones(2), torch.ones(2)).save(tmp_path / "samples.safetensors")
+    assert not list(tmp_path.iterdir())

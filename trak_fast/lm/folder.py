@@ -26,8 +26,8 @@ from ..store.growth import stored_size
 from .texts.documents import Document
 from .texts.pieces import Piece
 
-FORMAT = 1
-"""The number of the format of run.json."""
+FORMAT = 2
+"""The number of the format of run.json and of the features beside it."""
 
 RESULTS = ("top.jsonl", "top.csv", "scores.npy", "index.html", "clean.jsonl", "clean.csv", "selected.jsonl")
 """Files of results."""

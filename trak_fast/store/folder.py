@@ -1,14 +1,15 @@
 """The folder of features.
 
-    save_dir/manifest.json                           all that the features depend on; written once
-    save_dir/growth.json                             the number of training samples, once it is another (growth.py)
-    save_dir/writers.lock                            shared by who makes a checkpoint, locked by who extends the folder
-    save_dir/checkpoint_<model_id>/checkpoint.json   digest of the checkpoint's weights
-                                   gram.npy          X'X (and X'CX) or XX'; a checkpoint that has it is finalized
-                                   gram/             parts of X'X until then (scoring/partial_grams.py)
-                                   samples.pt        some of its samples with their f and Q (samples.py)
-                                   train/            rows of the training samples (rows.py), locks of their writers
-                                   targets/<name>/   rows of the targets of an experiment
+    save_dir/manifest.json                              all that the features depend on; written once
+    save_dir/growth.json                                the number of training samples, once it is another (growth.py)
+    save_dir/writers.lock                               shared by who adds a checkpoint, locked by who extends it all
+    save_dir/checkpoint_<model_id>/checkpoint.json      digest of the checkpoint's weights
+                                   gram.npy             X'X (and X'CX) or XX'; a checkpoint that has it is finalized
+                                   gram/                parts of X'X until then (scoring/partial_grams.py)
+                                   samples.safetensors  some of its samples with their f and Q (samples.py)
+                                   metric.safetensors   the metric that its features are in, if there is one
+                                   train/               rows of the training samples (rows.py), locks of their writers
+                                   targets/<name>/      rows of the targets of an experiment
     save_dir/scores/<name>.npy, <name>.highest.npz, ...
 
 Whole files and folders appear by renaming, and a row's flag is set after its values are on disk, so everything that is
@@ -45,7 +46,7 @@ from .locks import let_go
 from .manifest import differences, digest
 from .rows import LOCK_FILE, Rows, claimed_for_deletion
 
-FORMAT = 5
+FORMAT = 6
 """The number of the folder's format, which each manifest has."""
 
 LONGEST_NAME = 150
@@ -99,6 +100,8 @@ class Store:
             more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
             if isinstance(size := stored.get("train_set_size"), int) and size < num_rows:
                 more.append(f"(TRAKer(..., train_set_size={size}).extend({num_rows}) adds rows to the folder)")
+            if stored.get("format") != manifest["format"]:
+                more.append("(another version of trak_fast made the folder)")
             if any(line.startswith("task_settings") for line in lines):
                 more.append("(names of what changes as a task runs should begin with an underscore)")
             if self._is_unused():
@@ -351,11 +354,11 @@ class Store:
 
     def samples_file(self, model_id: int) -> Path:
         """Returns the path of the file with some samples of a checkpoint (`StoredSamples`)."""
-        return self.checkpoint(model_id) / "samples.pt"
+        return self.checkpoint(model_id) / "samples.safetensors"
 
     def metric_file(self, model_id: int) -> Path:
         """Returns the path of the file with the metric that a checkpoint's features are in."""
-        return self.checkpoint(model_id) / "metric.pt"
+        return self.checkpoint(model_id) / "metric.safetensors"
 
     def partial_grams(self, model_id: int) -> Path:
         """Returns the path of the folder of a checkpoint's unfinished sums."""

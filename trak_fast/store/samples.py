@@ -6,7 +6,6 @@ bits are enough, and CRC-32 is read from memory several times as fast as cryptog
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .files import atomic_file
+from .tensors import read_tensors, write_tensors
 
 
 def digest_samples(batch: Sequence[Tensor], positions: NDArray[np.intp]) -> NDArray[np.uint32]:
@@ -81,12 +80,23 @@ class StoredSamples:
         """Writes a file; without it, a task is compared by its description alone.
 
         Raises:
+            ValueError: A tensor is neither dense nor of coordinates, or the format of safetensors lacks its dtype.
             OSError: The disk is full, for example.
         """
-        buffer = io.BytesIO()  # torch's own writer tells nothing about a full disk
-        torch.save(vars(self), buffer)
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(buffer.getvalue())
+        tensors = {"outputs": self.outputs, "weightings": self.weightings}
+        kinds = []
+        for place, tensor in enumerate(self.batch):
+            numbers = tensor
+            if tensor.layout == torch.sparse_coo:
+                numbers = tensor.coalesce().values()
+                tensors[f"indices.{place}"] = tensor.coalesce().indices()
+            numbers = numbers.resolve_conj().resolve_neg()
+            tensors[f"numbers.{place}"] = torch.view_as_real(numbers) if numbers.is_complex() else numbers
+            kinds.append({"shape": list(tensor.shape), "complex": tensor.is_complex()})
+        try:
+            write_tensors(path, tensors, {"batch": kinds})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"samples must be tensors that safetensors takes ({error})") from error
 
     @staticmethod
     def load(path: Path) -> StoredSamples | None:
@@ -98,6 +108,14 @@ class StoredSamples:
         if not path.exists():
             return None
         try:
-            return StoredSamples(**torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:
+            tensors, notes = read_tensors(path)
+            batch = []
+            for place, kind in enumerate(notes["batch"]):
+                numbers = tensors[f"numbers.{place}"]
+                numbers = torch.view_as_complex(numbers) if kind["complex"] else numbers
+                if (indices := tensors.get(f"indices.{place}")) is not None:
+                    numbers = torch.sparse_coo_tensor(indices, numbers, kind["shape"], check_invariants=True).coalesce()
+                batch.append(numbers)
+            return StoredSamples(batch, tensors["outputs"], tensors["weightings"])
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
             raise ValueError(f"cannot read {path}, it is truncated or corrupt ({error}); delete it") from error
