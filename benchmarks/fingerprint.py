@@ -108,7 +108,7 @@ def attributions(folder: Path) -> Iterator[tuple[str, str]]:
             yield f"top scores, {name}, {'highest' if largest else 'lowest'}", digest(top.indices) + digest(top.scores)
         yield f"self-influence, {name}", digest(traker.self_influence())
         for path in sorted(save_dir.rglob("*.npy")):
-            yield f"{path.relative_to(folder)}", digest(np.load(path))
+            yield f"{path.relative_to(folder)}", digest(np.load(path, allow_pickle=False))
         yield f"manifest, {name}", hashlib.sha256((save_dir / "manifest.json").read_bytes()).hexdigest()[:16]
 
 

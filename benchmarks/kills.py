@@ -108,7 +108,7 @@ def main() -> None:
             start = time.perf_counter()
             attempt(folder / f"whole-{half}", half, None)
             whole = time.perf_counter() - start
-            expected.append(np.load(folder / f"whole-{half}" / "scores" / "test.npy"))
+            expected.append(np.load(folder / f"whole-{half}" / "scores" / "test.npy", allow_pickle=False))
         while kills < arguments.kills:
             half = runs % 2 == 1
             save_dir = folder / f"run-{runs}"
@@ -121,7 +121,7 @@ def main() -> None:
                     bar.update()
                     stages["scoring" if (save_dir / "checkpoint_1" / "gram.npy").exists() else "featurizing"] += 1
             runs += 1
-            scores = np.load(save_dir / "scores" / "test.npy")
+            scores = np.load(save_dir / "scores" / "test.npy", allow_pickle=False)
             difference = float(np.abs(scores - expected[half]).max() / np.abs(expected[half]).max())
             worst = max(worst, difference)
             equal += difference < 1e-5  # float32 rounding: a resumed batch may be cut elsewhere

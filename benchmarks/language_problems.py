@@ -425,7 +425,7 @@ def retrain_part(start: int, *, name: str, site: Site, halves: int) -> NDArray[n
     """
     path = site.path(name, f"outputs-{halves}-{start}.npy")
     if path.exists():
-        return cast("NDArray[np.float64]", np.load(path))
+        return cast("NDArray[np.float64]", np.load(path, allow_pickle=False))
     torch.set_num_threads(1)
     documents = load_documents(PROBLEMS[name].corpus, site.root)
     masks = draw_halves(halves)

@@ -78,7 +78,9 @@ class Problem:
         config = MODELS[settings.model]()
         config.use_cache = False
         with self.device:
-            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+            self.model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, trust_remote_code=False
+            ).eval()
         tokens = torch.randint(config.vocab_size, (settings.batch, settings.tokens), device=self.device)
         self.batch = [tokens, torch.ones_like(tokens)]
 

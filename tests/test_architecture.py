@@ -84,7 +84,7 @@ ROOMS = {
     "store": {"scales"},
     "tasks": set(),
     "projection": {"arguments", "_C"},
-    "gradients": {"tasks"},
+    "gradients": {"tasks", "torch_files"},
     "scoring": {"scales", "store", "tasks"},
 }
 """Folders that may import little else of the package -> what they may import."""

@@ -246,7 +246,7 @@ def retrained_outputs(
     for start in tqdm(range(0, len(every), MODELS_AT_ONCE), desc=title, unit="part", disable=None):
         path = None if save_dir is None else Path(save_dir).expanduser() / f"outputs-{key}-{start}.npy"
         if path is not None and path.exists():
-            parts.append(np.load(path))
+            parts.append(np.load(path, allow_pickle=False))
             continue
         part = every[start : start + MODELS_AT_ONCE]
         models = train(build, data, part, recipe, [seed, start], loss=loss, title=f"{title}, models {start} on")

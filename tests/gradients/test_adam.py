@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from libraries import reads_torch_files
 from moments import State, Wrapper, assert_moments, moments, network, step, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -159,6 +160,7 @@ FORMS: dict[str, Callable[[nn.Module, Optimizer, Path], Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("groups", [one_group, decay_groups, named])
 @pytest.mark.parametrize("names", [None, ["block.*"], ["block.second.weight"]])
+@reads_torch_files
 def test_every_form_gives_each_parameter_its_own(
     form: str, groups: Callable[[nn.Module], Any], names: list[str] | None, tmp_path: Path
 ) -> None:
@@ -311,6 +313,7 @@ def within(address: int, addresses: str) -> bool:
     return first <= address < last
 
 
+@reads_torch_files
 def test_moments_of_a_file_are_not_read_before_they_are_used(tmp_path: Path) -> None:
     model, optimizer = trained()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")

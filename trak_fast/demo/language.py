@@ -308,7 +308,7 @@ def scores_of(found: Run, targets: Targets) -> NDArray[np.float32]:
     """Computes the scores of all documents for the questions, (n, m)."""
     with temporary_folder(found.folder.path / "scores") as temporary:
         lm_results.write_scores(found, targets, temporary / "scores.npy")
-        scores: NDArray[np.float32] = np.load(temporary / "scores.npy")
+        scores: NDArray[np.float32] = np.load(temporary / "scores.npy", allow_pickle=False)
     return scores
 
 

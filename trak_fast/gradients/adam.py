@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..torch_files import UnsafeTorchError, read_torch_file
 from .parameters import Parameters, listed
 
 FILES = ("optimizer.pt", "optimizer.bin")
@@ -195,9 +195,8 @@ def _load(place: str | os.PathLike[str]) -> object:
         )
     file = found[0]
     try:
-        # files of torch < 1.6 are no archives, and cannot be mapped
-        return torch.load(str(file), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (MemoryError, OSError):
+        return read_torch_file(file, "pass the state dict itself, if you trust the file")
+    except (MemoryError, OSError, UnsafeTorchError):
         raise
     except Exception as error:  # damaged files raise errors of many classes, such as struct.error
         raise ValueError(

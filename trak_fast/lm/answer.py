@@ -108,7 +108,7 @@ def answer(
     queries = results.queries_of(targets)
     try:
         with run.ranks.together():  # the file is deleted once all processes have read it
-            scores = np.load(path, mmap_mode="r")
+            scores = np.load(path, mmap_mode="r", allow_pickle=False)
             rankings = list(results.rank(scores, queries, top=wanted.top, worst=wanted.worst))
             selected = results.select(scores, queries, documents, count) if count else []
             del scores

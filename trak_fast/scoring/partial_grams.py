@@ -149,7 +149,7 @@ def load(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
     """Reads a saved sum and its rows; returns None where there is none of use, and the rows are then read again."""
     try:
-        with path.open("rb") as file, np.load(file) as saved:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             gram, rows = saved["gram"], np.unpackbits(saved["rows"])[:num_rows].astype(np.bool_)
     except FileNotFoundError:
         return None

@@ -46,7 +46,7 @@ class TopScores:
     @staticmethod
     def load(path: str | Path) -> TopScores:
         """Reads what `save` wrote."""
-        with np.load(Path(path).expanduser()) as file:
+        with np.load(Path(path).expanduser(), allow_pickle=False) as file:
             return TopScores(file["indices"], file["scores"], bool(file["largest"]))
 
 

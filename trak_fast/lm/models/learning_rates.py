@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ...torch_files import read_torch_file
+
 
 def learning_rates(paths: Sequence[Path], optimizers: Sequence[Path | None]) -> list[float | None]:
     """Finds the learning rate of each checkpoint; LESS weighs checkpoints by them.
@@ -92,7 +94,7 @@ def _content(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_torch_file(path, "leave it out")
     except Exception:  # pickle, zip and torch have errors of many classes
         return {}
     return content if isinstance(content, dict) else {}
