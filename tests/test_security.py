@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,10 +26,11 @@ from trak_fast import GradientProjector, TRAKer
 from trak_fast.cli import main
 from trak_fast.lm.folder import RunFolder
 from trak_fast.lm.models.learning_rates import learning_rates
+from trak_fast.lm.texts.documents import read_documents
 from trak_fast.retraining import Recipe, retrained_outputs
 from trak_fast.scoring import TopScores
 from trak_fast.scoring.partial_grams import load as load_partial_gram
-from trak_fast.store.files import read_array
+from trak_fast.store.files import is_file_name, read_array
 from trak_fast.store.samples import StoredSamples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,3 +279,37 @@ class TestOldTorch:
     def test_folders_of_features_need_no_file_of_torch(self, tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
         for _ in range(2):
             attribute(tmp_path, state)
+
+
+def test_no_import_and_no_attribution_reaches_for_the_network(tmp_path: Path) -> None:
+    program = [sys.executable, "-W", "ignore", ROOT / "tests/programs/without_network.py", tmp_path / "features"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "a\\b", "a\0b", "../x", None, 3, ["x"]])
+def test_names_that_lead_out_of_a_folder_are_none_of_files(name: object) -> None:
+    assert not is_file_name(name)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "...", "a b", "ü", "x..y"])
+def test_other_names_are_those_of_files(name: str) -> None:
+    assert is_file_name(name)
+
+
+@pytest.mark.parametrize("name", ["../secret.arrow", "/secret.arrow", "..", "a\0", 3, None])
+def test_a_saved_data_set_that_names_files_elsewhere_is_refused(tmp_path: Path, name: object) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}, {"filename": name}]}))
+    with pytest.raises(ValueError, match=re.escape(f"{folder}/state.json must name files in its folder, not {name!r}")):
+        read_documents([folder])
+
+
+@pytest.mark.parametrize("content", [[], {}, {"_data_files": None}, {"_data_files": ["a.arrow"]}])
+def test_a_saved_data_set_without_files_is_refused(tmp_path: Path, content: object) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"state\.json must list files of data, as save_to_disk writes it"):
+        read_documents([tmp_path])

@@ -175,7 +175,8 @@ class RunFolder:
         shutil.rmtree(self.features, ignore_errors=True)
         (self.path / "documents.npz").unlink(missing_ok=True)
         named = [file.parent for file in self.path.glob("*/top.jsonl")]
-        for folder in (self.path, *(folder for folder in named if not (folder / "run.json").exists())):
+        own = (folder for folder in named if not folder.is_symlink() and not (folder / "run.json").exists())
+        for folder in (self.path, *own):
             for name in RESULTS:
                 (folder / name).unlink(missing_ok=True)
 

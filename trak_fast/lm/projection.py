@@ -38,6 +38,13 @@ FASTER = 2.0
 """Two-sided sketches, which lose more, are chosen where they make a whole pass faster by more than this factor."""
 
 
+NEEDED = {"grad_wrt", "metric", "projector_seed", "proj_dim"}
+"""Arguments of TRAKer that each choice has."""
+
+OTHERS = {"proj_type", "store_dtype", "sketch", "sketch_side"}
+"""Arguments of TRAKer that a choice may have."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The way from gradients to features.
@@ -49,6 +56,22 @@ class Choice:
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
+
+
+def stored_choice(facts: Mapping[str, Any], out: str) -> Choice:
+    """Returns the choice of a run that is there; arguments that no choice has are none of TRAKer's to take from a file.
+
+    Args:
+        facts: Those of run.json.
+        out: The run's folder, for the message.
+
+    Raises:
+        ValueError: There are others.
+    """
+    arguments, text = facts["arguments"], facts.get("way")
+    if not isinstance(arguments, dict) or not isinstance(text, str) or not NEEDED <= set(arguments) <= NEEDED | OTHERS:
+        raise ValueError(f"{out}/run.json was written by another version; another --out, or --overwrite")
+    return Choice(arguments, text)
 
 
 def patterns_of(settings: Settings, model: nn.Module) -> list[str] | None:

@@ -31,7 +31,7 @@ from ..traker import TRAKer
 from .folder import RunFolder, check_is_prefix, digests_of, digests_of_tokens
 from .machine import Machine
 from .models.folders import Models, find_models
-from .projection import Choice, choose_projection
+from .projection import Choice, choose_projection, stored_choice
 from .settings import FIELDS, MASKINGS, Settings, merged, settings_of
 from .texts.documents import Document, Documents, Fields, read_documents, read_documents_of_some
 from .texts.encoding import Encoded, Piece, collate, encode
@@ -188,7 +188,7 @@ class Run:
         """The way from gradients to features: that of the run, or one that is chosen."""
         facts = self.folder.facts()
         if "arguments" in facts:
-            return Choice(facts["arguments"], str(facts["way"]))
+            return stored_choice(facts, self.folder.name)
         task = resolve_task(self.models.task)
         return choose_projection(self.settings, self.model, task, self.mean_tokens, self.machine.chosen_device.type)
 

@@ -43,6 +43,11 @@ def _place() -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
 
+def is_file_name(name: object) -> bool:
+    """Tells if a value that a file holds, or a user gave, names something in a folder, and nothing outside of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in "/\\\0" for c in name)
+
+
 def temporary_name(path: Path) -> Path:
     """Names a hidden temporary beside `path` that no other process uses, and that says which process it belongs to."""
     return path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{uuid.uuid4().hex[:12]}")

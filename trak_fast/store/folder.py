@@ -35,6 +35,7 @@ from .files import (
     advising_on_denied,
     atomic_file,
     atomic_folder,
+    is_file_name,
     read_array,
     read_json,
     remove_leftovers,
@@ -398,8 +399,8 @@ def check_name(exp_name: str) -> None:
     """
     if not isinstance(exp_name, str):
         raise TypeError(f"exp_name must be a string, not {type(exp_name).__name__} ({exp_name!r})")
-    strange = any(c in "/\\\0" or "\ud800" <= c <= "\udfff" for c in exp_name)
-    if not exp_name or exp_name.startswith(".") or strange or len(exp_name.encode(errors="replace")) > LONGEST_NAME:
+    strange = not is_file_name(exp_name) or any("\ud800" <= c <= "\udfff" for c in exp_name)
+    if strange or exp_name.startswith(".") or len(exp_name.encode(errors="replace")) > LONGEST_NAME:
         raise ValueError(
             f"exp_name must be a file name of at most {LONGEST_NAME} bytes, without separators or a leading dot, "
             f"not {exp_name!r}"

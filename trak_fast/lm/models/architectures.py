@@ -35,6 +35,8 @@ def fit_to_adapter(path: Path, config: Any, adapter: Mapping[str, Any]) -> None:
     kind = str(adapter.get("peft_type"))
     if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"):
         raise ValueError(f"{path} must be an adapter of layers, such as LORA, not {kind}, which peft does not train on")
+    if kind == "XLORA" or adapter.get("megatron_config"):
+        raise ValueError(f"{path} must be an adapter of its own weights, and name neither others nor code of Megatron")
     task = adapter.get("task_type")
     if task in OTHER_ADAPTER_TASKS:
         raise ValueError(f"{path} is an adapter for {task}; tasks are {TASKS}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...gradients.adam import FILES as OPTIMIZERS
+from ...store.files import is_file_name
 from . import loading
 from .architectures import MAPPINGS, TASKS, fit_to_adapter, longest_text, task_of
 from .ensembles import require_same_settings, short
@@ -31,6 +32,9 @@ TOKENIZERS = (
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 """Patterns of files of weights, one of which a folder of save_pretrained has."""
+
+IMPLEMENTATION = "_implementation"
+"""The part of the names of settings by which transformers chooses code, of a repository on demand."""
 
 LONGEST = 10**6
 """Tokens from which on a tokenizer's `model_max_length` is none: transformers writes 10³⁰ where there is no limit."""
@@ -254,6 +258,7 @@ def _adapter_config(path: Path) -> dict[str, Any] | None:
             raise ValueError(
                 f"{path} has config.json, but no weights (model.safetensors); save it with save_pretrained"
             )
+        _require_own_files(path)
         return None
     if not file.is_file():
         inner = sorted(
@@ -264,6 +269,37 @@ def _adapter_config(path: Path) -> dict[str, Any] | None:
     if not has_weights:
         raise ValueError(f"{path} has adapter_config.json, but no weights (adapter_model.safetensors)")
     return _read_json(file)
+
+
+def _require_own_files(path: Path) -> None:
+    """Refuses a model whose files name weights outside of its folder, or code of a repository.
+
+    Raises:
+        ValueError: They do.
+    """
+    for index in path.glob("*.index.json"):
+        parts = _read_json(index).get("weight_map")
+        for name in parts.values() if isinstance(parts, dict) else ():
+            if not is_file_name(name):
+                raise ValueError(f"{index} must name files in its folder, not {name!r}")
+    for name in _implementations(_read_json(path / "config.json")):
+        if "/" in name:
+            raise ValueError(
+                f"{path}/config.json asks for code of the repository {name}, and nothing is downloaded; delete the "
+                "entry, and --attention names an implementation"
+            )
+
+
+def _implementations(content: object, name: str = "") -> Iterator[str]:
+    """Lists the implementations of layers, such as attention, that a configuration or a part of it asks for."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _implementations(value, key if IMPLEMENTATION not in name else name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _implementations(value, name)
+    elif isinstance(content, str) and IMPLEMENTATION in name:
+        yield content
 
 
 def _optimizer_of(path: Path) -> Path | None:

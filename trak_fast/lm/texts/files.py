@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...store.files import is_file_name
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 """File names' endings that are read."""
 
@@ -245,9 +247,25 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _saved_rows(folder: Path) -> Iterator[Row]:
+    _require_own_files(folder)
     datasets = _package("datasets", "a folder of save_to_disk")
     saved = datasets.load_from_disk(str(folder)).with_format("arrow")  # as stored: images stay bytes
     yield from _table_rows(saved.iter(_ROWS_AT_ONCE), folder)
+
+
+def _require_own_files(folder: Path) -> None:
+    """Refuses what looks like a folder of `save_to_disk`, and names files that are elsewhere.
+
+    Raises:
+        ValueError: It does, or state.json is none that `save_to_disk` writes.
+    """
+    state = _parsed((folder / "state.json").read_text(encoding="utf-8"), folder / "state.json", 1)
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+        raise ValueError(f"{folder}/state.json must list files of data, as save_to_disk writes it")
+    for file in files:
+        if not is_file_name(name := file.get("filename")):
+            raise ValueError(f"{folder}/state.json must name files in its folder, not {name!r}")
 
 
 def _table_rows(tables: Iterable[Any], path: Path) -> Iterator[Row]:
