@@ -19,6 +19,7 @@ import pytest
 import torch
 from hostile import plant
 from language_models import B, Language, texts
+from packaging.requirements import Requirement
 from torch import nn
 from torch.torch_version import TorchVersion
 
@@ -313,3 +314,29 @@ def test_a_saved_data_set_without_files_is_refused(tmp_path: Path, content: obje
     (tmp_path / "state.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"state\.json must list files of data, as save_to_disk writes it"):
         read_documents([tmp_path])
+
+
+def bounds() -> dict[str, Requirement]:
+    """Reads the dependencies of the package and of its extras by name, without those that build the site."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "docs"]
+    lines = [line for part in (project["dependencies"], *extras) for line in part]
+    return {wanted.name: wanted for wanted in map(Requirement, lines) if wanted.name != "trak_fast"}
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.13"])
+def test_each_dependency_is_pinned_once_within_its_bounds(python: str) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    versions = {pin.name: str(pin.specifier).removeprefix("==") for pin in pins}
+    assert len(versions) == len(pins)
+    assert all(str(pin.specifier).startswith("==") for pin in pins)
+    for name, wanted in bounds().items():
+        if not str(wanted.specifier).startswith("=="):  # a version of its own, that of CUDA's compiler
+            assert wanted.specifier.contains(versions[name]), name
+
+
+def test_no_pyarrow_is_allowed_that_runs_code_of_files() -> None:
+    """CVE-2023-47248: a type in a file of parquet may be a pickle, which versions before 14.0.1 load."""
+    assert not bounds()["pyarrow"].specifier.contains("14.0.0")

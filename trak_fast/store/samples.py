@@ -109,6 +109,9 @@ class StoredSamples:
             return None
         try:
             tensors, notes = read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it") from error
+        try:
             batch = []
             for place, kind in enumerate(notes["batch"]):
                 numbers = tensors[f"numbers.{place}"]
