@@ -21,10 +21,8 @@ from hostile import plant
 from language_models import B, Language, texts
 from packaging.requirements import Requirement
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from trak_fast import GradientProjector, TRAKer
-from trak_fast.cli import main
 from trak_fast.lm.folder import RunFolder
 from trak_fast.lm.models.learning_rates import learning_rates
 from trak_fast.lm.texts.documents import read_documents
@@ -248,38 +246,6 @@ def test_no_file_in_a_folder_of_features_runs_code(
         attribute(folder, state, errors=Exception)
         assert not mark.exists(), name
         shutil.rmtree(folder)
-
-
-class TestOldTorch:
-    """Versions of torch in which files of torch.save run code whatever `weights_only` says."""
-
-    @pytest.fixture(autouse=True)
-    def old_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Has torch tell an older version; reading a file of it would fail this test."""
-        monkeypatch.setattr(torch, "__version__", TorchVersion("2.5.1+cpu"))
-        monkeypatch.setattr(torch, "load", None)
-
-    MESSAGE = r"is a file of torch.save, and in torch 2\.5\.1\+cpu such .* run code, .* use torch 2\.6 or newer, or "
-
-    def test_an_optimizer_is_refused(self, tmp_path: Path) -> None:
-        torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
-        with pytest.raises(ValueError, match=rf"optimizer\.pt {self.MESSAGE}pass the state dict itself"):
-            optimizer_state(tmp_path / "optimizer.pt")
-
-    def test_learning_rates_are_not_known(self, tmp_path: Path) -> None:
-        torch.save({"_last_lr": [0.5]}, tmp_path / "scheduler.pt")
-        assert learning_rates([tmp_path], [None]) == [None]
-
-    def test_the_command_says_what_to_do(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        torch.save(torch.ones(2, 2), tmp_path / "a.pt")
-        words = [f"--{name}={tmp_path / 'a.pt'}" for name in ("scores", "masks", "losses")]
-        assert main(["lds", *words]) == 1
-        expected = rf"cannot read --scores: .*a\.pt {self.MESSAGE}save the tensor with np.save"
-        assert re.search(expected, capsys.readouterr().err)
-
-    def test_folders_of_features_need_no_file_of_torch(self, tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-        for _ in range(2):
-            attribute(tmp_path, state)
 
 
 def test_no_import_and_no_attribution_reaches_for_the_network(tmp_path: Path) -> None:

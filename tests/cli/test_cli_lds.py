@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from libraries import reads_torch_files
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
@@ -96,7 +95,6 @@ def test_samples_that_lower_the_loss_help(
     assert capsys.readouterr().out.startswith("LDS 1.000" if sign == 1 else "LDS −1.000, 95% interval −1.000 to −1.000")
 
 
-@reads_torch_files
 def test_every_form_of_the_files_gives_the_same_result(
     tmp_path: Path, arrays: Arrays, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,7 +111,6 @@ def test_every_form_of_the_files_gives_the_same_result(
     assert json.loads(capsys.readouterr().out) == expected
 
 
-@reads_torch_files
 def test_scores_of_bfloat16_are_read(tmp_path: Path, arrays: Arrays, capsys: pytest.CaptureFixture[str]) -> None:
     rounded = torch.from_numpy(arrays["scores"]).bfloat16().requires_grad_()
     expected = result(tmp_path, {**arrays, "scores": rounded.detach().float().numpy()}, capsys)
@@ -239,7 +236,6 @@ class Harmful:
         ("a", b"", 2, r"--scores must be a file of np.save"),
     ],
 )
-@reads_torch_files
 def test_files_that_cannot_be_read(
     tmp_path: Path,
     arrays: Arrays,
@@ -256,7 +252,6 @@ def test_files_that_cannot_be_read(
     assert re.match(expected, message(words, capsys, status))
 
 
-@reads_torch_files
 def test_files_of_other_content(tmp_path: Path, arrays: Arrays, capsys: pytest.CaptureFixture[str]) -> None:
     """A truncated array, several arrays, no tensor, a sparse one, and objects, which are not unpickled."""
     words = command(tmp_path, arrays)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from libraries import reads_torch_files
 from moments import State, Wrapper, assert_moments, moments, network, step, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -160,15 +159,11 @@ FORMS: dict[str, Callable[[nn.Module, Optimizer, Path], Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("groups", [one_group, decay_groups, named])
 @pytest.mark.parametrize("names", [None, ["block.*"], ["block.second.weight"]])
-@reads_torch_files
 def test_every_form_gives_each_parameter_its_own(
     form: str, groups: Callable[[nn.Module], Any], names: list[str] | None, tmp_path: Path
 ) -> None:
     model = network()
-    try:
-        optimizer = AdamW(groups(model))
-    except TypeError:
-        pytest.skip("torch 2.6 and later take named parameters")
+    optimizer = AdamW(groups(model))
     step(optimizer)
     torch.save(optimizer.state_dict(), tmp_path / "moments")
     torch.save(optimizer.state_dict(), tmp_path / "old", _use_new_zipfile_serialization=False)
@@ -313,7 +308,6 @@ def within(address: int, addresses: str) -> bool:
     return first <= address < last
 
 
-@reads_torch_files
 def test_moments_of_a_file_are_not_read_before_they_are_used(tmp_path: Path) -> None:
     model, optimizer = trained()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")

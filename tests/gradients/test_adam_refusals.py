@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from libraries import reads_torch_files
 from moments import State, Wrapper, assert_moments, moments, network, step, trained
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -178,7 +177,6 @@ def test_what_is_no_state_is_refused(given: Any, kind: type[Exception], message:
         moments(given, network())
 
 
-@reads_torch_files
 def test_paths_without_a_state_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"^optimizer_state must .* not a folder without optimizer.pt or opt"):
         moments(tmp_path, network())

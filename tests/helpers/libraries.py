@@ -6,10 +6,6 @@ import warnings
 from types import ModuleType
 
 import pytest
-import torch
-
-reads_torch_files = pytest.mark.skipif(torch.__version__ < "2.6", reason="files of torch.save need torch 2.6 or newer")
-"""Marks tests of files of torch.save, which are refused in an older torch."""
 
 
 def needs(name: str) -> ModuleType:

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from hostile import plant
-from libraries import needs, reads_torch_files
+from libraries import needs
 from lm_pages import HOSTILE
 from lm_runs import call, page_data, save_model, succeed, texts_of, write
 from model_folders import edit, refusal, save, save_adapter
-from torch.torch_version import TorchVersion
 
 from trak_fast.lm.folder import RunFolder
 from trak_fast.lm.models.folders import find_models
@@ -55,21 +54,16 @@ def test_weights_that_would_run_code_are_refused(tmp_path: Path, name: str, kind
     assert not mark.exists()
 
 
-@reads_torch_files
 @pytest.mark.parametrize("name", ["model", "adapter_model"])
-def test_weights_of_torch_are_read_unless_torch_is_old(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_torch_are_those_of_safetensors(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     save("llama", tmp_path / "model")
     if name == "adapter_model":
         save_adapter(tmp_path / "model", folder)
-    file = as_torch_file(folder, name)
-    find_models([folder]).build()
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.5.1"))
-    message = refusal(folder, build=True)
-    assert message.startswith(f"{file} is a file of torch.save, and in torch 2.5.1 such a file can run code, ")
-    assert re.search(r"use torch 2\.6 or newer, or save the (model|adapter) (with|as) .*safetensors$", message)
+    expected = find_models([folder]).build().state_dict()
+    as_torch_file(folder, name)
+    found = find_models([folder]).build().state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/model.safetensors", "..", "a\0"])

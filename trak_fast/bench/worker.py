@@ -159,7 +159,7 @@ def version(candidate: Candidate) -> str:
 def cache_bytes(device: str) -> int:
     """Returns the size of the last cache before memory."""
     if device == "cuda":
-        return max(32 << 20, int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)))
+        return max(32 << 20, torch.cuda.get_device_properties(0).L2_cache_size)
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

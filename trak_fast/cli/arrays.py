@@ -12,7 +12,7 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..torch_files import UnsafeTorchError, read_torch_file
+from ..torch_files import read_torch_file
 from .failure import WRONG_ARGUMENT, Failure
 
 TORCH_ENDINGS = (".pt", ".pth")
@@ -41,11 +41,8 @@ def read_array(flag: str, path: Path) -> NDArray[Any]:
             WRONG_ARGUMENT,
         )
     try:
-        if ending in TORCH_ENDINGS:
-            content = read_torch_file(path, "save the tensor with np.save")
-        else:
-            content = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, UnsafeTorchError) as error:
+        content = read_torch_file(path) if ending in TORCH_ENDINGS else np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
         raise Failure(f"cannot read {flag}: {error}") from error
     except (ValueError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
         raise Failure(f"cannot read {flag}: {path} is truncated or no {ending} file of plain numbers") from error

@@ -30,7 +30,7 @@ def shards_of(model: nn.Module) -> list[nn.Module]:
     """Lists the modules whose weights are gathered together (FSDP2)."""
     try:
         from torch.distributed.fsdp import FSDPModule
-    except ImportError:  # torch before 2.6, or built without torch.distributed
+    except ImportError:  # torch built without torch.distributed
         return []
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..torch_files import UnsafeTorchError, read_torch_file
+from ..torch_files import read_torch_file
 from .parameters import Parameters, listed
 
 FILES = ("optimizer.pt", "optimizer.bin")
@@ -195,8 +195,8 @@ def _load(place: str | os.PathLike[str]) -> object:
         )
     file = found[0]
     try:
-        return read_torch_file(file, "pass the state dict itself, if you trust the file")
-    except (MemoryError, OSError, UnsafeTorchError):
+        return read_torch_file(file)
+    except (MemoryError, OSError):
         raise
     except Exception as error:  # damaged files raise errors of many classes, such as struct.error
         raise ValueError(

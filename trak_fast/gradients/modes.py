@@ -5,30 +5,23 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 
 def unfused_attention() -> AbstractContextManager[Any]:
     """Selects attention that vmap can batch: fused kernels would fall back to a loop over samples, with a warning."""
-    try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:  # torch 2.2
-        return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Returns the dtype that the caller has torch compute in on "cpu" or "cuda" (torch.autocast); None: as given."""
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    if device_type == "cpu":  # torch before 2.4
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 @contextmanager
@@ -161,12 +154,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
-    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6 or newer
-    if not is_compiled or set_stance is None:
+    with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
         yield
-    else:
-        with set_stance("force_eager"):
-            yield
 
 
 @contextmanager

@@ -69,9 +69,9 @@ def project(
             construction of Kane and Nelson, "Sparser Johnson-Lindenstrauss transforms", JACM 2014, but with one sign
             for all entries of a column.)
         out: Float32 tensor (B, k) on the gradients' device that the projection is added to, in place.
-        differentiable: Records the projection for autograd (torch 2.4 or newer; P'y is its derivative, see
-            `project_adjoint`; torch.func transforms are not supported). By default nothing is recorded, even if
-            `grads` requires grad: features that are kept must not keep the graph behind their gradients alive.
+        differentiable: Records the projection for autograd (P'y is its derivative, see `project_adjoint`; torch.func
+            transforms are not supported). By default nothing is recorded, even if `grads` requires grad: features that
+            are kept must not keep the graph behind their gradients alive.
 
     Returns:
         Float32 tensor (B, k) on the gradients' device: `out` if given, else a new one.

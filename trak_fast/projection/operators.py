@@ -31,9 +31,7 @@ def project(projection: checks.Projection, out: Tensor | None, differentiable: b
     tensors, part = projection.tensors, projection.part
     matrix = (_KIND_NAMES[part.kind], _signed(part.seed), part.model_id, part.offset)
     nonzeros = part.nonzeros or None
-    if differentiable:
-        _require_autograd()
-    else:
+    if not differentiable:
         tensors = [tensor.detach() for tensor in tensors]
     if out is None:
         result: Tensor = torch.ops.trak_fast.project(
@@ -49,9 +47,7 @@ def project_adjoint(adjoint: checks.Adjoint, out: Tensor | None, differentiable:
     y, part = adjoint.y, adjoint.part
     matrix = (_KIND_NAMES[part.kind], _signed(part.seed), part.model_id, part.offset)
     nonzeros = part.nonzeros or None
-    if differentiable:
-        _require_autograd()
-    else:
+    if not differentiable:
         y = y.detach()
     if out is None:
         result: Tensor = torch.ops.trak_fast.project_adjoint(y, adjoint.grad_dim, *matrix, nonzeros)
@@ -154,12 +150,6 @@ def _signed(seed: int) -> int:
     return seed if seed < 2**63 else seed - 2**64
 
 
-def _require_autograd() -> None:
-    """Raises an error where torch cannot differentiate operators."""
-    if not hasattr(torch.library, "register_autograd"):
-        raise RuntimeError(f"differentiable=True needs torch 2.4 or newer; this is {torch.__version__}")
-
-
 def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grads, _, proj_type, seed, model_id, offset, _, nonzeros = inputs
     ctx.parts = [(tuple(grad.shape), grad.dtype) for grad in grads]
@@ -190,12 +180,10 @@ def _adjoint_backward(ctx: Any, grads: Tensor) -> tuple[Any, ...]:
 
 def _define(schema: str, kernel: Callable[..., Tensor | None], fake: Callable[..., Tensor | None]) -> None:
     """Defines an operator for the CPU and CUDA, with the stand-in for its result that traces use."""
-    # register_fake is called impl_abstract before torch 2.4
-    register_fake = getattr(torch.library, "register_fake", None) or torch.library.impl_abstract
     name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
         _library.impl(name, kernel, device)
-    register_fake(f"trak_fast::{name}", fake, lib=_library)
+    torch.library.register_fake(f"trak_fast::{name}", fake, lib=_library)
 
 
 _define(
@@ -218,7 +206,6 @@ _define(
     kernel=_project_adjoint_into,
     fake=_do_nothing,
 )
-if hasattr(torch.library, "register_autograd"):
-    _register = torch.library.register_autograd
-    _register("trak_fast::project", _project_backward, setup_context=_keep_project, lib=_library)
-    _register("trak_fast::project_adjoint", _adjoint_backward, setup_context=_keep_adjoint, lib=_library)
+_register = torch.library.register_autograd
+_register("trak_fast::project", _project_backward, setup_context=_keep_project, lib=_library)
+_register("trak_fast::project_adjoint", _adjoint_backward, setup_context=_keep_adjoint, lib=_library)

@@ -94,7 +94,7 @@ def _content(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = read_torch_file(path, "leave it out")
+        content = read_torch_file(path)
     except Exception:  # pickle, zip and torch have errors of many classes
         return {}
     return content if isinstance(content, dict) else {}

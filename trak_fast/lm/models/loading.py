@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...torch_files import require_safe_torch
-
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
@@ -30,9 +28,6 @@ ADAPTER = "default"
 
 PREFIX = "base_model.model."
 """The part that peft puts before the names of a base model's entries."""
-
-SAFE_WEIGHTS = "adapter_model.safetensors"
-"""The file of an adapter's weights that peft prefers to one of torch.save."""
 
 FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 """Errors by which transformers and peft say that files do not fit."""
@@ -108,8 +103,6 @@ def open_whole(
     Raises:
         ValueError: transformers does not open it, or some weights would be random.
     """
-    if not any(path.glob("*.safetensors")):
-        require_safe_torch(path / "pytorch_model.bin", "save the model with safetensors")
     options = {} if attention is None else {"attn_implementation": attention}
     # weights that are missing are drawn before they can be refused
     with quiet() as transformers, torch.random.fork_rng(devices=[]):
@@ -159,8 +152,6 @@ def adapter_weights(path: Path) -> dict[str, Tensor]:
         ValueError: The file cannot be read.
     """
     peft = library("peft", "reading an adapter")
-    if not (path / SAFE_WEIGHTS).is_file():
-        require_safe_torch(path / "adapter_model.bin", f"save the adapter as {SAFE_WEIGHTS}")
     with quiet():
         try:
             weights: dict[str, Tensor] = peft.load_peft_weights(str(path), device="cpu")
