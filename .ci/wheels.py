@@ -103,16 +103,16 @@ def link_to_old_glibc(compiler: str, folder: Path) -> str:
     symbols: dict[str, dict[str, str]] = {name: {} for name in LIBRARIES}
     for home, path in paths.items():
         for symbol, (version, moved) in read_symbols(path).items():
-            prefix = next((prefix for prefix in MOVED if moved and symbol.startswith(prefix)), None)
-            symbols[MOVED[prefix] if prefix else home][symbol] = version
+            homes = [library for prefix, library in MOVED.items() if moved and symbol.startswith(prefix)]
+            symbols[homes[0] if homes else home][symbol] = version
     for name, soname in LIBRARIES.items():
         source, script = folder / f"{name}.s", folder / f"{name}.versions"
         stubs = [
-            f".globl stub{i}\n.type stub{i}, %function\n.symver stub{i}, {symbol}@@{version}\nstub{i}: .byte 0\n"
-            for i, (symbol, version) in enumerate(symbols[name].items())
+            f".globl stub{i}\n.type stub{i}, %function\n.symver stub{i}, {symbol}@@{release}\nstub{i}: .byte 0\n"
+            for i, (symbol, release) in enumerate(symbols[name].items())
         ]
         source.write_text(".text\n" + "".join(stubs))
-        script.write_text("".join(f"{version} {{}};\n" for version in sorted(set(symbols[name].values()))))
+        script.write_text("".join(f"{release} {{}};\n" for release in sorted(set(symbols[name].values()))))
         flags = ["-shared", "-nostdlib", f"-Wl,-soname,{soname}", f"-Wl,--version-script={script}"]
         subprocess.run([compiler, *flags, str(source), "-o", str(folder / soname)], check=True)
         if name != "c":
@@ -127,7 +127,9 @@ def link_to_old_glibc(compiler: str, folder: Path) -> str:
         '.section .note.GNU-stack,"",%progbits\n'
     )
     subprocess.run([compiler, "-c", str(single), "-o", str(folder / "single_threaded.o")], check=True)
-    return f"-L{folder} {folder / 'single_threaded.o'} -lpthread -ldl -lrt -Wl,--gc-sections -s"
+    # Newer releases have the moved functions in libc, so that a linker would leave these libraries out.
+    libraries = "-Wl,--push-state,--no-as-needed -lpthread -ldl -lrt -Wl,--pop-state"
+    return f"-L{folder} {folder / 'single_threaded.o'} {libraries} -Wl,--gc-sections -s"
 
 
 def build_wheel(python: str, output: Path, work: Path, target: Target, settings: dict[str, str]) -> None:
@@ -144,6 +146,8 @@ def build_wheel(python: str, output: Path, work: Path, target: Target, settings:
         SystemExit: The wheel breaks a rule.
         subprocess.CalledProcessError: The build failed, or auditwheel refuses the wheel; the output was printed.
     """
+    for leftover in ROOT.glob("build/lib.*"):
+        shutil.rmtree(leftover)  # it may hold the module for another processor
     command = [sys.executable, "-m", "pip", "--python", python, "wheel", "--quiet", "--no-deps", "--wheel-dir"]
     subprocess.run([*command, str(work / "built"), str(ROOT)], check=True, env={**os.environ, **settings})
     (built,) = (work / "built").glob("*.whl")
@@ -151,10 +155,15 @@ def build_wheel(python: str, output: Path, work: Path, target: Target, settings:
     retag = [sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", f"linux_{target.machine}"]
     subprocess.run([*retag, str(built)], check=True)
     (built,) = (work / "built").glob("*.whl")
-    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{target.machine}"
-    repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", "--wheel-dir"]
-    subprocess.run([*repair, str(work), str(built)], check=True)
+    # For another processor auditwheel takes no tag, but chooses the oldest that fits.
+    native = target.machine == platform.machine()
+    tag = ["--plat", f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{target.machine}", "--only-plat"] if native else []
+    repair = [sys.executable, "-m", "auditwheel", "repair", *tag, "--wheel-dir", str(work), str(built)]
+    subprocess.run(repair, check=True)
     (wheel,) = work.glob("*.whl")
+    release = min(int(minor) for minor in re.findall(r"manylinux_2_(\d+)", wheel.name))
+    if release > GLIBC[1]:
+        raise SystemExit(f"{wheel.name} needs glibc 2.{release}")
     # What auditwheel does not look at: the size, and symbols without a version, which only Python's have.
     size = wheel.stat().st_size
     if size > LARGEST_WHEEL:
@@ -171,14 +180,16 @@ def build_wheel(python: str, output: Path, work: Path, target: Target, settings:
     print(f"{wheel.name}  {size / 1e6:.2f} MB", flush=True)
 
 
-def settings_of(target: Target, version: str, linker_flags: str) -> dict[str, str]:
-    """Returns the environment variables by which setup.py builds for a processor and a version of Python."""
+def settings_of(target: Target, version: str, python: str, linker_flags: str) -> dict[str, str]:
+    """Returns the environment variables by which setup.py builds for a processor and a Python."""
     arguments = f"-DCMAKE_MODULE_LINKER_FLAGS='{linker_flags}'"
     if target.machine == platform.machine():
         return {"TRAK_FAST_CUDA": "ON", "TRAK_FAST_CUDA_ARCHITECTURES": "all", "CMAKE_ARGS": arguments}
     suffix = f".cpython-{version.replace('.', '')}-{target.machine}-linux-gnu.so"
     arguments += f" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR={target.machine}"
     arguments += f" -DCMAKE_CXX_COMPILER={target.compiler}"
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('include'))"]
+    arguments += f" -DPython_INCLUDE_DIR={subprocess.check_output(command, text=True).strip()}"
     # pybind11 asks the Python that runs, unless all three are there.
     arguments += f" -DPYTHON_MODULE_EXTENSION={suffix} -DPYTHON_MODULE_DEBUG_POSTFIX= -DPYTHON_IS_DEBUG=0"
     return {"TRAK_FAST_CUDA": "OFF", "CMAKE_ARGS": arguments, "SETUPTOOLS_EXT_SUFFIX": suffix}
@@ -205,7 +216,7 @@ def main() -> None:
             work = Path(temporary, target.machine)
             flags = link_to_old_glibc(target.compiler, work / "glibc")
             for version, python in found.items():
-                settings = settings_of(target, version, flags)
+                settings = settings_of(target, version, python, flags)
                 build_wheel(python, output, work / version, target, settings)
     if missing:
         print(f"not on this machine, so without their wheels: {', '.join(missing)}")
