@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from trak_fast import GradientProjector, project
+from trak_fast import GradientProjector, HookGradientComputer, project
 from trak_fast.tasks.base import BatchTask, bind
 
 K = 64
@@ -120,6 +121,57 @@ class Doubled(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
+
+
+class Checkpointed(nn.Module):
+    """A model that computes each block again in the backward pass, if it is told how; one parameter has no layer."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Tanh(), Doubled(6, 6)) for _ in range(2)])
+        self.scale = nn.Parameter(torch.randn(6))
+        self.use_reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+
+            def compute(x: Tensor, block: nn.Module = block) -> Tensor:
+                return torch.tanh(block(x) * self.scale)
+
+            x = compute(x) if self.use_reentrant is None else checkpoint(compute, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize("grad_wrt", [["*"], ["blocks.*", "scale"], ["blocks.0.0.*"], ["scale"]])
+@pytest.mark.parametrize("first", [nn.Linear, nn.Identity])
+def test_layers_that_are_checkpointed_have_their_gradients(
+    first: type[nn.Module], grad_wrt: list[str], is_known: bool, use_reentrant: bool
+) -> None:
+    model, batch = Checkpointed(first(6, 6)), [torch.randn(5, 6)]
+    projector = GradientProjector(model, SumOfSines(), K, grad_wrt=grad_wrt)
+    hooks = HookGradientComputer(model, SumOfSines(), grad_wrt=grad_wrt)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name in projector.columns}
+    rows = []
+    for sample in batch[0].split(1):
+        model.zero_grad()
+        model(sample).sin().sum().backward()
+        rows.append(torch.cat([parameter.grad.flatten() for parameter in wanted.values()]))
+    model.zero_grad()
+    right = torch.stack(rows)
+    if is_known:
+        projector.project(batch)
+        hooks.compute_per_sample_grad(batch)
+    model.use_reentrant = use_reentrant
+    for _ in range(2):
+        assert largest_error(projector.project(batch), project(right, K)) < 1e-5
+        found = torch.cat([rows.flatten(1) for rows in hooks.compute_per_sample_grad(batch).values()], 1)
+        assert largest_error(found, right) < 1e-5
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 class Weighted(SumOfSines):

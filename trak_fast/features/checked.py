@@ -256,17 +256,21 @@ class CheckedStream(ModelPasses):
             watched=self._watched(streamed, progress, of_one=count == 1),
         )
         sums = self._new_sums(batch, found, taps.is_whole)
+        inputs_needed = self._checkpoint_inputs.are_needed
         reached: set[str] = set()
         uncalled = {name: self.selected[name] for name in streamed if name in self._uncalled}
         with ExitStack() as modes:
             modes.enter_context(self.turn(batch, self._kind_of(layers)))
             modes.enter_context(self._running(uncalled.values()))
+            modes.enter_context(self._checkpoint_inputs.attached())
             modes.enter_context(gradients_taken(uncalled, lambda name, gradient: reached.add(name)))
             modes.enter_context(taps.attached())
             outputs = self._outputs(batch)
             taps.run_backward(outputs, self._weighted(seeds, outputs, batch), sums.add)
         sums.flush()
         outputs = outputs.detach()
+        if self._checkpoint_inputs.are_needed and not inputs_needed:
+            return None
         # a layer around others that is not called itself, a container for example, says nothing about them
         containers = {name for name, way in self._ways.items() if way is Way.AROUND and not taps.is_called(name)}
         if unexplained := self._union((taps.unexplained | containers | reached) - singly):

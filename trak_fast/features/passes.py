@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class ModelPasses(ParameterGradients):
                     TappedLayer(self.model.get_submodule(path), rule=_ANY if has_rule else None, names={})
                     for path, has_rule in details[0]
                 ]
-                with self._running(()), Taps(layers, 1, self._device, add=True).attached():
+                taps = Taps(layers, 1, self._device, add=True)
+                with self._running(()), self._checkpoint_inputs.attached(), taps.attached():
                     outputs = self._outputs(sample)
                     if outputs.requires_grad:  # taps show nothing unless they were given a place for it
                         torch.autograd.backward(outputs, torch.zeros_like(outputs))
@@ -201,10 +203,11 @@ class ModelPasses(ParameterGradients):
         """
         with ExitStack() as modes:
             modes.enter_context(self._running(chosen.values()))
+            modes.enter_context(self._checkpoint_inputs.attached())
             hook = modes.enter_context(gradients_taken(chosen, take))
             if self._lockstep is not None:  # gradients are those of what is gathered for the shards
                 modes.enter_context(self._lockstep.gathered(chosen, hook))
-            output = self._outputs(single) if evaluate is None else evaluate()
+            output = self._checkpoint_inputs.provided_to(evaluate or partial(self._outputs, single))
             if output.requires_grad:
                 weighted = self._weighted(seed, output, single) if evaluate is None else seed.to(output)
                 with gradients_kept(output, chosen.values()):

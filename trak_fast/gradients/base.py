@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tasks.base import Task, copy_buffers, copy_tensors, restored, weighs_by_outputs
-from .modes import autocast_dtype, differentiable
+from .modes import CheckpointInputs, autocast_dtype, differentiable
 from .parameters import select_parameters
 from .repeatable import GRADIENT_ROUNDINGS, OUTPUT_ROUNDINGS, RandomWatch, generators_of, require_same, tolerance_of
 
@@ -144,6 +144,7 @@ class ParameterGradients(ABC):
         self.selected = select_parameters(model, self.grad_wrt)
         self.buffers = {name: buffer.detach() for name, buffer in model.named_buffers()}
         self._generators = generators_of(model)
+        self._checkpoint_inputs = CheckpointInputs(model)
         self._evaluation: _Evaluation | None = None
         self._is_first_batch = True
 

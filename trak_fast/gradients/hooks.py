@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from ..tasks.base import restored
 from .base import WholeGradients, singles_of
 from .errors import is_out_of_memory
-from .graph import edges_of
+from .graph import edges_of, gradients_kept, gradients_taken
 from .layers import Rule, rule_of
 from .modes import requiring_grad
 from .parameters import layers_of
@@ -223,16 +224,26 @@ class HookGradientComputer(WholeGradients):
 
     def _in_batches_of_one(self, batch: Sequence[Tensor], names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes some gradients, and all outputs, by a forward and a backward pass for each sample."""
-        chosen = [self.selected[name] for name in names]
-        rows: list[list[Tensor]] = []
+        chosen = {name: self.selected[name] for name in names}
+        rows: list[dict[str, Tensor]] = []
         outputs: list[Tensor] = []
-        with requiring_grad(self.parameters.values(), chosen):
+
+        def add(name: str, gradient: Tensor) -> None:
+            rows[-1][name] = rows[-1][name] + gradient if name in rows[-1] else gradient
+
+        with ExitStack() as modes:
+            modes.enter_context(requiring_grad(self.parameters.values(), chosen.values()))
+            modes.enter_context(self._checkpoint_inputs.attached())
+            modes.enter_context(gradients_taken(chosen, add))
             for sample in singles_of(batch, self.task):
-                output = self._outputs(sample)[0]
-                rows.append(_gradients(output, chosen))
-                outputs.append(output.detach())
-        columns = zip(*rows, strict=True)
-        return {name: torch.stack(column) for name, column in zip(names, columns, strict=True)}, torch.stack(outputs)
+                rows.append({})
+                output = self._checkpoint_inputs.provided_to(partial(self._outputs, sample))
+                if output.requires_grad:
+                    with gradients_kept(output, chosen.values()):
+                        torch.autograd.backward(output.sum())  # reentrant checkpointing allows no torch.autograd.grad
+                outputs.append(output.detach()[0])
+        columns = {name: [_dense(row.get(name), parameter) for row in rows] for name, parameter in chosen.items()}
+        return {name: torch.stack(column) for name, column in columns.items()}, torch.stack(outputs)
 
     def _by_layers(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the gradients that follow from layers and pass the check; and f of each sample in the batch."""
@@ -289,6 +300,7 @@ class HookGradientComputer(WholeGradients):
             tensors = [value for value in (*args[:1], *kwargs.values()) if isinstance(value, Tensor)]
             fits = len(tensors) == 1 or (args and isinstance(args[0], Tensor))
             known = self._layers[layer]
+            fits = fits and torch.is_grad_enabled()  # unlike the first pass of reentrant checkpointing
             if not fits or not tensors[0].ndim or not isinstance(output, Tensor) or not output.ndim:
                 recording.unexplained |= set(known.names.values()) - singly
                 return None
@@ -443,10 +455,14 @@ def _gradients(output: Tensor, inputs: Sequence[Tensor], retain_graph: bool = Fa
     if not inputs or not output.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
     grads = torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True)
-    return [
-        torch.zeros_like(x) if grad is None else grad.to_dense() if grad.layout != torch.strided else grad
-        for x, grad in zip(inputs, grads, strict=True)
-    ]
+    return [_dense(grad, x) for x, grad in zip(inputs, grads, strict=True)]
+
+
+def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """Returns a gradient as a dense tensor, 0 for none."""
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def _largest(values: Iterable[Tensor]) -> Tensor:

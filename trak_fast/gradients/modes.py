@@ -6,12 +6,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
+
+T = TypeVar("T")
 
 
 def unfused_attention() -> AbstractContextManager[Any]:
@@ -145,6 +148,62 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, mode in zip(layers, before, strict=True):
             layer.training = mode
+
+
+class CheckpointInputs:
+    """Has the inputs of reentrant activation checkpointing require gradients.
+
+    It runs layers without gradients first, and again in the backward pass if a tensor that they were given requires
+    gradients; otherwise gradients of their parameters are silently 0. As such tensors make autograd go back to the
+    model's first layer, none are made to before a module is called without gradients.
+
+    Attributes:
+        are_needed: True once a module was called without gradients in a pass with them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Takes the model."""
+        self.are_needed = False
+        self._model = model
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Looks for such calls in the block, a pass with gradients, and has tensors require them once there was one."""
+        devices = {parameter.device for parameter in self._model.parameters()}
+        # -0.0 and no other zero leaves every number as it is
+        zeros = {device: torch.full((), -0.0, device=device, requires_grad=True) for device in devices}
+
+        def required(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.is_floating_point() and value.ndim and value.device in zeros
+            # a sum, as a model may change it in place
+            return value + zeros[value.device] if fits and not value.requires_grad else value
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return tree_map(required, (args, kwargs)) if self.are_needed and torch.is_grad_enabled() else None
+
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                self.are_needed = True
+                return None
+            has_weights = next(module.parameters(), None) is not None
+            return tree_map(required, output) if self.are_needed and has_weights else None
+
+        handles = [module.register_forward_hook(after) for module in self._model.modules()]
+        handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def provided_to(self, compute: Callable[[], T]) -> T:
+        """Calls `compute`, which runs the model while this is attached; once more if that has shown the need."""
+        known = self.are_needed
+        result = compute()
+        if known or not self.are_needed:
+            return result
+        del result
+        return compute()
 
 
 @contextmanager
