@@ -33,7 +33,7 @@ COMPILER_PACKAGES = "cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.*"
 """The CUDA compiler as pip has it, also in the extra `cuda`. No package of CUDA 12 holds nvcc."""
 
 LEAST_DRIVER = 580
-"""Oldest major version of the driver that runs what COMPILER_PACKAGES compile."""
+"""Oldest major version of the driver that runs what compilers of CUDA 13 make, COMPILER_PACKAGES among them."""
 
 LEAST_CUDA = (12, 8)
 """Oldest CUDA compiler that knows all our architectures and flags."""
@@ -150,9 +150,9 @@ def decide_cuda_part(environment: Mapping[str, str], gpus: Sequence[Gpu], compil
         old = f"the GPUs are older than compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
         return CudaPart("", (old if gpus else "no GPU was found") + "; TRAK_FAST_CUDA=ON builds it all the same")
     oldest = min(gpu.driver for gpu in gpus)
-    if compiler is None and oldest < LEAST_DRIVER:
+    if oldest < LEAST_DRIVER and (compiler is None or compiler.version >= (13, 0)):
         least = ".".join(map(str, LEAST_CUDA))
-        return CudaPart("", f"driver {oldest} needs a compiler of CUDA {least} to 12.9, and none was found")
+        return CudaPart("", f"driver {oldest} needs a compiler of CUDA {least} to 12.9, and none was found first")
     return CudaPart(";".join(found), f"a GPU of {' and '.join(found)}", compiler)
 
 

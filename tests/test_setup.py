@@ -58,38 +58,42 @@ H100 = ((9, 0), 580)
 A100 = ((8, 0), 580)
 V100 = ((7, 0), 580)
 OLD_DRIVER = ((9, 0), 535)
+CUDA_13 = (13, 0)
 
 
 @pytest.mark.parametrize(
-    ("variables", "gpus", "has_compiler", "architectures", "reason"),
+    ("variables", "gpus", "cuda", "architectures", "reason"),
     [
-        ({}, [], True, "", "no GPU was found"),
-        ({}, [H100], True, "90a", "a GPU of 90a"),
-        ({}, [H100], False, "90a", "a GPU of 90a"),
-        ({}, [H100, A100, H100], True, "80;90a", "a GPU of 80 and 90a"),
-        ({}, [V100], True, "", "older than compute capability 8.0"),
-        ({}, [V100, A100], True, "80", "a GPU of 80"),
-        ({}, [OLD_DRIVER], False, "", "driver 535 needs a compiler of CUDA 12.8 to 12.9"),
-        ({}, [OLD_DRIVER], True, "90a", "a GPU of 90a"),
-        ({"TRAK_FAST_CUDA": "OFF"}, [H100], True, "", "TRAK_FAST_CUDA=OFF"),
-        ({"TRAK_FAST_CUDA": "off", "TRAK_FAST_CUDA_ARCHITECTURES": "all"}, [H100], True, "", "TRAK_FAST_CUDA=OFF"),
-        ({"TRAK_FAST_CUDA": "ON"}, [], False, "all", "TRAK_FAST_CUDA=ON"),
-        ({"TRAK_FAST_CUDA": "ON"}, [H100], True, "90a", "TRAK_FAST_CUDA=ON"),
-        ({"TRAK_FAST_CUDA": "ON"}, [V100], True, "all", "TRAK_FAST_CUDA=ON"),
-        ({"TRAK_FAST_CUDA_ARCHITECTURES": "all"}, [H100], True, "all", "TRAK_FAST_CUDA_ARCHITECTURES=all"),
-        ({"TRAK_FAST_CUDA_ARCHITECTURES": "90a, 120"}, [], True, "90a;120", "TRAK_FAST_CUDA_ARCHITECTURES=90a;120"),
-        ({"TRAK_FAST_CUDA": "AUTO", "TRAK_FAST_CUDA_ARCHITECTURES": ""}, [], True, "", "no GPU was found"),
+        ({}, [], CUDA_13, "", "no GPU was found"),
+        ({}, [H100], CUDA_13, "90a", "a GPU of 90a"),
+        ({}, [H100], None, "90a", "a GPU of 90a"),
+        ({}, [H100, A100, H100], CUDA_13, "80;90a", "a GPU of 80 and 90a"),
+        ({}, [V100], CUDA_13, "", "older than compute capability 8.0"),
+        ({}, [V100, A100], CUDA_13, "80", "a GPU of 80"),
+        ({}, [OLD_DRIVER], None, "", "driver 535 needs a compiler of CUDA 12.8 to 12.9"),
+        ({}, [OLD_DRIVER], CUDA_13, "", "driver 535 needs a compiler of CUDA 12.8 to 12.9"),
+        ({}, [H100, OLD_DRIVER], CUDA_13, "", "driver 535 needs a compiler of CUDA 12.8 to 12.9"),
+        ({}, [OLD_DRIVER], (12, 9), "90a", "a GPU of 90a"),
+        ({"TRAK_FAST_CUDA": "ON"}, [OLD_DRIVER], CUDA_13, "90a", "TRAK_FAST_CUDA=ON"),
+        ({"TRAK_FAST_CUDA": "OFF"}, [H100], CUDA_13, "", "TRAK_FAST_CUDA=OFF"),
+        ({"TRAK_FAST_CUDA": "off", "TRAK_FAST_CUDA_ARCHITECTURES": "all"}, [H100], CUDA_13, "", "TRAK_FAST_CUDA=OFF"),
+        ({"TRAK_FAST_CUDA": "ON"}, [], None, "all", "TRAK_FAST_CUDA=ON"),
+        ({"TRAK_FAST_CUDA": "ON"}, [H100], CUDA_13, "90a", "TRAK_FAST_CUDA=ON"),
+        ({"TRAK_FAST_CUDA": "ON"}, [V100], CUDA_13, "all", "TRAK_FAST_CUDA=ON"),
+        ({"TRAK_FAST_CUDA_ARCHITECTURES": "all"}, [H100], CUDA_13, "all", "TRAK_FAST_CUDA_ARCHITECTURES=all"),
+        ({"TRAK_FAST_CUDA_ARCHITECTURES": "90a, 120"}, [], CUDA_13, "90a;120", "TRAK_FAST_CUDA_ARCHITECTURES=90a;120"),
+        ({"TRAK_FAST_CUDA": "AUTO", "TRAK_FAST_CUDA_ARCHITECTURES": ""}, [], CUDA_13, "", "no GPU was found"),
     ],
 )
 def test_the_cuda_part_is_for_the_gpus_found_unless_it_is_asked_for(
     setup: ModuleType,
     variables: dict[str, str],
     gpus: list[tuple[tuple[int, int], int]],
-    has_compiler: bool,
+    cuda: tuple[int, int] | None,
     architectures: str,
     reason: str,
 ) -> None:
-    compiler = setup.Compiler("nvcc", (13, 0)) if has_compiler else None
+    compiler = setup.Compiler("nvcc", cuda) if cuda else None
     decided = setup.decide_cuda_part(variables, [setup.Gpu(*gpu) for gpu in gpus], compiler)
     assert decided.architectures == architectures
     assert reason in decided.reason
