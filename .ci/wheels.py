@@ -145,8 +145,6 @@ def build_wheel(python: str, output: Path, work: Path, target: Target, settings:
         SystemExit: The wheel breaks a rule.
         subprocess.CalledProcessError: The build failed, or auditwheel refuses the wheel; the output was printed.
     """
-    for leftover in ROOT.glob("build/lib.*"):
-        shutil.rmtree(leftover)  # it may hold the module for another processor
     command = [sys.executable, "-m", "pip", "--python", python, "wheel", "--quiet", "--no-deps", "--wheel-dir"]
     subprocess.run([*command, str(work / "built"), str(ROOT)], check=True, env={**os.environ, **settings})
     (built,) = (work / "built").glob("*.whl")

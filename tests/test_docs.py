@@ -209,4 +209,4 @@ def test_paths_of_the_project_exist(page: str) -> None:
 def test_every_public_name_has_its_documentation_on_the_site() -> None:
     pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     documented = re.findall(r"^::: trak_fast\.(\w+)$", pages, re.MULTILINE)
-    assert set(trak_fast.__all__) <= set(documented)
+    assert {name for name in trak_fast.__all__ if name != "__version__"} <= set(documented)

@@ -11,6 +11,7 @@ import pytest
 from libraries import needs
 
 from trak_fast.lm.texts.documents import Document, Documents, Fields, read_documents
+from trak_fast.lm.texts.files import find_sources
 
 ROWS = [{"id": "a", "text": "one"}, {"id": "b", "text": ""}, {"id": "a", "text": "três\u2028\x85 lines"}]
 
@@ -373,3 +374,13 @@ def test_flags_that_do_not_fit_the_rows_are_refused(fields: Fields, message: str
 def test_by_file_is_refused_for_files_of_rows() -> None:
     write("x.jsonl", *ROWS)
     assert refusal(["x.jsonl"], by_file=True) == "--by-file is for .txt files, and x.jsonl is none; leave it out"
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a.txt").write_text("one\n")
+    (folder / "inner" / "b.txt").write_text("two\n")
+    (folder / "inner" / "again").symlink_to(folder)
+    (folder / "other").symlink_to(folder / "inner")
+    assert [path.name for path in find_sources([folder]).paths] == ["a.txt", "b.txt"]

@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError(
         f"trak_fast's compiled module is missing or does not load ({error}). In a source folder, install with "
         "`pip install -e .`, or start Python elsewhere to use an installed trak_fast."
-    ) from error
+    ) from None
 
 ISA_VARIABLE = "TRAK_FAST_ISA"
 """Name of the environment variable that forces an instruction set."""

@@ -69,6 +69,8 @@ def read_tensors(path: Path) -> TensorFile:
         FileNotFoundError: There is none.
         ValueError: It is truncated or corrupt, or of another format.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"cannot read {path}, it is no file")
     try:
         with safe_open(path, framework="pt") as file:
             notes = json.loads(file.metadata()[NOTES])

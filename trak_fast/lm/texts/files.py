@@ -50,7 +50,7 @@ def find_sources(paths: Iterable[str | Path]) -> Sources:
             raise FileNotFoundError(f"{path} does not exist")
         if path.is_dir():
             count = len(found)
-            _search(path, found, skipped)
+            _search(path, found, skipped, set())
             if len(found) == count:
                 raise ValueError(f"{path} has no file that is read: {', '.join(SUFFIXES)}")
         elif path.suffix.lower() in SUFFIXES:
@@ -98,7 +98,10 @@ def kind_of(value: object) -> str:
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
-def _search(folder: Path, found: list[Path], skipped: list[Path]) -> None:
+def _search(folder: Path, found: list[Path], skipped: list[Path], searched: set[Path]) -> None:
+    if folder.resolve() in searched:  # a link leads here, perhaps from within
+        return
+    searched.add(folder.resolve())
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
         names = " or ".join(str(folder / name) for name in splits)
@@ -110,7 +113,7 @@ def _search(folder: Path, found: list[Path], skipped: list[Path]) -> None:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            _search(path, found, skipped)
+            _search(path, found, skipped, searched)
         else:
             (found if path.suffix.lower() in SUFFIXES else skipped).append(path)
 
