@@ -252,7 +252,12 @@ class HookGradientComputer(WholeGradients):
         chosen = [self.selected[name] for name in names]
         factors = self._draw_factors(count)
         recording = _Recording()
-        with restored(self.model), requiring_grad(self.parameters.values(), chosen), self._recording(recording, count):
+        with ExitStack() as modes:
+            modes.enter_context(restored(self.model))
+            modes.enter_context(requiring_grad(self.parameters.values(), chosen))
+            # checkpointing of a model's own adds to `.grad` even here
+            modes.enter_context(gradients_taken({name: self.selected[name] for name in names}, lambda *taken: None))
+            modes.enter_context(self._recording(recording, count))
             outputs = self._outputs(batch)
             recording.open = False
             sums = self._sum_by_autograd(outputs, factors, names)
@@ -336,8 +341,18 @@ class HookGradientComputer(WholeGradients):
         return factors.to(self._device)
 
     def _sum_by_autograd(self, outputs: Tensor, factors: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """Computes Σ c_i g_i for some parameters by a backward pass; another one may follow."""
+        """Computes Σ c_i g_i for some parameters by a backward pass; another one may follow.
+
+        Raises:
+            RuntimeError: Reentrant checkpointing hides from `torch.autograd.grad` which parameters it computes with.
+        """
         weighted = (outputs * factors.to(outputs)).sum()
+        if weighted.requires_grad and any(
+            node.name() == "CheckpointFunctionBackward" for _, node in edges_of(weighted.grad_fn)
+        ):
+            raise RuntimeError(
+                "reentrant activation checkpointing allows no torch.autograd.grad; use_reentrant=False does"
+            )
         sums = _gradients(weighted, [self.selected[name] for name in names], retain_graph=True)
         return dict(zip(names, sums, strict=True))
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_map
+from torch.utils import checkpoint
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 T = TypeVar("T")
 
@@ -69,6 +70,94 @@ _NO_FAST_PATH = SharedMode(no_fast_path)
 _NO_CUDNN = SharedMode(lambda: torch.backends.cudnn.flags(enabled=False))
 
 
+class _Thread(threading.local):
+    """The state of a thread.
+
+    Attributes:
+        differentiates: True while the thread differentiates a model.
+        checkpoints: True while it runs what torch checkpoints, without gradients.
+    """
+
+    differentiates = False
+    checkpoints = False
+
+
+_THREAD = _Thread()
+
+
+class _CompleteCheckpoints:
+    """Takes the place of torch's autograd function of reentrant activation checkpointing.
+
+    That runs layers without gradients first, and again in the backward pass if a tensor that it was given itself
+    requires gradients; otherwise gradients of their parameters are silently 0. And tensors that it returns in lists or
+    dicts never have gradients. In threads that differentiate it is given one more tensor, and tensors in lists and
+    dicts one by one.
+    """
+
+    def __init__(self, original: Any) -> None:
+        """Takes torch's function."""
+        self._original = original
+
+    def apply(self, function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        """Computes `function(*args)`, as torch's does."""
+        if not (_THREAD.differentiates and torch.is_grad_enabled()):
+            return self._original.apply(function, preserve_rng_state, *args)
+        tensors, given = tree_flatten(args, is_leaf=_is_no_container)
+        first = [args]  # until the first run, so that autograd alone keeps the tensors afterwards
+        structures = []
+
+        def compute(extra: Tensor, *tensors: Any) -> tuple[Any, ...]:
+            # lists that a model adds to are its own in the first run alone
+            own = first.pop() if first else tree_unflatten(tensors, given)
+            before = _THREAD.checkpoints
+            _THREAD.checkpoints = not torch.is_grad_enabled()
+            try:
+                with _complete_checkpoints():  # autograd may run this in another thread
+                    outputs, structure = tree_flatten(function(*own), is_leaf=_is_no_container)
+            finally:
+                _THREAD.checkpoints = before
+            if not torch.is_grad_enabled():
+                structures.append(structure)
+                # what has a history keeps it
+                outputs = [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in outputs]
+            return extra, *outputs  # the extra one, as torch refuses a part none of whose outputs requires gradients
+
+        extra = torch.zeros((), device="cpu", requires_grad=True)
+        _, *outputs = self._original.apply(compute, preserve_rng_state, extra, *tensors)
+        return tree_unflatten(outputs, structures[0])
+
+
+def _is_no_container(value: Any) -> bool:
+    """Recognises all but plain containers: others, such as caches of keys, have to stay the objects that they are."""
+    return type(value) not in (tuple, list, dict)
+
+
+@contextmanager
+def _checkpoints_replaced() -> Iterator[None]:
+    """Puts `_CompleteCheckpoints` in the place of torch's function."""
+    before = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _CompleteCheckpoints(before)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = before  # type: ignore[misc]
+
+
+_COMPLETE_CHECKPOINTS = SharedMode(_checkpoints_replaced)
+
+
+@contextmanager
+def _complete_checkpoints() -> Iterator[None]:
+    """Gives parameters under torch's reentrant activation checkpointing their gradients, in this thread."""
+    before = _THREAD.differentiates
+    _THREAD.differentiates = True
+    try:
+        with _COMPLETE_CHECKPOINTS:
+            yield
+    finally:
+        _THREAD.differentiates = before
+
+
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _LOCKING = threading.Lock()
 
@@ -109,6 +198,7 @@ def differentiable(model: nn.Module, fused: bool = False) -> Iterator[None]:
         if not fused:
             modes.enter_context(_UNFUSED_ATTENTION)
         modes.enter_context(_NO_FAST_PATH)
+        modes.enter_context(_complete_checkpoints())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             modes.enter_context(_NO_CUDNN)
         yield
@@ -151,14 +241,14 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 class CheckpointInputs:
-    """Has the inputs of reentrant activation checkpointing require gradients.
+    """Has the inputs of reentrant activation checkpointing that is not torch's require gradients.
 
-    It runs layers without gradients first, and again in the backward pass if a tensor that they were given requires
-    gradients; otherwise gradients of their parameters are silently 0. As such tensors make autograd go back to the
-    model's first layer, none are made to before a module is called without gradients.
+    Functions of a model's own run layers without gradients first too, and again in the backward pass if a tensor that
+    they were given requires gradients. As such tensors make autograd go back to the model's first layer, none are made
+    to before a module is called without gradients.
 
     Attributes:
-        are_needed: True once a module was called without gradients in a pass with them.
+        are_needed: True once a module was called without gradients, but by torch's checkpointing, in a pass with them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -183,7 +273,7 @@ class CheckpointInputs:
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             if not torch.is_grad_enabled():
-                self.are_needed = True
+                self.are_needed |= not _THREAD.checkpoints
                 return None
             has_weights = next(module.parameters(), None) is not None
             return tree_map(required, output) if self.are_needed and has_weights else None
