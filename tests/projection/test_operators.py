@@ -106,6 +106,8 @@ def test_operators_check_the_tensors_that_they_are_given() -> None:
         ops.project([torch.ones(3, 5, dtype=torch.int64)], 7, *matrix, None, None)
 
 
+# opcheck of torch 2.14 reads it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(("proj_type", "nonzeros", "k"), EVERY_KIND)
 def test_operators_keep_torch_s_rules(proj_type: str, nonzeros: int | None, k: int) -> None:
     """opcheck: schema, mutation, fake shapes, autograd and AOT dispatch, with static and with dynamic shapes."""
