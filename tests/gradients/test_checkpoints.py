@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hook_models import SumOfSines
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import checkpoint
 
 from trak_fast import GradientProjector, HookGradientComputer, project
 from trak_fast.gradients.modes import differentiable
-from trak_fast.tasks.base import BatchTask, bind
 
 K = 64
 Call = Callable[..., Any]
-
-
-class SumOfSines(BatchTask):
-    """The sum of the sines of all that a model returns for a sample."""
-
-    def get_outputs(
-        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
-    ) -> Tensor:
-        output: Tensor = bind(model, weights, buffers)(*batch)
-        return output.flatten(1).sin().sum(1)
 
 
 class Checkpointed(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trak_fast.tasks import CausalLM, ImageClassification, Task
+from trak_fast.tasks.base import BatchTask, bind
 
 B, LABELS, WORDS = 5, 4, 11
 
@@ -275,3 +276,13 @@ CASES = {
     "embedding": Case(Untied, words, CausalLM),
     "single words": Case(single_words, lambda: [torch.randint(WORDS, (B,)), torch.randint(LABELS, (B,))]),
 }
+
+
+class SumOfSines(BatchTask):
+    """The sum of the sines of all that a model returns for a sample."""
+
+    def get_outputs(
+        self, model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> Tensor:
+        output: Tensor = bind(model, weights, buffers)(*batch)
+        return output.flatten(1).sin().sum(1)
