@@ -41,31 +41,6 @@ def execute(command: list[str], folder: Path, python: str = sys.executable) -> s
     return done.stdout
 
 
-@pytest.mark.parametrize("page", ["first-run.md", "own-task.md", "language-models.md"])
-def test_pages_of_one_script(tmp_path: Path, page: str) -> None:
-    if page == "language-models.md":
-        needs("transformers")
-    found = blocks(page)
-    assert len(found) > 4
-    printed = execute([sys.executable, "-W", "error", "-c", script_of(found)], tmp_path)
-    for language, content in found:
-        assert language in ("python", "text")
-        if language == "text":
-            assert content in printed
-
-
-def test_the_page_about_evaluation(tmp_path: Path) -> None:
-    """The Python blocks are one script, whose files the commands read."""
-    found = blocks("evaluate.md")
-    execute([sys.executable, "-W", "error", "-c", script_of(found)], tmp_path)
-    commands = [shlex.split(content) for language, content in found if language == "bash"]
-    texts = [content for language, content in found if language == "text"]
-    assert len(commands) == 1
-    for (program, *words), text in zip(commands, texts, strict=True):
-        assert program == "trak-fast"
-        assert execute([sys.executable, "-m", "trak_fast", *words], tmp_path) == text
-
-
 NUMBER = re.compile(r"[+-]?\d+\.\d+")
 
 
@@ -87,6 +62,29 @@ def assert_alike(printed: str, text: str) -> None:
     assert found, f"{printed}\n--- is not ---\n{text}"
     shown = [float(number) for line in text.splitlines() if line[:5] != "needs" for number in NUMBER.findall(line)]
     assert [float(number) for number in found.groups()] == pytest.approx(shown, abs=0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("page", ["first-run.md", "own-task.md", "language-models.md"])
+def test_pages_of_one_script(tmp_path: Path, page: str) -> None:
+    if page == "language-models.md":
+        needs("transformers")
+    found = blocks(page)
+    assert len(found) > 4
+    printed = execute([sys.executable, "-W", "error", "-c", script_of(found)], tmp_path)
+    assert {language for language, _ in found} == {"python", "text"}
+    assert_alike(printed, "…\n" + "".join(content + "…\n" for language, content in found if language == "text"))
+
+
+def test_the_page_about_evaluation(tmp_path: Path) -> None:
+    """The Python blocks are one script, whose files the commands read."""
+    found = blocks("evaluate.md")
+    execute([sys.executable, "-W", "error", "-c", script_of(found)], tmp_path)
+    commands = [shlex.split(content) for language, content in found if language == "bash"]
+    texts = [content for language, content in found if language == "text"]
+    assert len(commands) == 1
+    for (program, *words), text in zip(commands, texts, strict=True):
+        assert program == "trak-fast"
+        assert execute([sys.executable, "-m", "trak_fast", *words], tmp_path) == text
 
 
 @pytest.mark.parametrize("page", ["trace.md", "select.md", "clean.md"])

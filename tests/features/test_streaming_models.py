@@ -14,7 +14,9 @@ import transformer_models as models  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+BOUND = 1e-5
+"""Largest relative error in float32."""
+
 PROJ_DIM = 64
 
 
@@ -35,9 +37,14 @@ def test_each_row_is_the_projected_gradient_of_its_sample_alone(name: str, dtype
     gradients = models.gradients_alone(model, task, batch)
     projector = GradientProjector(model, task, PROJ_DIM)
     features = projector.project(batch)
-    expected = trak_fast.project(gradients, PROJ_DIM)
-    assert models.errors_of(features, expected).max() <= BOUNDS[dtype]
     assert torch.equal(projector.project(batch), features)
+    expected = trak_fast.project(gradients, PROJ_DIM)
+    bound = BOUND
+    if dtype == torch.bfloat16:
+        # Two computations that round at different places lie, at most, on two sides of the exact one.
+        exact = models.gradients_alone(model.float(), task, [x.float() if x.is_floating_point() else x for x in batch])
+        bound = 2 * models.errors_of(expected, trak_fast.project(exact, PROJ_DIM)).max()
+    assert models.errors_of(features, expected).max() <= bound
     assert projector.singly == frozenset()
 
 
@@ -51,6 +58,6 @@ def test_other_kinds_of_matrices(name: str, proj_type: str) -> None:
     projector = GradientProjector(model, task, PROJ_DIM, proj_type=proj_type, seed=3)
     features = projector.project(batch, model_id=2)
     expected = trak_fast.project(gradients, PROJ_DIM, proj_type=proj_type, seed=3, model_id=2)
-    assert models.errors_of(features, expected).max() <= BOUNDS[torch.float32]
+    assert models.errors_of(features, expected).max() <= BOUND
     assert torch.equal(projector.project(batch, model_id=2), features)
     assert projector.singly == frozenset()
