@@ -46,7 +46,13 @@ def test_info_as_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [([], "command"), (["attribute"], "attribute"), (["info", "--yaml"], "--yaml")]
+    ("arguments", "message"),
+    [
+        ([], "one of lm, demo, bench, plan, lds, info"),
+        (["--yaml"], "a command is required"),
+        (["attribute"], "attribute"),
+        (["info", "--yaml"], "--yaml"),
+    ],
 )
 def test_unknown_commands_and_flags_are_named(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

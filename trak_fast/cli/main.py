@@ -31,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal.accept_any_letter()
     parser = argparse.ArgumentParser(prog="trak-fast", description="Fast random projections for data attribution.")
     parser.add_argument("--version", action="version", version=f"trak-fast {trak_fast.info()['version']}")
-    commands = parser.add_subparsers(metavar="command", dest="command", required=True)
+    commands = parser.add_subparsers(metavar="command", dest="command")
     for command in (lm, demo, bench, plan, lds, info):
         command.add(commands)
     try:
         try:
             arguments, unknown = parser.parse_known_args(argv)
+            if arguments.command is None:
+                parser.error(f"a command is required, one of {', '.join(commands.choices)}; -h describes them")
             if unknown:
                 _refuse_unknown(commands.choices[arguments.command], unknown)
         except SystemExit:
