@@ -222,7 +222,14 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
         single=f"{END} $A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
     )
     wrap: Any = PreTrainedTokenizerFast
-    return wrap(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=LENGTH)
+    return wrap(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=LENGTH,
+        add_prefix_space=True,  # which transformers 4 would set to False in the tokenizer
+    )
 
 
 def build_model(vocab_size: int, seed: int) -> nn.Module:
