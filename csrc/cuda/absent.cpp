@@ -14,8 +14,7 @@ std::vector<std::string> cuda_kernels(int) { return {}; }
 namespace {
 constexpr const char* kAbsent =
     "this trak_fast was built without its CUDA part, as on a machine without a GPU: install a wheel of it, which has "
-    "the "
-    "CUDA part, or build it again with the environment variable TRAK_FAST_CUDA=ON";
+    "the CUDA part, or build it again with the environment variable TRAK_FAST_CUDA=ON";
 }
 
 void project_cuda(const Projection&, bool, const void*, const Allocate&, int, void*, const std::string&) {

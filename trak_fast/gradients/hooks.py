@@ -248,27 +248,26 @@ class HookGradientComputer(WholeGradients):
     def _by_layers(self, batch: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the gradients that follow from layers and pass the check; and f of each sample in the batch."""
         count = len(batch[0])
-        names = [name for name in self.selected if name not in self.singly]
-        chosen = [self.selected[name] for name in names]
+        chosen = {name: parameter for name, parameter in self.selected.items() if name not in self.singly}
         factors = self._draw_factors(count)
         recording = _Recording()
         with ExitStack() as modes:
             modes.enter_context(restored(self.model))
-            modes.enter_context(requiring_grad(self.parameters.values(), chosen))
+            modes.enter_context(requiring_grad(self.parameters.values(), chosen.values()))
             # checkpointing of a model's own adds to `.grad` even here
-            modes.enter_context(gradients_taken({name: self.selected[name] for name in names}, lambda *taken: None))
+            modes.enter_context(gradients_taken(chosen, lambda *taken: None))
             modes.enter_context(self._recording(recording, count))
             outputs = self._outputs(batch)
             recording.open = False
-            sums = self._sum_by_autograd(outputs, factors, names)
+            sums = self._sum_by_autograd(outputs, factors, list(chosen))
             self._find_output_grads(recording, outputs)
         outputs = outputs.detach()
         if not outputs.isfinite().all() or not _largest(sums.values()).isfinite().all():
             return self._in_batches_of_one(batch, list(self.selected))  # sums of what is not finite tell nothing
         grads = self._add_calls(recording, count)
-        for name in names:
+        for name, parameter in chosen.items():
             if name not in grads and name not in recording.unexplained:  # its layer was not called
-                grads[name] = self.selected[name].detach().new_zeros(count, *self.selected[name].shape)
+                grads[name] = parameter.detach().new_zeros(count, *parameter.shape)
         failed = recording.unexplained | self._compare(grads, factors, sums)
         grads = {name: value for name, value in grads.items() if name not in failed}
         if not self._are_their_own(batch, outputs, grads):
