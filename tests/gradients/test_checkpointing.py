@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -89,6 +90,33 @@ class OfDicts(Checkpointed):
         return self.last(found["x"][0] * found["x"][1])
 
 
+class Pair(NamedTuple):
+    """Two tensors."""
+
+    first: Tensor
+    second: Tensor
+
+
+class OfNamed(Checkpointed):
+    """Gives it tensors in a named tuple, and takes its results from an ordered dict."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.words(x))
+
+        def compute(pair: Pair) -> OrderedDict[str, Pair]:
+            return OrderedDict(pair=Pair(first=self.bare(pair.first), second=pair.second))
+
+        pair = self.call(compute, Pair(first=x, second=x))["pair"]
+        return self.last(pair.first * pair.second)
+
+
+class OfLargest(Checkpointed):
+    """Has it return what torch returns by names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.call(lambda x: self.bare(x).max(-2), self.first(self.words(x)))[0])
+
+
 class OfIntegers(Checkpointed):
     """Has it return integers too, and a part of no parameters."""
 
@@ -122,12 +150,24 @@ class OfAnother(Checkpointed):
         return self.last(call(lambda x: torch.tanh(self.inner(x)), self.first(self.words(x))))
 
 
+class OfAnotherWithin(Checkpointed):
+    """Checkpoints a layer by that within torch's checkpoint."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        within = self.call if self.call is Checkpointed.call else Again.apply
+        inner = self.call(lambda x: within(lambda x: torch.tanh(self.inner(x)), x), self.first(self.words(x)))
+        return self.last(inner)
+
+
 def reentrant(function: Call, *args: Any) -> Any:
     """Calls a function, checkpointed."""
     return checkpoint.checkpoint(function, *args, use_reentrant=True)
 
 
-MODELS = [OfBareParameters, Nested, OfOneHot, OfTable, OfIndices, OfConstants, OfDicts, OfIntegers, OfAnother]
+MODELS = [
+    OfBareParameters, Nested, OfOneHot, OfTable, OfIndices, OfConstants, OfDicts, OfNamed, OfLargest, OfIntegers,
+    OfAnother, OfAnotherWithin,
+]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

@@ -227,6 +227,7 @@ class HookGradientComputer(WholeGradients):
         chosen = {name: self.selected[name] for name in names}
         rows: list[dict[str, Tensor]] = []
         outputs: list[Tensor] = []
+        inputs_needed = self._checkpoint_inputs.are_needed
 
         def add(name: str, gradient: Tensor) -> None:
             rows[-1][name] = rows[-1][name] + gradient if name in rows[-1] else gradient
@@ -242,6 +243,8 @@ class HookGradientComputer(WholeGradients):
                     with gradients_kept(output, chosen.values()):
                         torch.autograd.backward(output.sum())  # reentrant checkpointing allows no torch.autograd.grad
                 outputs.append(output.detach()[0])
+        if self._checkpoint_inputs.are_needed and not inputs_needed:
+            return self._in_batches_of_one(batch, names)  # a backward pass has shown it, whose own gradients lack some
         columns = {name: [_dense(row.get(name), parameter) for row in rows] for name, parameter in chosen.items()}
         return {name: torch.stack(column) for name, column in columns.items()}, torch.stack(outputs)
 

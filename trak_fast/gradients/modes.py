@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -129,7 +130,7 @@ class _CompleteCheckpoints:
 
 def _is_no_container(value: Any) -> bool:
     """Recognises all but plain containers: others, such as caches of keys, have to stay the objects that they are."""
-    return type(value) not in (tuple, list, dict)
+    return not isinstance(value, tuple) and type(value) not in (list, dict, OrderedDict)
 
 
 @contextmanager
